@@ -1,0 +1,224 @@
+// Package policy says what containers may send: which destinations are blocked,
+// which are allowed all the same, and how many new mail connections a container
+// may open. It parses and validates; nothing in it touches the kernel.
+//
+// What is malformed is refused by the parsers, with what would be right instead.
+// The values they return are canonical, so that equal rules compare equal.
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// Mode says what becomes of a packet that the policy is against.
+type Mode string
+
+const (
+	Enforce Mode = "enforce" // it is dropped and counted
+	Audit   Mode = "audit"   // it is counted and reported, and passes
+)
+
+// ParseMode reads enforce or audit.
+func ParseMode(s string) (Mode, error) {
+	return oneOf(s, Enforce, Audit)
+}
+
+// UnmarshalText is [ParseMode].
+func (m *Mode) UnmarshalText(text []byte) (err error) {
+	*m, err = ParseMode(string(text))
+	return err
+}
+
+// OverLimit says what becomes of a mail connection over the limit.
+type OverLimit string
+
+const (
+	// Drop loses the SYN, which paces the sender: the kernel sends it again
+	// until a token is back.
+	Drop OverLimit = "drop"
+	// Reject makes connect fail at once.
+	Reject OverLimit = "reject"
+)
+
+// ParseOverLimit reads drop or reject.
+func ParseOverLimit(s string) (OverLimit, error) {
+	return oneOf(s, Drop, Reject)
+}
+
+// UnmarshalText is [ParseOverLimit].
+func (o *OverLimit) UnmarshalText(text []byte) (err error) {
+	*o, err = ParseOverLimit(string(text))
+	return err
+}
+
+func oneOf[T ~string](s string, a, b T) (T, error) {
+	if v := T(s); v == a || v == b {
+		return v, nil
+	}
+	return "", fmt.Errorf("%q: want %s or %s", s, a, b)
+}
+
+// SMTP limits each container's new TCP connections to mail ports.
+type SMTP struct {
+	Ports     []uint16       `json:"ports" yaml:"ports,flow"`
+	Rate      Rate           `json:"rate" yaml:"rate"`
+	Burst     uint32         `json:"burst" yaml:"burst"` // connections, 1 to 1,000,000
+	OverLimit OverLimit      `json:"over_limit" yaml:"over_limit"`
+	Exempt    []netip.Prefix `json:"exempt" yaml:"exempt"` // destinations that cost nothing, canonical as in a [Rule]
+}
+
+// Limit returns the token bucket that every container gets.
+func (s SMTP) Limit() Limit { return Limit{Rate: s.Rate, Burst: s.Burst} }
+
+// Validate refuses what the parsers could not have returned; the error begins
+// with the key in the config file.
+func (s SMTP) Validate() error {
+	if err := checkPorts(s.Ports); err != nil {
+		return fmt.Errorf("ports: %w", err)
+	}
+	if err := s.Limit().Validate(); err != nil {
+		return err
+	}
+	if _, err := ParseOverLimit(string(s.OverLimit)); err != nil {
+		return fmt.Errorf("over_limit: %w", err)
+	}
+	for _, p := range s.Exempt {
+		if err := (Rule{Prefix: p}).Validate(); err != nil {
+			return fmt.Errorf("exempt: %s: %w", p, err)
+		}
+	}
+	return nil
+}
+
+// ParsePorts reads the mail ports: each 1 to 65535, at least one. They are
+// returned sorted, without duplicates.
+func ParsePorts(list []string) ([]uint16, error) {
+	ports := make([]uint16, 0, len(list))
+	for _, s := range list {
+		p, err := ParsePort(s)
+		if err != nil {
+			return nil, err
+		}
+		ports = append(ports, p)
+	}
+	return sortPorts(ports)
+}
+
+func sortPorts(ports []uint16) ([]uint16, error) {
+	slices.Sort(ports)
+	ports = slices.Compact(ports)
+	return ports, checkPorts(ports)
+}
+
+func checkPorts(ports []uint16) error {
+	switch {
+	case len(ports) == 0:
+		return errors.New("want at least one port; a rate of unlimited turns the mail limit off")
+	case len(ports) > 65535:
+		return fmt.Errorf("%d ports: want at most 65535", len(ports))
+	case slices.Contains(ports, 0):
+		return errors.New("port 0: want 1 to 65535")
+	}
+	return nil
+}
+
+// Policy is one set of rules for all containers. Start from [Default]: the zero
+// value is not valid. JSON and YAML name the fields as the config file does;
+// read a file with [ParseConfig], which is strict and fills in the defaults.
+type Policy struct {
+	Mode     Mode     `json:"mode" yaml:"mode"`
+	Presets  []string `json:"presets" yaml:"presets,flow"`
+	Block    []Rule   `json:"block" yaml:"block"`
+	Allow    []Rule   `json:"allow" yaml:"allow"` // wins over Block and Presets
+	AllowDNS bool     `json:"allow_dns" yaml:"allow_dns"`
+	SMTP     SMTP     `json:"smtp" yaml:"smtp"`
+}
+
+// Default returns what is in force where nothing else is said: metadata blocked,
+// 5 new mail connections per minute and container.
+func Default() Policy {
+	return Policy{
+		Mode:    Enforce,
+		Presets: []string{Metadata},
+		Block:   []Rule{},
+		Allow:   []Rule{},
+		SMTP: SMTP{
+			Ports:     []uint16{25, 465, 587},
+			Rate:      Rate{Count: 5, Period: time.Minute},
+			Burst:     5,
+			OverLimit: Drop,
+			Exempt:    []netip.Prefix{},
+		},
+	}
+}
+
+// Validate refuses what the parsers could not have returned; the error begins
+// with the key in the config file.
+func (p Policy) Validate() error {
+	if _, err := ParseMode(string(p.Mode)); err != nil {
+		return fmt.Errorf("mode: %w", err)
+	}
+	if _, err := ParsePresets(p.Presets); err != nil {
+		return fmt.Errorf("presets: %w", err)
+	}
+	for _, list := range []struct {
+		key   string
+		rules []Rule
+	}{{"block", p.Block}, {"allow", p.Allow}} {
+		for _, r := range list.rules {
+			if err := r.Validate(); err != nil {
+				return fmt.Errorf("%s: %s: %w", list.key, r, err)
+			}
+		}
+	}
+	if err := p.SMTP.Validate(); err != nil {
+		return fmt.Errorf("smtp.%w", err)
+	}
+	return nil
+}
+
+// Blocked returns the block list: the presets' rules, then Block, without
+// duplicates. Presets that [Policy.Validate] would refuse add nothing.
+func (p Policy) Blocked() []Rule {
+	var rules []Rule
+	for _, name := range p.Presets {
+		preset, _ := Preset(name)
+		rules = append(rules, preset...)
+	}
+	return unique(append(rules, p.Block...))
+}
+
+// Allowed returns the allow list: Allow and, with AllowDNS, port 53 of every
+// blocked prefix over UDP and TCP, without duplicates.
+func (p Policy) Allowed() []Rule {
+	rules := slices.Clone(p.Allow)
+	if p.AllowDNS {
+		for _, r := range p.Blocked() {
+			rules = append(rules,
+				Rule{Prefix: r.Prefix, Port: 53, Proto: 17},
+				Rule{Prefix: r.Prefix, Port: 53, Proto: 6})
+		}
+	}
+	return unique(rules)
+}
+
+// Blocks reports whether the policy is against a packet to dst: on the block
+// list and not on the allow list. A v4-mapped address is judged as its IPv4
+// address, one behind the NAT64 prefix as both, and a zone does not matter.
+// Port 0 means that none is known, as in a later fragment: no rule with a port
+// matches then, on either list.
+//
+// The datapath must agree with it; this is the plain statement of the rule, and
+// walks the lists.
+func (p Policy) Blocks(dst netip.Addr, proto uint8, port uint16) bool {
+	dst = unmap(dst)
+	v4, translated := embedded(dst)
+	hit := func(r Rule) bool {
+		return r.matches(dst, proto, port) || translated && r.matches(v4, proto, port)
+	}
+	return !slices.ContainsFunc(p.Allowed(), hit) && slices.ContainsFunc(p.Blocked(), hit)
+}
