@@ -1,0 +1,421 @@
+//go:build ignore
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* Decides what containers may send. The packet hook is the boundary; the socket
+ * hooks give its verdict early, so that a program is refused at once instead of
+ * waiting for an answer that will not come.
+ */
+#include "maps.h"
+#include "bucket.h"
+#include "parse.h"
+#include "rules.h"
+
+#define LOOPBACK_IFINDEX 1
+#define SOCK_STREAM 1
+#define ECONNREFUSED 111
+
+static const struct container new_container;
+
+/* NULL if the map is full. */
+static __always_inline struct container *state_of(__u64 id)
+{
+	struct container *c = bpf_map_lookup_elem(&containers, &id);
+
+	if (c)
+		return c;
+	/* Another CPU may do the same: whoever is second finds the entry. */
+	bpf_map_update_elem(&containers, &id, &new_container, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&containers, &id);
+}
+
+static __always_inline struct counters *total(void)
+{
+	__u32 key = 0;
+
+	return bpf_map_lookup_elem(&totals, &key);
+}
+
+/* The sum is shared with programs that interrupt this one, so it needs atomic
+ * additions as well.
+ */
+static __always_inline void count_drop(struct container *c, enum reason reason, __u64 bytes)
+{
+	struct counters *sum = total();
+
+	if (c) {
+		__sync_fetch_and_add(&c->counters.dropped[reason].packets, 1);
+		__sync_fetch_and_add(&c->counters.dropped[reason].bytes, bytes);
+	}
+	if (sum) {
+		__sync_fetch_and_add(&sum->dropped[reason].packets, 1);
+		__sync_fetch_and_add(&sum->dropped[reason].bytes, bytes);
+	}
+}
+
+static __noinline void count_connect(struct container *c, enum reason reason)
+{
+	struct counters *sum = total();
+
+	if (c)
+		__sync_fetch_and_add(&c->counters.dropped[reason].connects, 1);
+	if (sum)
+		__sync_fetch_and_add(&sum->dropped[reason].connects, 1);
+}
+
+static __always_inline void count_allowed(struct container *c)
+{
+	struct counters *sum = total();
+
+	__sync_fetch_and_add(&c->counters.smtp_allowed, 1);
+	if (sum)
+		__sync_fetch_and_add(&sum->smtp_allowed, 1);
+}
+
+/* The container that owns the packet's socket, however deep below it the socket
+ * was made; the policed cgroup itself for sockets of no container.
+ */
+static __always_inline __u64 packet_owner(struct __sk_buff *skb)
+{
+	__u64 id = bpf_skb_ancestor_cgroup_id(skb, policed_level + 1);
+
+	return id ? id : policed_id;
+}
+
+static __always_inline const volatile struct limit *limit_of(const struct container *c)
+{
+	return c->limit.burst ? &c->limit : &default_limit;
+}
+
+/* Takes a token of the container. Most of a flood is refused without the lock,
+ * and without the precise clock, which costs as much as all the rest: the coarse
+ * one lags by a tick, and decides nothing that is less than clock_slack away.
+ */
+static __always_inline bool take_token(struct container *c)
+{
+	const volatile struct limit *l = limit_of(c);
+	const __u64 clock_slack = 100 * 1000 * 1000;
+	__u64 now;
+
+	if (has_coarse_clock && bucket_reckoned_with(&c->bucket, l) &&
+	    !bucket_has(&c->bucket, l, bpf_ktime_get_coarse_ns() + clock_slack))
+		return false;
+	now = bpf_ktime_get_ns();
+	return bucket_has(&c->bucket, l, now) && bucket_take(&c->bucket, l, now);
+}
+
+/* Takes a token for a SYN, unless a TCP socket repeats one that it has paid for:
+ * same connection, same sequence number, and the kernel says that it is a
+ * retransmission. A raw socket has no such proof and pays for every SYN.
+ */
+static __always_inline bool admit_syn(struct __sk_buff *skb, const struct flow *f, struct container *c)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct bpf_tcp_sock *tcp = NULL;
+	struct ticket *ticket = NULL;
+
+	if (sk)
+		tcp = bpf_tcp_sock(sk);
+	if (tcp) {
+		sk = bpf_sk_fullsock(sk);
+		/* Older kernels take raw sockets of protocol TCP for one. */
+		if (!sk || sk->type != SOCK_STREAM)
+			tcp = NULL;
+		else
+			ticket = bpf_sk_storage_get(&tickets, sk, NULL, 0);
+	}
+	if (ticket && ticket->seq == f->seq && ticket->sport == f->sport && ticket->dport == f->dport &&
+	    !__builtin_memcmp(ticket->dst, &f->dst, sizeof(ticket->dst)) &&
+	    tcp->total_retrans > ticket->retransmits) {
+		ticket->retransmits = tcp->total_retrans;
+		return true;
+	}
+	if (!take_token(c)) {
+		/* What follows on this socket repeats a SYN that was refused. */
+		if (ticket)
+			bpf_sk_storage_delete(&tickets, sk);
+		return false;
+	}
+	count_allowed(c);
+	if (tcp)
+		ticket = bpf_sk_storage_get(&tickets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (tcp && ticket) {
+		__builtin_memcpy(ticket->dst, &f->dst, sizeof(ticket->dst));
+		ticket->seq = f->seq;
+		ticket->sport = f->sport;
+		ticket->dport = f->dport;
+		ticket->retransmits = tcp->total_retrans;
+	}
+	return true;
+}
+
+static __always_inline int drop(struct __sk_buff *skb, struct container *c, enum reason reason)
+{
+	count_drop(c, reason, skb->len);
+	return !enforce;
+}
+
+/* The verdict on a SYN to a mail port, whose destination is not blocked. */
+static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *f)
+{
+	struct container *c;
+
+	if (skb->ifindex == LOOPBACK_IFINDEX || exempt(f))
+		return 1;
+	c = state_of(packet_owner(skb));
+	if (!c)
+		return drop(skb, c, REASON_NO_BUCKET);
+	if (!admit_syn(skb, f, c))
+		return drop(skb, c, REASON_RATE_LIMITED);
+	return 1;
+}
+
+/* Out of line: the verdict on any packet. */
+static __noinline int judge(struct __sk_buff *skb)
+{
+	enum reason reason;
+	struct flow f = {};
+
+	if (!parse(skb, &f))
+		reason = REASON_MALFORMED;
+	else if (blocked(&f))
+		reason = REASON_BLOCKED;
+	else
+		return f.syn && bit(smtp_ports, f.dport) ? judge_mail(skb, &f) : 1;
+	return drop(skb, state_of(packet_owner(skb)), reason);
+}
+
+/* What a glance at the headers, where they lie, tells of a packet. */
+enum glance {
+	PLAIN,		/* passes */
+	MAIL,		/* a SYN to a mail port, not blocked; the flow is filled in */
+	UNCLEAR,	/* anything else: to be parsed */
+};
+
+static __always_inline enum glance glance_transport(__u8 proto, const struct tcp *tcp, const void *end,
+						    struct flow *f)
+{
+	if (proto == IPPROTO_UDP)
+		return PLAIN;
+	if (proto != IPPROTO_TCP || (const void *)(tcp + 1) > end)
+		return UNCLEAR;
+	if (!syn_without_ack(tcp->flags) || !bit(smtp_ports, tcp->dport))
+		return PLAIN;
+	*f = (struct flow){
+		.sport = tcp->sport,
+		.dport = tcp->dport,
+		.seq = tcp->seq,
+		.proto = IPPROTO_TCP,
+		.has_ports = true,
+		.syn = true,
+	};
+	return MAIL;
+}
+
+#define UDP_HEADER 8
+
+static __always_inline enum glance glance4(const struct __sk_buff *skb, struct flow *f)
+{
+	const void *end = (void *)(long)skb->data_end;
+	const struct iphdr *ip = (void *)(long)skb->data;
+	enum glance g;
+
+	if ((const void *)(ip + 1) + UDP_HEADER > end || *(const __u8 *)ip != 0x45 ||
+	    ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) || bpf_ntohs(ip->tot_len) != skb->len ||
+	    either_suspect4(ip->daddr, ip->saddr))
+		return UNCLEAR;
+	g = glance_transport(ip->protocol, (const void *)(ip + 1), end, f);
+	if (g == MAIL)
+		map4(&f->dst, ip->daddr);
+	return g;
+}
+
+static __always_inline enum glance glance6(const struct __sk_buff *skb, struct flow *f)
+{
+	const void *end = (void *)(long)skb->data_end;
+	const struct ipv6hdr *ip = (void *)(long)skb->data;
+	enum glance g;
+
+	if ((const void *)(ip + 1) + UDP_HEADER > end || *(const __u8 *)ip >> 4 != 6 ||
+	    bpf_ntohs(ip->payload_len) != skb->len - sizeof(*ip) ||
+	    either_suspect6((const union address *)&ip->daddr, (const union address *)&ip->saddr))
+		return UNCLEAR;
+	g = glance_transport(ip->nexthdr, (const void *)(ip + 1), end, f);
+	if (g == MAIL)
+		__builtin_memcpy(&f->dst, &ip->daddr, sizeof(f->dst));
+	return g;
+}
+
+/* Most packets pass at a glance, which touches no map and calls no helper. */
+SEC("cgroup_skb/egress")
+int egress(struct __sk_buff *skb)
+{
+	enum glance g = UNCLEAR;
+	struct flow f;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		g = glance4(skb, &f);
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		g = glance6(skb, &f);
+	if (g == PLAIN)
+		return 1;
+	if (g == MAIL)
+		return judge_mail(skb, &f);
+	return judge(skb);
+}
+
+/* The container of the process that asks. It may have been handed a socket from
+ * elsewhere; then there is no container below the policed cgroup to charge.
+ */
+static __always_inline __u64 caller(void)
+{
+	__u64 id = 0;
+
+	if (bpf_get_current_ancestor_cgroup_id(policed_level) == policed_id)
+		id = bpf_get_current_ancestor_cgroup_id(policed_level + 1);
+	return id ? id : policed_id;
+}
+
+static __always_inline bool loopback(const union address *a)
+{
+	if (mapped4(a))
+		return a->bytes[12] == 127;
+	return !a->be32[0] && !a->be32[1] && !a->be32[2] && a->be32[3] == bpf_htonl(1);
+}
+
+/* The verdict on an attempt to send to f->dst, before there is a packet. */
+static __always_inline enum reason judge_attempt(const struct flow *f, struct container **c)
+{
+	bool allowed;
+	__u64 id;
+
+	if (blocked_destination(f, &allowed)) {
+		*c = state_of(caller());
+		return REASON_BLOCKED;
+	}
+	/* Only looks: the token is the packet's to take. */
+	if (over_limit_reject && f->proto == IPPROTO_TCP && bit(smtp_ports, f->dport) &&
+	    !loopback(&f->dst) && !exempt(f)) {
+		id = caller();
+		*c = bpf_map_lookup_elem(&containers, &id);
+		if (*c && !bucket_has(&(*c)->bucket, limit_of(*c), bpf_ktime_get_ns()))
+			return REASON_RATE_LIMITED;
+	}
+	return REASON_NONE;
+}
+
+static __always_inline int attempt(struct bpf_sock_addr *ctx, struct flow *f)
+{
+	struct container *c = NULL;
+	enum reason reason;
+
+	f->dport = ctx->user_port;
+	f->proto = ctx->protocol == PROTO_MPTCP ? IPPROTO_TCP : ctx->protocol;
+	f->has_ports = carries_ports(f->proto);
+	reason = judge_attempt(f, &c);
+	if (reason == REASON_NONE)
+		return 1;
+	count_connect(c, reason);
+	if (!enforce)
+		return 1;
+	/* Without it the kernel says EPERM. */
+	if (has_set_retval)
+		bpf_set_retval(-ECONNREFUSED);
+	return 0;
+}
+
+static __always_inline int attempt4(struct bpf_sock_addr *ctx)
+{
+	struct flow f = {};
+
+	map4(&f.dst, ctx->user_ip4);
+	return attempt(ctx, &f);
+}
+
+static __always_inline int attempt6(struct bpf_sock_addr *ctx)
+{
+	struct flow f = {};
+
+	f.dst.be32[0] = ctx->user_ip6[0];
+	f.dst.be32[1] = ctx->user_ip6[1];
+	f.dst.be32[2] = ctx->user_ip6[2];
+	f.dst.be32[3] = ctx->user_ip6[3];
+	return attempt(ctx, &f);
+}
+
+SEC("cgroup/connect4")
+int connect4(struct bpf_sock_addr *ctx)
+{
+	return attempt4(ctx);
+}
+
+SEC("cgroup/connect6")
+int connect6(struct bpf_sock_addr *ctx)
+{
+	return attempt6(ctx);
+}
+
+SEC("cgroup/sendmsg4")
+int sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return attempt4(ctx);
+}
+
+SEC("cgroup/sendmsg6")
+int sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return attempt6(ctx);
+}
+
+struct kernfs_node {
+	__u64 id;
+} __attribute__((preserve_access_index));
+
+struct cgroup_root {
+	int hierarchy_id;
+} __attribute__((preserve_access_index));
+
+struct cgroup {
+	struct kernfs_node *kn;
+	struct cgroup_root *root;
+} __attribute__((preserve_access_index));
+
+/* Forgets a container once its cgroup is gone with the last of its sockets. */
+SEC("tp_btf/cgroup_release")
+int release(__u64 *ctx)
+{
+	struct cgroup *cgrp = (void *)ctx[0];
+	__u64 id;
+
+	if (cgrp->root->hierarchy_id)	/* cgroup v1 numbers its own */
+		return 0;
+	id = cgrp->kn->id;
+	bpf_map_delete_elem(&containers, &id);
+	return 0;
+}
+
+static __noinline int apply_limit(const struct limit_request *request)
+{
+	struct container *c = state_of(request->id);
+
+	if (!c)
+		return 0;
+	bpf_spin_lock(&c->bucket.lock);
+	c->limit = request->limit;
+	bpf_spin_unlock(&c->bucket.lock);
+	return 1;
+}
+
+/* Never attached: the controller runs it to change a container's limit, which
+ * only a program can do without losing what is counted meanwhile. Returns 1 if
+ * it did.
+ */
+SEC("cgroup_skb/egress")
+int set_limit(struct __sk_buff *skb)
+{
+	struct limit_request request;
+
+	if (bpf_skb_load_bytes(skb, 0, &request, sizeof(request)))
+		return 0;
+	return apply_limit(&request);
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";

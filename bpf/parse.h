@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* Reads any IP packet into a flow, or finds that it cannot be judged. Bytes
+ * are loaded by helper: a packet may be nonlinear down to its IP header (what
+ * conntrack has put together from fragments is).
+ */
+#ifndef EGRESSBPF_PARSE_H
+#define EGRESSBPF_PARSE_H
+
+#include "types.h"
+
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#define ETH_P_IP 0x0800
+#define ETH_P_IPV6 0x86dd
+
+#define IP_OFFSET 0x1fff
+#define IP_MF 0x2000
+
+#define IP_MAX_OPTIONS 40
+
+/* IPv6 extension headers that may stand before the transport header. */
+#define EXT_HOPOPTS 0
+#define EXT_ROUTING 43
+#define EXT_FRAGMENT 44
+#define EXT_AUTH 51
+#define EXT_DSTOPTS 60
+#define EXT_MOBILITY 135
+#define EXT_HIP 139
+#define EXT_SHIM6 140
+#define MAX_EXTENSIONS 8
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_ACK 0x10
+
+/* Protocols whose header begins with source and destination port. */
+#define PROTO_DCCP 33
+#define PROTO_SCTP 132
+#define PROTO_UDPLITE 136
+#define PROTO_MPTCP 262		/* of a socket; TCP on the wire */
+
+/* tcphdr without bit fields. */
+struct tcp {
+	__be16 sport;
+	__be16 dport;
+	__be32 seq;
+	__be32 ack;
+	__u8 doff;
+	__u8 flags;
+	__be16 window;
+	__be16 check;
+	__be16 urgent;
+};
+_Static_assert(sizeof(struct tcp) == 20, "a TCP header without options");
+
+union address {
+	__u8 bytes[16];		/* network byte order; IPv4 is v4-mapped */
+	__be16 be16[8];
+	__be32 be32[4];
+};
+
+struct flow {
+	union address src;
+	union address dst;
+	__be16 sport;		/* 0 without has_ports */
+	__be16 dport;
+	__be32 seq;		/* of a syn */
+	__u8 proto;
+	bool has_ports;		/* false too for later fragments */
+	bool syn;		/* TCP, SYN set and ACK clear */
+};
+
+static __always_inline void map4(union address *a, __be32 ip)
+{
+	a->be32[0] = 0;
+	a->be32[1] = 0;
+	a->be32[2] = bpf_htonl(0xffff);
+	a->be32[3] = ip;
+}
+
+static __always_inline bool mapped4(const union address *a)
+{
+	return !a->be32[0] && !a->be32[1] && a->be32[2] == bpf_htonl(0xffff);
+}
+
+/* In 64:ff9b::/96 (NAT64, RFC 6052), which stands for all of IPv4. */
+static __always_inline bool nat64(const union address *a)
+{
+	return a->be32[0] == bpf_htonl(0x64ff9b) && !a->be32[1] && !a->be32[2];
+}
+
+static __always_inline bool carries_ports(__u8 proto)
+{
+	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == PROTO_SCTP ||
+	       proto == PROTO_DCCP || proto == PROTO_UDPLITE;
+}
+
+static __always_inline bool syn_without_ack(__u8 flags)
+{
+	return (flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+/* The transport header of a whole packet or a first fragment, at offset off. */
+static __always_inline bool parse_transport(struct __sk_buff *skb, __u32 off, struct flow *f)
+{
+	if (f->proto == IPPROTO_TCP) {
+		struct tcp tcp;
+
+		if (bpf_skb_load_bytes(skb, off, &tcp, sizeof(tcp)))
+			return false;
+		f->sport = tcp.sport;
+		f->dport = tcp.dport;
+		f->has_ports = true;
+		f->syn = syn_without_ack(tcp.flags);
+		f->seq = tcp.seq;
+	} else if (carries_ports(f->proto)) {
+		/* Eight bytes: the whole of a UDP header. */
+		__be16 ports[4];
+
+		if (bpf_skb_load_bytes(skb, off, ports, sizeof(ports)))
+			return false;
+		f->sport = ports[0];
+		f->dport = ports[1];
+		f->has_ports = true;
+	}
+	return true;
+}
+
+/* A later fragment of a TCP packet at these offsets could overwrite the ports
+ * and flags that the first fragment was judged by.
+ */
+static __always_inline bool rewrites_tcp(__u8 proto, __u32 offset)
+{
+	return proto == IPPROTO_TCP && offset < sizeof(struct tcp);
+}
+
+/* The n bytes of options behind an IPv4 header: harmless as far as they can be
+ * read. A source route would send the packet elsewhere than its header says.
+ */
+static __always_inline bool parse_options4(struct __sk_buff *skb, __u32 n)
+{
+	__u8 opt[IP_MAX_OPTIONS + 1] = {};	/* past n, IPOPT_END */
+	__u8 skip = 0;
+
+	if (n == 0 || n > IP_MAX_OPTIONS || bpf_skb_load_bytes(skb, sizeof(struct iphdr), opt, n))
+		return false;
+	/* A step for each byte: the verifier then sees constant offsets only, and
+	 * soon that one step is like another.
+	 */
+	for (__u32 i = 0; i < IP_MAX_OPTIONS; i++) {
+		if (skip) {
+			skip--;
+			continue;
+		}
+		switch (opt[i]) {
+		case IPOPT_END:
+			return true;
+		case IPOPT_NOOP:
+			continue;
+		case IPOPT_LSRR:
+		case IPOPT_SSRR:
+			return false;
+		}
+		if (opt[i + 1] < 2 || i + opt[i + 1] > n)
+			return false;
+		skip = opt[i + 1] - 1;
+	}
+	return true;
+}
+
+static __always_inline bool is_extension(__u8 proto, bool v6)
+{
+	switch (proto) {
+	case EXT_AUTH:
+		return true;
+	case EXT_HOPOPTS:
+	case EXT_ROUTING:
+	case EXT_FRAGMENT:
+	case EXT_DSTOPTS:
+	case EXT_MOBILITY:
+	case EXT_HIP:
+	case EXT_SHIM6:
+		return v6;
+	}
+	return false;
+}
+
+/* A fragment other than the first. What it carries is judged by address alone;
+ * where its place in the packet shows neither protocol nor distance from the
+ * ports, not at all.
+ */
+static __always_inline bool parse_later_fragment(const struct flow *f, __u32 offset, bool v6)
+{
+	return !is_extension(f->proto, v6) && !rewrites_tcp(f->proto, offset);
+}
+
+/* From the end of the IP header, where f->proto stands, to the ports. */
+static __always_inline bool parse_headers(struct __sk_buff *skb, __u32 off, struct flow *f, bool v6)
+{
+	for (int i = 0; i <= MAX_EXTENSIONS; i++) {
+		/* Every extension header has at least these eight bytes. */
+		struct {
+			__u8 next;
+			__u8 len;
+			__be16 fragment;	/* offset in units of 8, 2 reserved bits, more */
+			__be32 rest;
+		} ext;
+
+		if (!is_extension(f->proto, v6))
+			return parse_transport(skb, off, f);
+		if (bpf_skb_load_bytes(skb, off, &ext, sizeof(ext)))
+			return false;
+		switch (f->proto) {
+		case EXT_FRAGMENT:
+			f->proto = ext.next;
+			if (ext.fragment & bpf_htons(0xfff8))
+				return parse_later_fragment(f, bpf_ntohs(ext.fragment) & 0xfff8, v6);
+			off += sizeof(ext);
+			continue;
+		case EXT_ROUTING:
+			/* With segments left, the destination is only the next hop. */
+			if (ext.fragment & bpf_htons(0x00ff))
+				return false;
+			break;
+		case EXT_AUTH:
+			f->proto = ext.next;
+			off += (ext.len + 2) * 4;
+			continue;
+		}
+		f->proto = ext.next;
+		off += (ext.len + 1) * 8;
+	}
+	return false;
+}
+
+static __always_inline bool parse4(struct __sk_buff *skb, struct flow *f)
+{
+	__u32 len = skb->len, header;
+	struct iphdr ip;
+
+	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
+		return false;
+	header = ip.ihl * 4;
+	if (ip.version != 4 || header < sizeof(ip) || header > len)
+		return false;
+	/* The kernel writes the length that it sends; beyond 64 KiB (BIG TCP), 0. */
+	if (bpf_ntohs(ip.tot_len) != (len > 0xffff ? 0 : len))
+		return false;
+	if (header > sizeof(ip) && !parse_options4(skb, header - sizeof(ip)))
+		return false;
+	map4(&f->src, ip.saddr);
+	map4(&f->dst, ip.daddr);
+	f->proto = ip.protocol;
+	if (ip.frag_off & bpf_htons(IP_OFFSET))
+		return parse_later_fragment(f, (bpf_ntohs(ip.frag_off) & IP_OFFSET) * 8, false);
+	return parse_headers(skb, header, f, false);
+}
+
+static __always_inline bool parse6(struct __sk_buff *skb, struct flow *f)
+{
+	__u32 payload = skb->len - sizeof(struct ipv6hdr);
+	struct ipv6hdr ip;
+
+	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
+		return false;
+	if (ip.version != 6 || bpf_ntohs(ip.payload_len) != (payload > 0xffff ? 0 : payload))
+		return false;
+	__builtin_memcpy(&f->src, &ip.saddr, sizeof(f->src));
+	__builtin_memcpy(&f->dst, &ip.daddr, sizeof(f->dst));
+	f->proto = ip.nexthdr;
+	return parse_headers(skb, sizeof(ip), f, true);
+}
+
+/* The packet as a flow; false if it cannot be judged. */
+static __always_inline bool parse(struct __sk_buff *skb, struct flow *f)
+{
+	switch (skb->protocol) {
+	case bpf_htons(ETH_P_IP):
+		return parse4(skb, f);
+	case bpf_htons(ETH_P_IPV6):
+		return parse6(skb, f);
+	}
+	return false;
+}
+
+#endif

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* What the programs and the controller share. bpf2go turns these types into
+ * Go; a test holds both layouts against each other.
+ */
+#ifndef EGRESSBPF_TYPES_H
+#define EGRESSBPF_TYPES_H
+
+#include <stdbool.h>
+#include <linux/types.h>
+#include <linux/bpf.h>
+
+/* Why a packet was not let through. Indexes counters.dropped. */
+enum reason {
+	REASON_MALFORMED,	/* unreadable, or its header hides where it goes */
+	REASON_BLOCKED,		/* destination (or source) on the block list */
+	REASON_RATE_LIMITED,	/* a mail connection without a token */
+	REASON_NO_BUCKET,	/* a mail connection of a container without state */
+	REASONS,
+	REASON_NONE = REASONS,	/* let through */
+};
+
+struct drops {
+	__u64 packets;
+	__u64 bytes;		/* from the IP header on */
+	__u64 connects;		/* attempts refused in connect() or sendmsg() */
+};
+
+struct counters {
+	struct drops dropped[REASONS];
+	__u64 smtp_allowed;	/* mail connections that took a token */
+};
+
+/* count tokens a period, with up to burst at once. A token lasts
+ * interval + rest/count nanoseconds, so no rate is rounded.
+ */
+struct limit {
+	__u64 interval;		/* period / count, in ns, rounded down */
+	__u64 tolerance;	/* (burst - 1) * period / count, in ns, rounded down */
+	__u32 count;		/* 0: unlimited */
+	__u32 rest;		/* period % count */
+	__u32 burst;		/* 0: no limit is given here */
+	__u32 period;		/* in seconds; for display */
+};
+
+/* The token bucket, kept as its theoretical arrival time: the moment at which
+ * the bucket is full again. Times are in nanoseconds of CLOCK_MONOTONIC.
+ */
+struct bucket {
+	struct bpf_spin_lock lock;
+	__u32 rest;		/* fraction of full_at, in 1/count ns */
+	__u64 full_at;
+	__u64 interval;		/* limit.interval that full_at was reckoned with */
+	__u32 count;		/* and limit.count; 0: never used */
+	__u32 reserved;
+};
+
+/* Everything kept about a container. Key: id of its cgroup. */
+struct container {
+	struct bucket bucket;
+	struct limit limit;	/* its own; changed under bucket.lock */
+	struct counters counters;
+};
+
+/* Input of the program set_limit, behind an Ethernet header. */
+struct limit_request {
+	__u64 id;
+	struct limit limit;
+};
+
+/* What the policy says of a destination. */
+enum rule_flag {
+	RULE_ALLOW = 1,		/* wins over the next two */
+	RULE_BLOCK = 2,		/* as a destination */
+	RULE_BLOCK_SOURCE = 4,	/* as a source */
+	RULE_EXEMPT = 8,	/* mail to it takes no token */
+};
+
+/* Key of the rules trie. IPv4 addresses are v4-mapped (::ffff:a.b.c.d) and
+ * their prefix lengths are 96 longer.
+ */
+struct prefix {
+	__u32 len;
+	__u8 addr[16];		/* network byte order */
+};
+
+/* What holds for a prefix, that of the prefixes around it included: the
+ * longest match alone tells everything.
+ */
+struct rule {
+	__u32 group;		/* of its port_keys; 0: it has none */
+	enum rule_flag flags;	/* for every protocol and port */
+};
+
+struct port_key {
+	__u32 group;
+	__be16 port;		/* 0: every port */
+	__u8 proto;		/* 0: every protocol that has ports */
+	__u8 reserved;
+};
+
+#endif
