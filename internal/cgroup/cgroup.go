@@ -1,0 +1,232 @@
+// Package cgroup finds cgroups of the unified hierarchy (cgroup v2) by path
+// and by id.
+package cgroup
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+var (
+	// ErrNoCgroup2 means that no cgroup2 filesystem is mounted, or none that
+	// shows the whole hierarchy.
+	ErrNoCgroup2 = errors.New("no cgroup2 filesystem with the whole hierarchy is mounted")
+	// ErrNotBelowRoot means that a path is outside of the cgroup2 mount, or is
+	// its root.
+	ErrNotBelowRoot = errors.New("not a directory below the cgroup2 mount")
+	// ErrNotInitialNamespace means that the process sees a part of the
+	// hierarchy as if it were the whole.
+	ErrNotInitialNamespace = errors.New("not in the host's cgroup namespace")
+)
+
+// initialNamespace is PROC_CGROUP_INIT_INO (include/linux/proc_ns.h).
+const initialNamespace = "cgroup:[4026531835]"
+
+// Root is a mount point of the whole cgroup2 hierarchy.
+type Root string
+
+// FindRoot returns the cgroup2 mount of this mount namespace, that of the
+// hybrid layout included. The error wraps ErrNoCgroup2 if there is none.
+func FindRoot() (Root, error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+
+	// 36 35 98:0 ROOT MOUNTPOINT OPTIONS [TAGS]... - TYPE SOURCE SUPER, proc(5).
+	var found Root
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		mount, super, _ := strings.Cut(lines.Text(), " - ")
+		fields := strings.Fields(mount)
+		if len(fields) < 5 || !strings.HasPrefix(super, "cgroup2 ") || fields[3] != "/" {
+			continue
+		}
+		point := unescape(fields[4])
+		// A later mount may hide an earlier one.
+		if OnCgroup2(point) {
+			found = Root(point)
+			break
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return "", err
+	}
+	if found == "" {
+		return "", ErrNoCgroup2
+	}
+	return found, nil
+}
+
+// unescape undoes the octal escapes of mountinfo.
+func unescape(s string) string {
+	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
+}
+
+// OnCgroup2 says whether path exists in a cgroup2 filesystem.
+func OnCgroup2(path string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(path, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
+}
+
+// CheckNamespace returns ErrNotInitialNamespace if the process is not in the
+// host's cgroup namespace, where levels below the root are not what they seem.
+func CheckNamespace() error {
+	ns, err := os.Readlink("/proc/self/ns/cgroup")
+	if err != nil {
+		return err
+	}
+	if ns != initialNamespace {
+		return ErrNotInitialNamespace
+	}
+	return nil
+}
+
+// Rel returns the path of a cgroup as the kernel writes it, from the root and
+// beginning with a slash. Symbolic links are resolved in the part that exists.
+// The error wraps ErrNotBelowRoot if path is not below the root.
+func (r Root) Rel(path string) (string, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	abs, err = resolveExisting(abs)
+	if err != nil {
+		return "", err
+	}
+	root, err := filepath.EvalSymlinks(string(r))
+	if err != nil {
+		return "", err
+	}
+	rel, err := filepath.Rel(root, abs)
+	if err != nil || rel == "." || rel == ".." || strings.HasPrefix(rel, "../") {
+		return "", fmt.Errorf("%s: %w (%s)", path, ErrNotBelowRoot, r)
+	}
+	return "/" + rel, nil
+}
+
+func resolveExisting(path string) (string, error) {
+	resolved, err := filepath.EvalSymlinks(path)
+	if !errors.Is(err, fs.ErrNotExist) || path == "/" {
+		return resolved, err
+	}
+	// A dangling link is not a directory to be made.
+	if _, err := os.Lstat(path); err == nil {
+		return "", fmt.Errorf("%s: dangling symbolic link", path)
+	}
+	parent, err := resolveExisting(filepath.Dir(path))
+	return filepath.Join(parent, filepath.Base(path)), err
+}
+
+// Path returns where the cgroup rel (as Rel returns it) is mounted.
+func (r Root) Path(rel string) string { return filepath.Join(string(r), rel) }
+
+// Level returns the depth of rel below the root, whose level is 0.
+func Level(rel string) uint32 { return uint32(strings.Count(strings.TrimRight(rel, "/"), "/")) }
+
+// Within says whether the cgroup rel is at or below the cgroup of.
+func Within(rel, of string) bool { return rel == of || strings.HasPrefix(rel, of+"/") }
+
+// Open opens the directory of a cgroup and returns its id: the number by which
+// BPF programs know it, unique until the next boot. The caller closes the file.
+func (r Root) Open(rel string) (*os.File, uint64, error) {
+	f, err := os.OpenFile(r.Path(rel), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	// Since 5.5, the inode number of a cgroup's directory is its id.
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	return f, st.Ino, nil
+}
+
+// ID returns the id of the cgroup rel.
+func (r Root) ID(rel string) (uint64, error) {
+	f, id, err := r.Open(rel)
+	if err != nil {
+		return 0, err
+	}
+	return id, f.Close()
+}
+
+// Find returns the cgroup with an id, as Rel returns it. The error wraps
+// fs.ErrNotExist if its directory is gone.
+func (r Root) Find(id uint64) (string, error) {
+	mount, err := os.Open(string(r))
+	if err != nil {
+		return "", err
+	}
+	defer mount.Close()
+
+	// FILEID_KERNFS (include/linux/exportfs.h).
+	const kernfs = 0xfe
+	handle := unix.NewFileHandle(kernfs, binary.NativeEndian.AppendUint64(nil, id))
+	fd, err := unix.OpenByHandleAt(int(mount.Fd()), handle, unix.O_PATH|unix.O_CLOEXEC)
+	if errors.Is(err, unix.ESTALE) || errors.Is(err, unix.ENOENT) {
+		return "", fmt.Errorf("cgroup with id %d: %w", id, fs.ErrNotExist)
+	}
+	if err != nil {
+		return "", fmt.Errorf("cgroup with id %d: %w", id, err)
+	}
+	defer unix.Close(fd)
+	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil {
+		return "", err
+	}
+	return r.Rel(path)
+}
+
+// containerName matches the directories that Docker makes for containers, with
+// either cgroup driver.
+var containerName = regexp.MustCompile(`^(?:docker-)?([0-9a-f]{64})(?:\.scope)?$`)
+
+// ContainerID returns the id of the Docker container that a cgroup was made
+// for, by its name; "" if it has none.
+func ContainerID(rel string) string {
+	m := containerName.FindStringSubmatch(filepath.Base(rel))
+	if m == nil {
+		return ""
+	}
+	return m[1]
+}
+
+// Containers returns the cgroups of all running Docker containers, by their
+// names.
+func (r Root) Containers() ([]string, error) {
+	var found []string
+	err := filepath.WalkDir(string(r), func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			// Cgroups come and go while they are listed.
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+				return nil
+			}
+			return err
+		}
+		if !d.IsDir() {
+			return nil
+		}
+		rel := strings.TrimPrefix(path, string(r))
+		if ContainerID(rel) == "" {
+			return nil
+		}
+		events, err := os.ReadFile(filepath.Join(path, "cgroup.events"))
+		if err == nil && strings.Contains(string(events), "populated 1") {
+			found = append(found, rel)
+		}
+		return fs.SkipDir
+	})
+	return found, err
+}

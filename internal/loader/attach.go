@@ -1,0 +1,306 @@
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// undo are the steps back to what was in force before.
+type undo []func() error
+
+func (u *undo) add(back func() error) { *u = append(*u, back) }
+
+func (u undo) run() error {
+	var errs []error
+	for _, back := range slices.Backward(u) {
+		errs = append(errs, back())
+	}
+	return errors.Join(errs...)
+}
+
+// Attach puts the policy in force for the cgroups, given by path, and for those
+// that are policed already. Directories that do not exist are made. Where the
+// filter is in force, programs and policy are exchanged through its links: there
+// is no moment without a filter, and state is kept.
+//
+// On an error, what was in force before is in force again. Besides errors of the
+// kernel and those of package cgroup, the error can wrap ErrBusy, ErrNested,
+// ErrNotBPFFS and ErrOtherVersion.
+//
+// A process that was killed while it attached leaves each hook of each cgroup
+// either as it was before or as it should be; the next Attach completes it.
+func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) (err error) {
+	if err := p.Validate(); err != nil {
+		return err
+	}
+	var wanted []string
+	for _, path := range cgroups {
+		rel, err := f.root.Rel(path)
+		if err != nil {
+			return err
+		}
+		wanted = append(wanted, rel)
+	}
+	if err := cgroup.CheckNamespace(); err != nil {
+		return err
+	}
+	// Kernels before 5.11 charge maps to it.
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return err
+	}
+	if err := f.mount(); err != nil {
+		return err
+	}
+
+	unlock, err := f.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	old, err := f.installed()
+	if err != nil {
+		return err
+	}
+	defer closeAll(old)
+	for _, o := range old {
+		if o.rel == "" {
+			continue
+		}
+		// A cgroup that is gone is policed again if somebody made it anew.
+		if _, err := os.Stat(f.root.Path(o.rel)); err == nil {
+			wanted = append(wanted, o.rel)
+		}
+	}
+	slices.Sort(wanted)
+	wanted = slices.Compact(wanted)
+	for i, outer := range wanted {
+		for _, inner := range wanted[i+1:] {
+			if cgroup.Within(inner, outer) {
+				return fmt.Errorf("%s and %s: %w", f.root.Path(outer), f.root.Path(inner), ErrNested)
+			}
+		}
+	}
+
+	var back undo
+	defer func() {
+		if err == nil {
+			return
+		}
+		if undoErr := back.run(); undoErr != nil {
+			err = fmt.Errorf("%w; and to restore what was in force before: %w", err, undoErr)
+		}
+	}()
+	if len(old) == 0 {
+		back.add(f.removeState)
+	}
+	state, err := f.openState(true)
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	shared, err := loadPolicy(p)
+	if err != nil {
+		return err
+	}
+	defer shared.close()
+
+	// Everything that can be refused is loaded before anything is exchanged.
+	var targets []*target
+	defer func() {
+		for _, t := range targets {
+			t.close()
+		}
+	}()
+	for _, rel := range wanted {
+		t, err := f.prepare(rel, shared, state, &back)
+		if err != nil {
+			return err
+		}
+		targets = append(targets, t)
+	}
+	for _, t := range targets {
+		was := &policed{id: t.id, dir: filepath.Join(f.pins, fmt.Sprint(cgroupPrefix, t.id))}
+		if i := slices.IndexFunc(old, func(o *policed) bool { return o.id == t.id }); i >= 0 {
+			was = old[i]
+		}
+		if err := f.attachTarget(t, was, &back); err != nil {
+			return fmt.Errorf("attach to %s: %w", f.root.Path(t.rel), err)
+		}
+	}
+	// The filter works without it, and Status tells that it is missing and why.
+	_ = f.attachRelease(state)
+
+	for _, o := range old {
+		if o.gone {
+			// Nothing can be in force there.
+			if err := f.removePoliced(o); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// target is a cgroup that is about to be policed.
+type target struct {
+	rel   string
+	dir   *os.File
+	id    uint64
+	progs *Programs
+}
+
+func (t *target) close() {
+	t.dir.Close()
+	if t.progs != nil {
+		t.progs.Close()
+	}
+}
+
+// prepare makes and opens the directory of a cgroup and loads its programs.
+func (f *Filter) prepare(rel string, shared *loaded, state *maps.State, back *undo) (_ *target, err error) {
+	if err := f.makeCgroup(rel, back); err != nil {
+		return nil, err
+	}
+	t := &target{rel: rel}
+	if t.dir, t.id, err = f.root.Open(rel); err != nil {
+		return nil, err
+	}
+	if err := f.step("load %s", rel); err != nil {
+		t.close()
+		return nil, err
+	}
+	if t.progs, err = shared.programs(state, rel, t.id); err != nil {
+		t.close()
+		return nil, err
+	}
+	return t, nil
+}
+
+// makeCgroup makes the directories of a cgroup that do not exist.
+func (f *Filter) makeCgroup(rel string, back *undo) error {
+	path := f.root.Path(rel)
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if parent := filepath.Dir(rel); parent != "/" {
+		if err := f.makeCgroup(parent, back); err != nil {
+			return err
+		}
+	}
+	if err := f.step("make %s", rel); err != nil {
+		return err
+	}
+	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	// Whoever moved in meanwhile keeps it.
+	back.add(func() error { os.Remove(path); return nil })
+	return nil
+}
+
+// attachTarget brings the hooks of one cgroup to the target's programs.
+func (f *Filter) attachTarget(t *target, was *policed, back *undo) error {
+	if err := os.Mkdir(was.dir, 0o700); err == nil {
+		back.add(func() error { return os.Remove(was.dir) })
+	} else if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	for _, h := range hooks {
+		if err := f.step("%s of %s", h.name, t.rel); err != nil {
+			return err
+		}
+		var err error
+		if l := was.links[h.name]; l != nil {
+			err = exchange(l, was.info[h.name].Program, t.progs.byHook[h.name], back)
+		} else {
+			err = attachHook(h, t, filepath.Join(was.dir, h.name), back)
+		}
+		if err != nil {
+			return fmt.Errorf("hook %s: %w", h.name, err)
+		}
+	}
+	return nil
+}
+
+func exchange(l link.Link, old ebpf.ProgramID, prog *ebpf.Program, back *undo) error {
+	before, err := ebpf.NewProgramFromID(old)
+	if err != nil {
+		return fmt.Errorf("open program %d: %w", old, err)
+	}
+	if err := l.Update(prog); err != nil {
+		before.Close()
+		return err
+	}
+	back.add(func() error {
+		defer before.Close()
+		return l.Update(before)
+	})
+	return nil
+}
+
+func attachHook(h hook, t *target, pin string, back *undo) error {
+	// A pin that is still here holds a link that some other program has
+	// detached, and that cannot be attached again.
+	if err := os.Remove(pin); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	// AttachRawLink: AttachCgroup would fall back to an attachment that cannot
+	// be pinned and that any cgroup below could override.
+	l, err := link.AttachRawLink(link.RawLinkOptions{
+		Target:  int(t.dir.Fd()),
+		Program: t.progs.byHook[h.name],
+		Attach:  h.attach,
+	})
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if err := l.Pin(pin); err != nil {
+		return fmt.Errorf("pin link %s: %w", pin, err)
+	}
+	back.add(func() error { return removeLink(pin) })
+	return nil
+}
+
+// attachRelease exchanges the program that forgets removed containers. Without
+// it the filter works; containers that are gone take room in the state.
+func (f *Filter) attachRelease(state *maps.State) error {
+	// Links of tracing programs cannot be updated. For a moment two programs
+	// forget the same containers.
+	pin := filepath.Join(f.pins, bpf.EgressProgRelease)
+	next := pin + "-next"
+	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	prog, err := maps.LoadProgram(bpf.EgressProgRelease, state)
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	l, err := link.AttachTracing(link.TracingOptions{Program: prog})
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if err := f.step("pin release"); err != nil {
+		return err
+	}
+	if err := l.Pin(next); err != nil {
+		return err
+	}
+	return os.Rename(next, pin)
+}

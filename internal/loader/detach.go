@@ -1,0 +1,102 @@
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf/link"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/maps"
+)
+
+// Detach takes the filter off the cgroups, given by path, or off all of them if
+// none is given. With the last one, state and pin path go too. Taking off what
+// is not attached is no error. The error can wrap ErrBusy.
+func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
+	if _, err := os.Stat(f.pins); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var unwanted []string
+	for _, path := range cgroups {
+		rel, err := f.root.Rel(path)
+		if err != nil {
+			return err
+		}
+		unwanted = append(unwanted, rel)
+	}
+	unlock, err := f.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	all, err := f.installed()
+	if err != nil {
+		return err
+	}
+	defer closeAll(all)
+	left := 0
+	for _, p := range all {
+		if len(cgroups) > 0 && !slices.Contains(unwanted, p.rel) {
+			left++
+			continue
+		}
+		if err := f.removePoliced(p); err != nil {
+			return err
+		}
+	}
+	if left > 0 {
+		return nil
+	}
+	return f.removeState()
+}
+
+// removePoliced takes the filter off one cgroup.
+func (f *Filter) removePoliced(p *policed) error {
+	// The boundary goes last, as it came first.
+	for _, h := range slices.Backward(hooks) {
+		if err := f.step("detach %s of %s", h.name, p.rel); err != nil {
+			return err
+		}
+		if err := removeLink(filepath.Join(p.dir, h.name)); err != nil {
+			return err
+		}
+	}
+	return os.Remove(p.dir)
+}
+
+// removeState removes everything but policed cgroups.
+func (f *Filter) removeState() error {
+	if err := removeLink(filepath.Join(f.pins, bpf.EgressProgRelease)); err != nil {
+		return err
+	}
+	for _, name := range append(maps.StateNames(), bpf.EgressProgRelease+"-next") {
+		if err := os.Remove(filepath.Join(f.pins, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return os.Remove(f.pins)
+}
+
+// removeLink detaches a pinned link, at once where the kernel can, and removes
+// the pin. That there is none is no error.
+func removeLink(pin string) error {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open pinned link %s: %w", pin, err)
+	}
+	defer l.Close()
+	// Tracing links go with their last reference only.
+	if err := l.Detach(); err != nil && !errors.Is(err, link.ErrNotSupported) {
+		return fmt.Errorf("detach link %s: %w", pin, err)
+	}
+	return os.Remove(pin)
+}

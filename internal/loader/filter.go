@@ -1,0 +1,333 @@
+// Package loader puts the filter in force, swaps it and takes it away. Links and
+// state are pinned to a bpffs, so that no process is needed meanwhile.
+//
+// Below the pin path:
+//
+//	containers totals tickets   the state, kept from version to version
+//	release                     the link that forgets removed containers
+//	cgroup-<id>/<hook>          the links of a policed cgroup
+//
+// The policy is not pinned: it is loaded with the programs and gone with them.
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
+)
+
+// DefaultPinPath is where the filter is pinned unless told otherwise.
+const DefaultPinPath = "/sys/fs/bpf/egressbpf"
+
+var (
+	// ErrNotAttached means that there is nothing at the pin path.
+	ErrNotAttached = errors.New("egressbpf is not attached")
+	// ErrBusy means that another process attaches or detaches and does not finish.
+	ErrBusy = errors.New("another egressbpf is attaching or detaching")
+	// ErrOtherVersion means that the pins were made by a version whose state
+	// this one cannot take over.
+	ErrOtherVersion = errors.New("attached by a version that this one cannot take over from")
+	// ErrNotBPFFS means that the pin path is not in a bpf filesystem and not at
+	// the usual place of one, where it could be mounted.
+	ErrNotBPFFS = errors.New("not on a bpf filesystem")
+	// ErrNested means that a cgroup to be policed lies within another one.
+	ErrNested = errors.New("policed cgroups cannot be nested")
+)
+
+type hook struct {
+	name   string
+	attach ebpf.AttachType
+}
+
+// hooks are the programs of a policed cgroup in the order in which they are
+// attached: the boundary first.
+var hooks = []hook{
+	{bpf.EgressProgEgress, ebpf.AttachCGroupInetEgress},
+	{bpf.EgressProgConnect4, ebpf.AttachCGroupInet4Connect},
+	{bpf.EgressProgConnect6, ebpf.AttachCGroupInet6Connect},
+	{bpf.EgressProgSendmsg4, ebpf.AttachCGroupUDP4Sendmsg},
+	{bpf.EgressProgSendmsg6, ebpf.AttachCGroupUDP6Sendmsg},
+}
+
+// Filter is the filter of this host, in force or not, as its pins tell.
+type Filter struct {
+	pins string
+	root cgroup.Root
+	// fault, if set by a test, runs before each step that changes anything and
+	// can make it fail.
+	fault func(step string) error
+}
+
+// New returns the filter that is or will be pinned at pinPath and polices
+// cgroups below root.
+func New(pinPath string, root cgroup.Root) *Filter {
+	return &Filter{pins: filepath.Clean(pinPath), root: root}
+}
+
+func (f *Filter) step(format string, args ...any) error {
+	if f.fault == nil {
+		return nil
+	}
+	return f.fault(fmt.Sprintf(format, args...))
+}
+
+// State opens the maps of a filter that is attached. The caller closes it. The
+// error wraps ErrNotAttached or ErrOtherVersion.
+func (f *Filter) State() (*maps.State, error) {
+	state, err := f.openState(false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w (no pins at %s)", ErrNotAttached, f.pins)
+	}
+	return state, err
+}
+
+// openState opens the pinned maps of the state, and makes those that are
+// missing if create is set.
+func (f *Filter) openState(create bool) (_ *maps.State, err error) {
+	spec, err := bpf.LoadEgress()
+	if err != nil {
+		return nil, err
+	}
+	opened := map[string]*ebpf.Map{}
+	defer func() {
+		if err != nil {
+			for _, m := range opened {
+				m.Close()
+			}
+		}
+	}()
+	for _, name := range maps.StateNames() {
+		pin := filepath.Join(f.pins, name)
+		m, err := ebpf.LoadPinnedMap(pin, nil)
+		switch {
+		case errors.Is(err, fs.ErrNotExist) && create:
+			if err = f.step("pin map %s", name); err != nil {
+				return nil, err
+			}
+			if m, err = ebpf.NewMap(spec.Maps[name]); err != nil {
+				return nil, fmt.Errorf("create map %s: %w", name, err)
+			}
+			opened[name] = m
+			if err := m.Pin(pin); err != nil {
+				return nil, fmt.Errorf("pin map %s: %w", name, err)
+			}
+		case err != nil:
+			return nil, fmt.Errorf("open pinned map %s: %w", pin, err)
+		default:
+			opened[name] = m
+			if err := spec.Maps[name].Compatible(m); err != nil {
+				return nil, fmt.Errorf("pinned map %s: %w: %w", pin, ErrOtherVersion, err)
+			}
+		}
+	}
+	return maps.NewState(opened), nil
+}
+
+// policed is a cgroup that has links pinned.
+type policed struct {
+	id  uint64
+	dir string
+	// rel is where the cgroup is, or was if it is gone.
+	rel  string
+	gone bool
+	// links by the names of the hooks; dead ones, which some other program has
+	// detached, are missing.
+	links map[string]link.Link
+	info  map[string]*link.Info
+	// doc is read from the egress program; nil if that is missing.
+	doc *document
+	// since is when the egress program was loaded.
+	since time.Time
+}
+
+func (p *policed) close() {
+	for _, l := range p.links {
+		l.Close()
+	}
+}
+
+const cgroupPrefix = "cgroup-"
+
+// installed reads all policed cgroups back from the kernel. The caller closes
+// them. The error wraps ErrOtherVersion if there are hooks that this version
+// does not know.
+func (f *Filter) installed() (_ []*policed, err error) {
+	var found []*policed
+	defer func() {
+		if err != nil {
+			closeAll(found)
+		}
+	}()
+	entries, err := os.ReadDir(f.pins)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, entry := range entries {
+		digits, ok := strings.CutPrefix(entry.Name(), cgroupPrefix)
+		id, err := strconv.ParseUint(digits, 10, 64)
+		if !ok || err != nil {
+			continue
+		}
+		p, err := f.readPoliced(id, filepath.Join(f.pins, entry.Name()))
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, p)
+	}
+	slices.SortFunc(found, func(a, b *policed) int { return strings.Compare(a.rel, b.rel) })
+	return found, nil
+}
+
+func closeAll(all []*policed) {
+	for _, p := range all {
+		p.close()
+	}
+}
+
+func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
+	p := &policed{id: id, dir: dir, links: map[string]link.Link{}, info: map[string]*link.Info{}}
+	defer func() {
+		if err != nil {
+			p.close()
+		}
+	}()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, entry := range entries {
+		name := entry.Name()
+		if !slices.ContainsFunc(hooks, func(h hook) bool { return h.name == name }) {
+			return nil, fmt.Errorf("pinned link %s: %w", filepath.Join(dir, name), ErrOtherVersion)
+		}
+		l, err := link.LoadPinnedLink(filepath.Join(dir, name), nil)
+		if err != nil {
+			return nil, fmt.Errorf("open pinned link %s: %w", filepath.Join(dir, name), err)
+		}
+		info, err := l.Info()
+		if err != nil {
+			l.Close()
+			return nil, err
+		}
+		if name == bpf.EgressProgEgress {
+			if p.doc, p.since, err = readDocument(info.Program); err != nil {
+				l.Close()
+				return nil, err
+			}
+		}
+		// The kernel empties a link whose cgroup is gone or that was detached.
+		if c := info.Cgroup(); c == nil || c.CgroupId != id {
+			l.Close()
+			continue
+		}
+		p.links[name] = l
+		p.info[name] = info
+	}
+	p.rel, err = f.root.Find(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		p.gone = true
+		if p.doc != nil {
+			p.rel = p.doc.Cgroup
+		}
+		return p, nil
+	}
+	return p, err
+}
+
+// lock excludes other processes until unlock is called. It creates the pin
+// path. The error wraps ErrBusy when ctx ends before.
+func (f *Filter) lock(ctx context.Context) (unlock func(), err error) {
+	for {
+		if err := os.MkdirAll(f.pins, 0o700); err != nil {
+			return nil, err
+		}
+		dir, err := os.Open(f.pins)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if err := flock(ctx, dir); err != nil {
+			dir.Close()
+			return nil, err
+		}
+		// A detach that held the lock before may have removed the directory.
+		ours, err := dir.Stat()
+		if err == nil {
+			if current, err := os.Stat(f.pins); err == nil && os.SameFile(ours, current) {
+				return func() { dir.Close() }, nil
+			}
+		}
+		dir.Close()
+	}
+}
+
+func flock(ctx context.Context, dir *os.File) error {
+	const retry = 5 * time.Millisecond
+	for {
+		err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("lock %s: %w", dir.Name(), err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("lock %s: %w: %w", dir.Name(), ErrBusy, context.Cause(ctx))
+		case <-time.After(retry):
+		}
+	}
+}
+
+// usualMount is where a bpffs belongs.
+const usualMount = "/sys/fs/bpf"
+
+// mount makes sure that the pin path is in a bpffs, by mounting one at the
+// usual place if it is missing there.
+func (f *Filter) mount() error {
+	existing := f.pins
+	for {
+		if _, err := os.Stat(existing); err == nil || existing == "/" {
+			break
+		}
+		existing = filepath.Dir(existing)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(existing, &st); err != nil {
+		return fmt.Errorf("statfs %s: %w", existing, err)
+	}
+	if st.Type == unix.BPF_FS_MAGIC {
+		return nil
+	}
+	if existing != usualMount {
+		return fmt.Errorf("%s: %w", f.pins, ErrNotBPFFS)
+	}
+	if err := f.step("mount"); err != nil {
+		return err
+	}
+	err := unix.Mount("bpf", usualMount, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700")
+	if err != nil {
+		return fmt.Errorf("mount a bpf filesystem on %s: %w", usualMount, err)
+	}
+	return nil
+}

@@ -1,0 +1,244 @@
+package loader
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// document is what the policy was made from. It travels with the programs, in a
+// map that is bound to the egress program, so that what the kernel runs and what
+// status shows cannot differ.
+type document struct {
+	Version string        `json:"version"`
+	Cgroup  string        `json:"cgroup"`
+	Policy  policy.Policy `json:"policy"`
+}
+
+// documentMap is the name of the map that holds a document.
+const documentMap = "policy"
+
+func bindDocument(prog *ebpf.Program, doc document) error {
+	text, err := json.Marshal(doc)
+	if err != nil {
+		return err
+	}
+	m, err := ebpf.NewMap(&ebpf.MapSpec{
+		Name:       documentMap,
+		Type:       ebpf.Array,
+		KeySize:    4,
+		ValueSize:  uint32(len(text)),
+		MaxEntries: 1,
+		Contents:   []ebpf.MapKV{{Key: uint32(0), Value: text}},
+	})
+	if err != nil {
+		return fmt.Errorf("create map %s: %w", documentMap, err)
+	}
+	defer m.Close()
+	return prog.BindMap(m)
+}
+
+// readDocument returns the document of a program and when that was loaded; no
+// document if the program has none.
+func readDocument(id ebpf.ProgramID) (*document, time.Time, error) {
+	prog, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return nil, time.Time{}, fmt.Errorf("open program %d: %w", id, err)
+	}
+	defer prog.Close()
+	info, err := prog.Info()
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	var since time.Time
+	if age, ok := info.LoadTime(); ok {
+		since = bootTime().Add(age)
+	}
+	ids, _ := info.MapIDs()
+	for _, id := range ids {
+		doc, err := readDocumentMap(id)
+		if doc != nil || err != nil {
+			return doc, since, err
+		}
+	}
+	return nil, since, nil
+}
+
+func readDocumentMap(id ebpf.MapID) (*document, error) {
+	m, err := ebpf.NewMapFromID(id)
+	if err != nil {
+		return nil, fmt.Errorf("open map %d: %w", id, err)
+	}
+	defer m.Close()
+	info, err := m.Info()
+	if err != nil || info.Name != documentMap {
+		return nil, err
+	}
+	var text []byte
+	if err := m.Lookup(uint32(0), &text); err != nil {
+		return nil, fmt.Errorf("read map %s: %w", documentMap, err)
+	}
+	doc := new(document)
+	if err := json.Unmarshal(text, doc); err != nil {
+		return nil, fmt.Errorf("%w: policy: %w", ErrOtherVersion, err)
+	}
+	return doc, nil
+}
+
+// bootTime is the zero of the kernel's load times.
+func bootTime() time.Time {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return time.Time{}
+	}
+	return time.Now().Add(-time.Duration(ts.Nano()))
+}
+
+// Programs are the filter's programs for one cgroup, loaded and not attached.
+type Programs struct {
+	byHook map[string]*ebpf.Program
+}
+
+// Egress returns the program of the packet hook. It stays the Programs'.
+func (p *Programs) Egress() *ebpf.Program { return p.byHook[bpf.EgressProgEgress] }
+
+// Close closes the programs; the kernel keeps them while they are attached.
+func (p *Programs) Close() error {
+	var errs []error
+	for _, prog := range p.byHook {
+		errs = append(errs, prog.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// loaded is a policy in the kernel: the maps that programs of every cgroup
+// share.
+type loaded struct {
+	policy policy.Policy
+	rules  *maps.Rules
+	maps   map[string]*ebpf.Map
+}
+
+func (l *loaded) close() {
+	for _, m := range l.maps {
+		m.Close()
+	}
+}
+
+// loadPolicy creates and fills the maps of a policy.
+func loadPolicy(p policy.Policy) (_ *loaded, err error) {
+	spec, err := bpf.LoadEgress()
+	if err != nil {
+		return nil, err
+	}
+	l := &loaded{policy: p, rules: maps.CompileRules(p.Blocked(), p.Allowed(), p.SMTP.Exempt), maps: map[string]*ebpf.Map{}}
+	defer func() {
+		if err != nil {
+			l.close()
+		}
+	}()
+	for name, entries := range map[string]int{
+		bpf.EgressMapRules: len(l.rules.Prefixes),
+		bpf.EgressMapPorts: len(l.rules.Ports),
+	} {
+		spec.Maps[name].MaxEntries = uint32(max(entries, 1))
+		if l.maps[name], err = ebpf.NewMap(spec.Maps[name]); err != nil {
+			return nil, fmt.Errorf("create map %s for %d entries: %w", name, entries, err)
+		}
+	}
+	return l, l.rules.Load(l.maps[bpf.EgressMapRules], l.maps[bpf.EgressMapPorts])
+}
+
+// Load loads the programs that police the cgroup rel with a policy, with state
+// as their memory, and attaches nothing. A rejection by the kernel's verifier
+// wraps *ebpf.VerifierError. The caller closes the Programs.
+func Load(p policy.Policy, state *maps.State, rel string, id uint64) (*Programs, error) {
+	l, err := loadPolicy(p)
+	if err != nil {
+		return nil, err
+	}
+	defer l.close()
+	return l.programs(state, rel, id)
+}
+
+func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs, err error) {
+	spec, err := bpf.LoadEgress()
+	if err != nil {
+		return nil, err
+	}
+	for name := range spec.Programs {
+		if !slices.ContainsFunc(hooks, func(h hook) bool { return h.name == name }) {
+			delete(spec.Programs, name)
+		}
+	}
+	var smtpPorts maps.Bitmap
+	for _, port := range l.policy.SMTP.Ports {
+		smtpPorts.Set(port)
+	}
+	setRetval, err := haveHelper(ebpf.CGroupSockAddr, asm.FnSetRetval)
+	if err != nil {
+		return nil, err
+	}
+	coarseClock, err := haveHelper(ebpf.CGroupSKB, asm.FnKtimeGetCoarseNs)
+	if err != nil {
+		return nil, err
+	}
+	for name, value := range map[string]any{
+		bpf.EgressVarEnforce:         l.policy.Mode == policy.Enforce,
+		bpf.EgressVarOverLimitReject: l.policy.SMTP.OverLimit == policy.Reject,
+		bpf.EgressVarHasExempt:       len(l.policy.SMTP.Exempt) > 0,
+		bpf.EgressVarHasSetRetval:    setRetval,
+		bpf.EgressVarHasCoarseClock:  coarseClock,
+		bpf.EgressVarDefaultLimit:    maps.LimitOf(l.policy.SMTP.Limit()),
+		bpf.EgressVarPolicedId:       id,
+		bpf.EgressVarPolicedLevel:    cgroup.Level(rel),
+		bpf.EgressVarSuspects4:       l.rules.Suspects4,
+		bpf.EgressVarSuspects6:       l.rules.Suspects6,
+		bpf.EgressVarSmtpPorts:       smtpPorts,
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return nil, fmt.Errorf("set constant %s: %w", name, err)
+		}
+	}
+	shared := state.ByName()
+	for name, m := range l.maps {
+		spec.Maps[name].MaxEntries = m.MaxEntries()
+		shared[name] = m
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
+	if err != nil {
+		return nil, fmt.Errorf("load programs: %w", err)
+	}
+	defer coll.Close()
+	p := &Programs{byHook: map[string]*ebpf.Program{}}
+	for _, h := range hooks {
+		p.byHook[h.name] = coll.DetachProgram(h.name)
+	}
+	err = bindDocument(p.Egress(), document{Version: Version(), Cgroup: rel, Policy: l.policy})
+	if err != nil {
+		p.Close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// haveHelper says whether the kernel has a helper for a type of program.
+func haveHelper(typ ebpf.ProgramType, helper asm.BuiltinFunc) (bool, error) {
+	err := features.HaveProgramHelper(typ, helper)
+	if err != nil && !errors.Is(err, ebpf.ErrNotSupported) {
+		return false, fmt.Errorf("probe %v: %w", helper, err)
+	}
+	return err == nil, nil
+}

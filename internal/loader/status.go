@@ -1,0 +1,184 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/cilium/ebpf/link"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// Status is what the kernel says of the filter.
+type Status struct {
+	// Enforcing is whether packets are being dropped: every hook of every
+	// policed cgroup is attached, and the policy is not only audited.
+	Enforcing bool `json:"enforcing"`
+	// Mode is empty if no cgroup is policed.
+	Mode policy.Mode `json:"mode"`
+	// Cgroups are the paths of the policed cgroups.
+	Cgroups []string `json:"cgroups"`
+	// Policy is that of the first policed cgroup; nil if there is none.
+	Policy *policy.Policy `json:"policy,omitempty"`
+	// Version is that of the programs, which may not be this build's.
+	Version   string      `json:"version,omitempty"`
+	Hooks     []Hook      `json:"hooks"`
+	Defences  []Defence   `json:"defences"`
+	Uncovered []Uncovered `json:"uncovered"`
+}
+
+// Hook is a place in the kernel where a program of the filter should run.
+type Hook struct {
+	Name     string `json:"name"`
+	Attached bool   `json:"attached"`
+	// Cgroup is the path of the policed cgroup, or was; empty for hooks of the
+	// whole host.
+	Cgroup  string `json:"cgroup"`
+	Program uint32 `json:"program_id"`
+	Link    uint32 `json:"link_id"`
+	// Since is when the program was loaded; zero if it is not attached.
+	Since time.Time `json:"since,omitzero"`
+	// Reason says why it is not attached.
+	Reason string `json:"reason,omitempty"`
+}
+
+// Defence stands beside the hooks, against what does not pass them.
+type Defence struct {
+	Name   string `json:"name"`
+	Active bool   `json:"active"`
+	// Reason says why it is not active.
+	Reason string `json:"reason"`
+}
+
+// Uncovered is a running Docker container outside of the policed cgroups.
+type Uncovered struct {
+	ID     string `json:"id"`
+	Name   string `json:"name"`
+	Cgroup string `json:"cgroup"`
+}
+
+// InForce says whether the filter does what it can: it enforces, and no
+// container is outside of it.
+func (s *Status) InForce() bool { return s.Enforcing && len(s.Uncovered) == 0 }
+
+// Status reads back what is in force. The error can wrap ErrOtherVersion. That
+// nothing is attached is no error.
+func (f *Filter) Status() (*Status, error) {
+	all, err := f.installed()
+	if err != nil {
+		return nil, err
+	}
+	defer closeAll(all)
+	s := &Status{
+		Cgroups: []string{},
+		Hooks:   []Hook{},
+		Defences: []Defence{
+			{Name: "socket_families", Reason: "not part of this version: packet sockets, which need CAP_NET_RAW, send past the filter"},
+			{Name: "host_side", Reason: "not part of this version: what does not come from a container's own IP socket passes"},
+		},
+		Uncovered: []Uncovered{},
+	}
+	s.Enforcing = len(all) > 0
+	for _, p := range all {
+		s.add(f, p)
+	}
+	if len(all) > 0 {
+		s.Hooks = append(s.Hooks, f.releaseHook())
+	}
+	return s, s.findUncovered(f, all)
+}
+
+func (s *Status) add(f *Filter, p *policed) {
+	path := f.root.Path(p.rel)
+	s.Cgroups = append(s.Cgroups, path)
+	if p.doc != nil && s.Policy == nil {
+		s.Policy, s.Mode, s.Version = &p.doc.Policy, p.doc.Policy.Mode, p.doc.Version
+	}
+	if p.doc == nil || p.doc.Policy.Mode != policy.Enforce {
+		s.Enforcing = false
+	}
+	for _, h := range hooks {
+		row := Hook{Name: h.name, Cgroup: path}
+		info := p.info[h.name]
+		switch {
+		case p.gone:
+			row.Reason = "the cgroup was removed; attach again"
+		case info == nil:
+			row.Reason = "detached by another program, or an attach was interrupted; attach again"
+		default:
+			row.Attached = true
+			row.Program, row.Link = uint32(info.Program), uint32(info.ID)
+			row.Since = p.since
+		}
+		if !row.Attached {
+			s.Enforcing = false
+		}
+		s.Hooks = append(s.Hooks, row)
+	}
+}
+
+// releaseHook describes the hook that forgets removed containers.
+func (f *Filter) releaseHook() Hook {
+	row := Hook{Name: bpf.EgressProgRelease}
+	l, err := link.LoadPinnedLink(filepath.Join(f.pins, row.Name), nil)
+	if err != nil {
+		row.Reason = f.whyNoRelease(err).Error()
+		return row
+	}
+	defer l.Close()
+	info, err := l.Info()
+	if err != nil {
+		row.Reason = err.Error()
+		return row
+	}
+	row.Attached, row.Program, row.Link = true, uint32(info.Program), uint32(info.ID)
+	if _, row.Since, err = readDocument(info.Program); err != nil {
+		row.Reason = err.Error()
+	}
+	return row
+}
+
+func (f *Filter) whyNoRelease(err error) error {
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	state, err := f.State()
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	prog, err := maps.LoadProgram(bpf.EgressProgRelease, state)
+	if err != nil {
+		return err
+	}
+	prog.Close()
+	return errors.New("an attach was interrupted; attach again")
+}
+
+func (s *Status) findUncovered(f *Filter, all []*policed) error {
+	containers, err := f.root.Containers()
+	if err != nil {
+		return fmt.Errorf("look for containers: %w", err)
+	}
+	for _, rel := range containers {
+		covered := slices.ContainsFunc(all, func(p *policed) bool { return !p.gone && cgroup.Within(rel, p.rel) })
+		if !covered {
+			s.Uncovered = append(s.Uncovered, Uncovered{ID: cgroup.ContainerID(rel), Cgroup: rel})
+		}
+	}
+	return nil
+}
+
+// Attached says whether there is a filter, in force or not.
+func (f *Filter) Attached() bool {
+	_, err := os.Stat(f.pins)
+	return err == nil
+}

@@ -1,0 +1,182 @@
+// Package maps gives the BPF maps Go types: what the programs count and limit,
+// and the policy they look up.
+package maps
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// Counters are what was done to one container, or to all.
+type Counters = bpf.EgressCounters
+
+// Container is what the programs keep about one container.
+type Container = bpf.EgressContainer
+
+// State holds the maps that outlive the programs: they are pinned, and each
+// version of the programs is handed those of the version before.
+type State struct {
+	containers, totals, tickets *ebpf.Map
+}
+
+// StateNames are the names of the State's maps, also as pins.
+func StateNames() []string {
+	return []string{bpf.EgressMapContainers, bpf.EgressMapTotals, bpf.EgressMapTickets}
+}
+
+// NewState wraps the maps of StateNames, which it then owns.
+func NewState(byName map[string]*ebpf.Map) *State {
+	return &State{
+		containers: byName[bpf.EgressMapContainers],
+		totals:     byName[bpf.EgressMapTotals],
+		tickets:    byName[bpf.EgressMapTickets],
+	}
+}
+
+// CreateState makes the maps, empty and pinned nowhere.
+func CreateState() (*State, error) {
+	spec, err := bpf.LoadEgress()
+	if err != nil {
+		return nil, err
+	}
+	made := map[string]*ebpf.Map{}
+	for _, name := range StateNames() {
+		m, err := ebpf.NewMap(spec.Maps[name])
+		if err != nil {
+			for _, m := range made {
+				m.Close()
+			}
+			return nil, fmt.Errorf("create map %s: %w", name, err)
+		}
+		made[name] = m
+	}
+	return NewState(made), nil
+}
+
+// ByName returns the maps by their names. They stay the State's.
+func (s *State) ByName() map[string]*ebpf.Map {
+	return map[string]*ebpf.Map{
+		bpf.EgressMapContainers: s.containers,
+		bpf.EgressMapTotals:     s.totals,
+		bpf.EgressMapTickets:    s.tickets,
+	}
+}
+
+// Close closes the maps; the kernel keeps them while they are pinned or used.
+func (s *State) Close() error {
+	return errors.Join(s.containers.Close(), s.totals.Close(), s.tickets.Close())
+}
+
+// Containers returns the containers that something was counted for, by the ids
+// of their cgroups.
+func (s *State) Containers() (map[uint64]Container, error) {
+	// The kernel fills whole hash buckets, which have room in any chunk of this
+	// size, and never skips an entry because its neighbour is deleted meanwhile.
+	const chunk = 1024
+	var (
+		cursor ebpf.MapBatchCursor
+		ids    = make([]uint64, chunk)
+		values = make([]Container, chunk)
+		found  = map[uint64]Container{}
+	)
+	for {
+		n, err := s.containers.BatchLookup(&cursor, ids, values, nil)
+		for i := range n {
+			found[ids[i]] = values[i]
+		}
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return found, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read map containers: %w", err)
+		}
+	}
+}
+
+// Totals returns the sum over all containers since the first attach, those
+// that are gone included.
+func (s *State) Totals() (Counters, error) {
+	var perCPU []Counters
+	if err := s.totals.Lookup(uint32(0), &perCPU); err != nil {
+		return Counters{}, fmt.Errorf("read map totals: %w", err)
+	}
+	var sum Counters
+	for _, c := range perCPU {
+		for r := range c.Dropped {
+			sum.Dropped[r].Packets += c.Dropped[r].Packets
+			sum.Dropped[r].Bytes += c.Dropped[r].Bytes
+			sum.Dropped[r].Connects += c.Dropped[r].Connects
+		}
+		sum.SmtpAllowed += c.SmtpAllowed
+	}
+	return sum, nil
+}
+
+// SetLimit gives the container with a cgroup id its own limit, from its next
+// mail connection on. The tokens that are missing from its bucket stay missing.
+func (s *State) SetLimit(id uint64, l policy.Limit) error { return s.setLimit(id, LimitOf(l)) }
+
+// UnsetLimit returns the container to the policy's limit; without a limit of
+// its own that is no error.
+func (s *State) UnsetLimit(id uint64) error { return s.setLimit(id, bpf.EgressLimit{}) }
+
+// setLimit has a program write the limit: the system call for it would write
+// the whole entry, and undo what is counted meanwhile.
+func (s *State) setLimit(id uint64, l bpf.EgressLimit) error {
+	prog, err := LoadProgram(bpf.EgressProgSetLimit, s)
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	const ethernet = 14
+	request, err := binary.Append(make([]byte, ethernet), binary.NativeEndian, bpf.EgressLimitRequest{Id: id, Limit: l})
+	if err != nil {
+		return err
+	}
+	done, err := prog.Run(&ebpf.RunOptions{Data: request})
+	if err != nil {
+		return fmt.Errorf("set the limit of cgroup %d: %w", id, err)
+	}
+	if done != 1 {
+		return fmt.Errorf("set the limit of cgroup %d: map %s is full", id, bpf.EgressMapContainers)
+	}
+	return nil
+}
+
+// LoadProgram loads a program that uses the State's maps and no others. The
+// caller closes it.
+func LoadProgram(name string, s *State) (*ebpf.Program, error) {
+	spec, err := bpf.LoadEgress()
+	if err != nil {
+		return nil, err
+	}
+	shared := s.ByName()
+	spec.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
+	for name := range spec.Maps {
+		if shared[name] == nil {
+			delete(spec.Maps, name)
+		}
+	}
+	spec.Variables = nil
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
+	if err != nil {
+		return nil, fmt.Errorf("load program %s: %w", name, err)
+	}
+	defer coll.Close()
+	return coll.DetachProgram(name), nil
+}
+
+// Forget removes what is kept about the container with a cgroup id; the totals
+// keep its counts.
+func (s *State) Forget(id uint64) error {
+	if err := s.containers.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("write map %s: %w", bpf.EgressMapContainers, err)
+	}
+	return nil
+}

@@ -1,0 +1,262 @@
+// Package stats reads what the filter has done to each container.
+package stats
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// Stats are the filter's counters.
+type Stats struct {
+	Mode       policy.Mode `json:"mode"`
+	Cgroups    []string    `json:"cgroups"`
+	Containers []Container `json:"containers"`
+	// Total includes containers that are gone.
+	Total Total `json:"total"`
+}
+
+// Container is one container's row.
+type Container struct {
+	// ID is the container's id, or its cgroup's name.
+	ID string `json:"id"`
+	// Name is what the container is called; empty if that is not known.
+	Name     string `json:"name"`
+	CgroupID uint64 `json:"cgroup_id"`
+	// Cgroup is the path below the cgroup2 mount; empty if it is gone.
+	Cgroup    string  `json:"cgroup"`
+	Blocked   Blocked `json:"blocked"`
+	Malformed Traffic `json:"malformed"`
+	Families  Denied  `json:"socket_families"`
+	HostSide  Traffic `json:"host_side"`
+	SMTP      Bucket  `json:"smtp"`
+}
+
+// Total is the sum over all containers.
+type Total struct {
+	Blocked   Blocked `json:"blocked"`
+	Malformed Traffic `json:"malformed"`
+	Families  Denied  `json:"socket_families"`
+	HostSide  Traffic `json:"host_side"`
+	SMTP      SMTP    `json:"smtp"`
+}
+
+// Traffic is what was dropped. Bytes count from the IP header on.
+type Traffic struct {
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+}
+
+// Blocked is what was sent to blocked destinations.
+type Blocked struct {
+	Traffic
+	// Connects were refused in connect() or sendmsg(), and sent no packet.
+	Connects uint64 `json:"connects"`
+}
+
+// Denied are refused sockets.
+type Denied struct {
+	Denied uint64 `json:"denied"`
+}
+
+// SMTP are mail connections, by what became of them. Repeated attempts count
+// again, but for those of an allowed connection.
+type SMTP struct {
+	Allowed     uint64 `json:"allowed"`
+	RateLimited uint64 `json:"rate_limited"`
+	NoBucket    uint64 `json:"no_bucket"`
+}
+
+// Bucket is a container's SMTP with the state of its bucket.
+type Bucket struct {
+	SMTP
+	// Tokens are left; nil if the rate is unlimited.
+	Tokens *float64    `json:"tokens"`
+	Rate   policy.Rate `json:"rate"`
+	Burst  uint32      `json:"burst"`
+}
+
+func total(c maps.Counters) Total {
+	dropped := func(r bpf.EgressReason) Traffic {
+		return Traffic{Packets: c.Dropped[r].Packets, Bytes: c.Dropped[r].Bytes}
+	}
+	attempts := func(r bpf.EgressReason) uint64 { return c.Dropped[r].Packets + c.Dropped[r].Connects }
+	return Total{
+		Blocked: Blocked{
+			Traffic:  dropped(bpf.EgressReasonREASON_BLOCKED),
+			Connects: c.Dropped[bpf.EgressReasonREASON_BLOCKED].Connects,
+		},
+		Malformed: dropped(bpf.EgressReasonREASON_MALFORMED),
+		SMTP: SMTP{
+			Allowed:     c.SmtpAllowed,
+			RateLimited: attempts(bpf.EgressReasonREASON_RATE_LIMITED),
+			NoBucket:    attempts(bpf.EgressReasonREASON_NO_BUCKET),
+		},
+	}
+}
+
+// Reader reads the stats of one filter again and again.
+type Reader struct {
+	filter *loader.Filter
+	root   cgroup.Root
+	state  *maps.State
+}
+
+// Open returns a Reader, which the caller closes. The error can wrap
+// loader.ErrNotAttached and loader.ErrOtherVersion.
+func Open(filter *loader.Filter, root cgroup.Root) (*Reader, error) {
+	state, err := filter.State()
+	if err != nil {
+		return nil, err
+	}
+	return &Reader{filter, root, state}, nil
+}
+
+// Close closes the Reader.
+func (r *Reader) Close() error { return r.state.Close() }
+
+// Read returns the counters as they are. Containers that exist and that nothing
+// was counted for have a row too.
+func (r *Reader) Read() (*Stats, error) {
+	status, err := r.filter.Status()
+	if err != nil {
+		return nil, err
+	}
+	s := &Stats{Mode: status.Mode, Cgroups: status.Cgroups, Containers: []Container{}}
+	sum, err := r.state.Totals()
+	if err != nil {
+		return nil, err
+	}
+	s.Total = total(sum)
+	known, err := r.state.Containers()
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range status.Cgroups {
+		if err := r.addIdle(known, path); err != nil {
+			return nil, err
+		}
+	}
+	var def policy.Limit
+	if status.Policy != nil {
+		def = status.Policy.SMTP.Limit()
+	}
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return nil, err
+	}
+	for id, c := range known {
+		row, err := r.row(id, c, def, uint64(now.Nano()))
+		if err != nil {
+			return nil, err
+		}
+		s.Containers = append(s.Containers, row)
+	}
+	slices.SortFunc(s.Containers, func(a, b Container) int {
+		return cmp.Or(strings.Compare(a.Cgroup, b.Cgroup), cmp.Compare(a.CgroupID, b.CgroupID))
+	})
+	return s, nil
+}
+
+// addIdle adds the containers below a policed cgroup that have no state.
+func (r *Reader) addIdle(known map[uint64]maps.Container, path string) error {
+	entries, err := os.ReadDir(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	parent, err := r.root.Rel(path)
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		if !entry.IsDir() {
+			continue
+		}
+		id, err := r.root.ID(parent + "/" + entry.Name())
+		if err != nil {
+			continue // removed meanwhile
+		}
+		if _, ok := known[id]; !ok {
+			known[id] = maps.Container{}
+		}
+	}
+	return nil
+}
+
+func (r *Reader) row(id uint64, c maps.Container, def policy.Limit, now uint64) (Container, error) {
+	row := Container{ID: fmt.Sprint("cgroup-", id), CgroupID: id}
+	if rel, err := r.root.Find(id); err == nil {
+		row.Cgroup = rel
+		if row.ID = cgroup.ContainerID(rel); row.ID == "" {
+			row.ID = filepath.Base(rel)
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return row, err
+	}
+	limit := c.Limit
+	if limit.Burst == 0 {
+		limit = maps.LimitOf(def)
+	}
+	t := total(c.Counters)
+	row.Blocked, row.Malformed, row.Families, row.HostSide = t.Blocked, t.Malformed, t.Families, t.HostSide
+	row.SMTP.SMTP = t.SMTP
+	effective := maps.PolicyLimit(limit)
+	row.SMTP.Rate, row.SMTP.Burst = effective.Rate, effective.Burst
+	if tokens := maps.Tokens(c.Bucket, limit, now); !math.IsInf(tokens, 1) {
+		tokens = math.Floor(tokens*1000) / 1000
+		row.SMTP.Tokens = &tokens
+	}
+	return row, nil
+}
+
+// ErrNoContainer means that no container goes by a name.
+var ErrNoContainer = errors.New("no such container")
+
+// ErrAmbiguous means that more than one container goes by a name.
+var ErrAmbiguous = errors.New("more than one container goes by that name")
+
+// Select returns the container with a name: its id or the beginning of it, the
+// name of its cgroup, or the path of that, below the cgroup2 mount or in full.
+// The error wraps ErrNoContainer or ErrAmbiguous.
+func (r *Reader) Select(s *Stats, name string) (*Container, error) {
+	var found *Container
+	for i := range s.Containers {
+		c := &s.Containers[i]
+		if c.ID == name || c.Cgroup == name || r.root.Path(c.Cgroup) == filepath.Clean(name) || filepath.Base(c.Cgroup) == name {
+			return c, nil
+		}
+		if name != "" && strings.HasPrefix(c.ID, name) {
+			if found != nil {
+				return nil, fmt.Errorf("%q: %w", name, ErrAmbiguous)
+			}
+			found = c
+		}
+	}
+	if found == nil {
+		return nil, fmt.Errorf("%q: %w below %s", name, ErrNoContainer, strings.Join(s.Cgroups, ", "))
+	}
+	return found, nil
+}
+
+// SetLimit gives a container its own limit; UnsetLimit takes it away.
+func (r *Reader) SetLimit(c *Container, l policy.Limit) error { return r.state.SetLimit(c.CgroupID, l) }
+
+// UnsetLimit returns a container to the policy's limit.
+func (r *Reader) UnsetLimit(c *Container) error { return r.state.UnsetLimit(c.CgroupID) }

@@ -1,0 +1,166 @@
+// Package testenv gives tests what they need of the kernel, and takes it away
+// after them: cgroups, bpf filesystems, processes. It needs root; a test that
+// cannot have what it asks for fails.
+package testenv
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/loader"
+)
+
+// Root returns the cgroup2 mount.
+func Root(t testing.TB) cgroup.Root {
+	t.Helper()
+	root, err := cgroup.FindRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
+var serial atomic.Int64
+
+// Cgroup makes a cgroup directly below the root and returns its path. It is
+// removed after the test, with the cgroups below it; processes in it are killed.
+func Cgroup(t testing.TB) string {
+	t.Helper()
+	path := CgroupName(t)
+	if err := os.Mkdir(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// CgroupName returns the path of a cgroup that does not exist. If the test makes
+// it, it is removed as those of Cgroup are.
+func CgroupName(t testing.TB) string {
+	t.Helper()
+	path := Root(t).Path(fmt.Sprintf("/egressbpf-test-%d-%d", os.Getpid(), serial.Add(1)))
+	t.Cleanup(func() { removeCgroup(t, path) })
+	return path
+}
+
+// Child makes a cgroup below another one.
+func Child(t testing.TB, parent, name string) string {
+	t.Helper()
+	path := filepath.Join(parent, name)
+	if err := os.Mkdir(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func removeCgroup(t testing.TB, path string) {
+	entries, err := os.ReadDir(path)
+	if os.IsNotExist(err) {
+		return
+	}
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	for _, entry := range entries {
+		if entry.IsDir() {
+			removeCgroup(t, filepath.Join(path, entry.Name()))
+		}
+	}
+	// cgroup.kill needs 5.14.
+	if pids, err := os.ReadFile(filepath.Join(path, "cgroup.procs")); err == nil {
+		for pid := range strings.FieldsSeq(string(pids)) {
+			var n int
+			fmt.Sscan(pid, &n)
+			_ = unix.Kill(n, unix.SIGKILL)
+		}
+	}
+	// A killed process leaves the cgroup when it has been reaped.
+	Eventually(t, "remove "+path, func() bool { return unix.Rmdir(path) != unix.EBUSY })
+}
+
+// PinPath mounts a bpf filesystem for the test alone and returns a pin path in
+// it that does not exist.
+func PinPath(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("bpf", dir, "bpf", 0, "mode=0700"); err != nil {
+		t.Fatalf("mount a bpf filesystem: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
+	return filepath.Join(dir, "egressbpf")
+}
+
+// Filter returns a filter with a pin path of its own, which is detached after
+// the test.
+func Filter(t testing.TB) *loader.Filter {
+	t.Helper()
+	f := loader.New(PinPath(t), Root(t))
+	t.Cleanup(func() {
+		if err := f.Detach(context.Background(), nil); err != nil {
+			t.Errorf("detach: %v", err)
+		}
+	})
+	return f
+}
+
+// Command returns a command that starts in a cgroup, from its first instruction.
+func Command(t testing.TB, cgroupPath, name string, args ...string) *exec.Cmd {
+	t.Helper()
+	dir, err := os.Open(cgroupPath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dir.Close() })
+	cmd := exec.CommandContext(t.Context(), name, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd()), Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
+
+// Enter moves the test process into a cgroup until the test ends.
+func Enter(t testing.TB, cgroupPath string) {
+	t.Helper()
+	before, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	home := "/"
+	for line := range strings.Lines(string(before)) {
+		if rel, ok := strings.CutPrefix(line, "0::"); ok {
+			home = strings.TrimSpace(rel)
+		}
+	}
+	move := func(path string) {
+		if err := os.WriteFile(filepath.Join(path, "cgroup.procs"), []byte("0"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	move(cgroupPath)
+	t.Cleanup(func() { move(Root(t).Path(home)) })
+}
+
+// Eventually waits until a condition that no event tells of is true, and fails
+// the test if that takes too long.
+func Eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	const patience = 20 * time.Second
+	for deadline := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not after %v", what, patience)
+		}
+	}
+}
