@@ -1,0 +1,225 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// lockPatience is how long a command waits for another one to finish.
+const lockPatience = 20 * time.Second
+
+type attachOptions struct {
+	*globals
+	cgroups []string
+	config  string
+	policy  policyFlags
+	output  *output
+}
+
+func newAttach(g *globals) *cobra.Command {
+	o := attachOptions{globals: g}
+	cmd := &cobra.Command{
+		Use:   "attach [--cgroup PATH]... [--config FILE] [flags]",
+		Short: "Put the filter in force, or exchange its policy",
+		Long: `Loads the programs, attaches them to the policed cgroups and exits. The filter is
+in force afterwards without any process. Missing cgroup directories are made, so
+this can run before the first container.
+
+Run again, it exchanges policy and programs while packets flow: none goes
+unpoliced, and buckets and counters are kept. Cgroups that are policed already
+stay so and get the same policy. If anything is refused, what was in force stays.
+
+A flag overrides the same key of the config file; lists are replaced, not added to.`,
+		Example: `  egressbpf attach
+  egressbpf attach --cgroup /sys/fs/cgroup/docker --allow-dns --smtp-rate 10/minute
+  egressbpf attach --block 10.0.0.0/8 --allow 10.0.0.53:53/udp --allow '[2001:db8::1]:443/tcp'`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.run(cmd.Context(), cmd.Flags(), cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringArrayVar(&o.cgroups, "cgroup", nil, "directory of a cgroup whose children are containers; may be repeated (default: docker below the cgroup2 mount)")
+	flags.StringVar(&o.config, "config", "", "YAML file with the policy")
+	o.policy.register(flags)
+	o.output = outputFlag(cmd)
+	return cmd
+}
+
+func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, stderr io.Writer) error {
+	config, err := o.readConfig(flags)
+	if err != nil {
+		return usageError{err}
+	}
+	filter, root, err := o.filter()
+	if err != nil {
+		return err
+	}
+	if len(config.Cgroups) == 0 {
+		config.Cgroups = []string{root.Path("/docker")}
+	}
+	ctx, cancel := context.WithTimeout(ctx, lockPatience)
+	defer cancel()
+	if err := filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {
+		return err
+	}
+	status, err := filter.Status()
+	if err != nil {
+		return err
+	}
+	warn(stderr, status, blockedResolvers(config.Policy))
+	if *o.output == jsonText {
+		return writeJSON(stdout, status)
+	}
+	return printStatus(stdout, status)
+}
+
+func (o *attachOptions) readConfig(flags *pflag.FlagSet) (policy.Config, error) {
+	config := policy.Config{Policy: policy.Default()}
+	if o.config != "" {
+		text, err := os.ReadFile(o.config)
+		if err != nil {
+			return config, fmt.Errorf("--config: %w", err)
+		}
+		if config, err = policy.ParseConfig(o.config, text); err != nil {
+			return config, err
+		}
+	}
+	if flags.Changed("cgroup") {
+		config.Cgroups = o.cgroups
+	}
+	if err := o.policy.apply(flags, &config.Policy); err != nil {
+		return config, err
+	}
+	return config, config.Policy.Validate()
+}
+
+// policyFlags are the policy's keys as flags.
+type policyFlags struct {
+	mode, overLimit, rate                      string
+	presets, block, allow, smtpPorts, exempted []string
+	allowDNS                                   bool
+	burst                                      uint32
+}
+
+func (p *policyFlags) register(flags *pflag.FlagSet) {
+	def := policy.Default()
+	flags.StringSliceVar(&p.presets, "preset", def.Presets, "clouds whose metadata service is blocked: "+strings.Join(policy.PresetNames(), ", "))
+	flags.StringSliceVar(&p.block, "block", nil, "destinations to block: ADDR|CIDR[:PORT][/PROTO], IPv6 with a port in brackets")
+	flags.StringSliceVar(&p.allow, "allow", nil, "exceptions from what is blocked, in the same form")
+	flags.BoolVar(&p.allowDNS, "allow-dns", false, "allow port 53 of every blocked address")
+	flags.StringSliceVar(&p.smtpPorts, "smtp-ports", []string{"25", "465", "587"}, "TCP ports of mail")
+	flags.StringVar(&p.rate, "smtp-rate", def.SMTP.Rate.String(), "new mail connections of each container: N/second|minute|hour|day, or unlimited")
+	flags.Uint32Var(&p.burst, "smtp-burst", def.SMTP.Burst, "how many of them at once")
+	flags.StringVar(&p.overLimit, "over-limit", string(def.SMTP.OverLimit), "what happens to the others: drop (they wait and repeat) or reject (they fail at once)")
+	flags.StringSliceVar(&p.exempted, "smtp-exempt", nil, "destinations to which mail is not limited: ADDR|CIDR")
+	flags.StringVar(&p.mode, "mode", string(def.Mode), "enforce, or audit: count and report, drop nothing")
+}
+
+// apply sets the keys whose flags were given. An error names the flag.
+func (p *policyFlags) apply(flags *pflag.FlagSet, to *policy.Policy) error {
+	for _, f := range []struct {
+		name string
+		set  func() error
+	}{
+		{"preset", func() (err error) { to.Presets, err = policy.ParsePresets(p.presets); return err }},
+		{"block", func() (err error) { to.Block, err = parseAll(p.block, policy.ParseRule); return err }},
+		{"allow", func() (err error) { to.Allow, err = parseAll(p.allow, policy.ParseRule); return err }},
+		{"allow-dns", func() error { to.AllowDNS = p.allowDNS; return nil }},
+		{"smtp-ports", func() (err error) { to.SMTP.Ports, err = policy.ParsePorts(p.smtpPorts); return err }},
+		{"smtp-rate", func() (err error) { to.SMTP.Rate, err = policy.ParseRate(p.rate); return err }},
+		{"smtp-burst", func() error { to.SMTP.Burst = p.burst; return nil }},
+		{"over-limit", func() (err error) { to.SMTP.OverLimit, err = policy.ParseOverLimit(p.overLimit); return err }},
+		{"smtp-exempt", func() (err error) { to.SMTP.Exempt, err = parseAll(p.exempted, policy.ParsePrefix); return err }},
+		{"mode", func() (err error) { to.Mode, err = policy.ParseMode(p.mode); return err }},
+	} {
+		if !flags.Changed(f.name) {
+			continue
+		}
+		if err := f.set(); err != nil {
+			return fmt.Errorf("--%s: %w", f.name, err)
+		}
+	}
+	return nil
+}
+
+func parseAll[T any](texts []string, parse func(string) (T, error)) ([]T, error) {
+	all := make([]T, 0, len(texts))
+	for _, text := range texts {
+		v, err := parse(text)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, v)
+	}
+	return all, nil
+}
+
+// warn prints one line for each gap that is left open.
+func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
+	for _, h := range s.Hooks {
+		if !h.Attached {
+			fmt.Fprintf(w, "warning: hook %s %s is not attached: %s\n", h.Name, h.Cgroup, h.Reason)
+		}
+	}
+	for _, d := range s.Defences {
+		if !d.Active {
+			fmt.Fprintf(w, "warning: no defence %s: %s\n", d.Name, d.Reason)
+		}
+	}
+	if s.Mode == policy.Audit {
+		fmt.Fprintln(w, "warning: mode is audit: everything is counted and nothing is dropped")
+	}
+	if n := len(s.Uncovered); n > 0 {
+		fmt.Fprintf(w, "warning: %d running containers are not below a policed cgroup, such as %s: name their parent with --cgroup, or let Docker use the cgroupfs driver (dockerd --exec-opt native.cgroupdriver=cgroupfs)\n", n, printable(s.Uncovered[0].Cgroup))
+	}
+	for _, addr := range resolvers {
+		fmt.Fprintf(w, "warning: containers cannot reach the DNS server %s of this host, which is blocked: use --allow-dns\n", addr)
+	}
+}
+
+// resolvConfs are read for the DNS servers that Docker hands to containers: the
+// second one where the first names only a stub on the loopback.
+var resolvConfs = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"}
+
+// blockedResolvers returns the host's DNS servers that the policy blocks.
+func blockedResolvers(p policy.Policy) []netip.Addr {
+	const udp, domain = 17, 53
+	var blocked []netip.Addr
+	for _, name := range resolvConfs {
+		f, err := os.Open(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			break
+		}
+		for lines := bufio.NewScanner(f); lines.Scan(); {
+			fields := strings.Fields(lines.Text())
+			if len(fields) < 2 || fields[0] != "nameserver" {
+				continue
+			}
+			addr, err := netip.ParseAddr(fields[1])
+			if err == nil && p.Blocks(addr.WithZone(""), udp, domain) && !slices.Contains(blocked, addr) {
+				blocked = append(blocked, addr)
+			}
+		}
+		f.Close()
+	}
+	return blocked
+}

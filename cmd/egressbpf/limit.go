@@ -1,0 +1,122 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/stats"
+)
+
+func newLimit(g *globals) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "limit",
+		Short: "Give a container its own mail limit",
+		Long: `Sets, shows or removes a container's own limit on new mail connections, at once.
+Tokens that are missing from its bucket stay missing. NAME is the container's id or
+the beginning of it, or its cgroup by name or path.`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(newLimitSet(g), newLimitGet(g), newLimitUnset(g))
+	return cmd
+}
+
+// withContainer calls do with the container that goes by a name.
+func (g *globals) withContainer(name string, do func(*stats.Reader, *stats.Container) error) error {
+	filter, root, err := g.filter()
+	if err != nil {
+		return err
+	}
+	reader, err := stats.Open(filter, root)
+	if err != nil {
+		return err
+	}
+	defer reader.Close()
+	s, err := reader.Read()
+	if err != nil {
+		return err
+	}
+	c, err := reader.Select(s, name)
+	if err != nil {
+		return err
+	}
+	return do(reader, c)
+}
+
+func newLimitSet(g *globals) *cobra.Command {
+	var (
+		rate  string
+		burst uint32
+	)
+	cmd := &cobra.Command{
+		Use:     "set NAME --rate R --burst B",
+		Short:   "Give a container its own limit",
+		Long:    `Gives a container its own limit. What is left out stays as it is.`,
+		Example: `  egressbpf limit set 4f1c --rate 120/minute --burst 30`,
+		Args:    usageArgs(cobra.ExactArgs(1)),
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&rate, "rate", "", "N/second|minute|hour|day, or unlimited")
+	flags.Uint32Var(&burst, "burst", 0, "how many connections at once")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if !flags.Changed("rate") && !flags.Changed("burst") {
+			return usageError{errors.New("limit set: want --rate, --burst or both")}
+		}
+		var newRate policy.Rate
+		if flags.Changed("rate") {
+			var err error
+			if newRate, err = policy.ParseRate(rate); err != nil {
+				return usageError{fmt.Errorf("--rate: %w", err)}
+			}
+		}
+		return g.withContainer(args[0], func(r *stats.Reader, c *stats.Container) error {
+			limit := policy.Limit{Rate: c.SMTP.Rate, Burst: c.SMTP.Burst}
+			if flags.Changed("rate") {
+				limit.Rate = newRate
+			}
+			if flags.Changed("burst") {
+				limit.Burst = burst
+			}
+			if err := limit.Validate(); err != nil {
+				return usageError{err}
+			}
+			return r.SetLimit(c, limit)
+		})
+	}
+	return cmd
+}
+
+func newLimitGet(g *globals) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "get NAME",
+		Short: "Show the limit of a container",
+		Args:  usageArgs(cobra.ExactArgs(1)),
+	}
+	out := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return g.withContainer(args[0], func(_ *stats.Reader, c *stats.Container) error {
+			if *out == jsonText {
+				return writeJSON(cmd.OutOrStdout(), c.SMTP)
+			}
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s, burst %d\n", c.SMTP.Rate, c.SMTP.Burst)
+			return err
+		})
+	}
+	return cmd
+}
+
+func newLimitUnset(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use:   "unset NAME",
+		Short: "Return a container to the policy's limit",
+		Args:  usageArgs(cobra.ExactArgs(1)),
+		RunE: func(_ *cobra.Command, args []string) error {
+			return g.withContainer(args[0], func(r *stats.Reader, c *stats.Container) error {
+				return r.UnsetLimit(c)
+			})
+		},
+	}
+}

@@ -1,0 +1,192 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/spf13/cobra"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/loader"
+)
+
+// Exit codes, on which scripts rely.
+const (
+	exitDone       = 0
+	exitFailed     = 1
+	exitUsage      = 2
+	exitNotInForce = 3
+)
+
+// usageError is bad input, refused before anything was touched.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// errNotInForce ends status when its answer is no; the answer has been printed.
+var errNotInForce = errors.New("not in force")
+
+// globals are the flags of every command.
+type globals struct {
+	pinPath    string
+	cgroupRoot string
+	debug      bool
+}
+
+// filter returns the filter that the flags point at.
+func (g *globals) filter() (*loader.Filter, cgroup.Root, error) {
+	root := cgroup.Root(g.cgroupRoot)
+	if root == "" {
+		var err error
+		if root, err = cgroup.FindRoot(); err != nil {
+			return nil, "", err
+		}
+	} else if !cgroup.OnCgroup2(g.cgroupRoot) {
+		return nil, "", usageError{fmt.Errorf("--cgroup-root %s: not a cgroup2 mount", g.cgroupRoot)}
+	}
+	return loader.New(g.pinPath, root), root, nil
+}
+
+// run is the command line: it returns the exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	var g globals
+	cmd := newRoot(&g)
+	cmd.SetArgs(args)
+	cmd.SetOut(stdout)
+	cmd.SetErr(stderr)
+	err := cmd.ExecuteContext(ctx)
+	var usage usageError
+	switch {
+	case err == nil:
+		return exitDone
+	case errors.Is(err, errNotInForce):
+		return exitNotInForce
+	case errors.As(err, &usage) || errors.Is(err, cgroup.ErrNotBelowRoot) ||
+		errors.Is(err, loader.ErrNested) || errors.Is(err, loader.ErrNotBPFFS):
+		report(stderr, err, g.debug)
+		return exitUsage
+	}
+	report(stderr, err, g.debug)
+	return exitFailed
+}
+
+func newRoot(g *globals) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "egressbpf",
+		Short: "Keep containers from cloud metadata services and from sending spam",
+		Long: `egressbpf keeps containers from reaching the cloud's metadata service, which hands
+out the machine's credentials, and limits the mail connections of each. It decides
+in the kernel, with eBPF programs on the containers' parent cgroup, and needs no
+process to stay in force.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 (status) not fully in force.`,
+		Args:          usageArgs(cobra.NoArgs),
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usageError{fmt.Errorf("%w (see %s --help)", err, cmd.CommandPath())}
+	})
+	flags := cmd.PersistentFlags()
+	flags.StringVar(&g.pinPath, "pin-path", loader.DefaultPinPath, "directory on a bpf filesystem where the filter is pinned")
+	flags.StringVar(&g.cgroupRoot, "cgroup-root", "", "mount of the cgroup2 filesystem (default: the one in /proc/self/mountinfo)")
+	flags.BoolVar(&g.debug, "debug", false, "show the kernel verifier's whole log when it refuses a program")
+	cmd.AddCommand(newAttach(g), newDetach(g), newStatus(g), newStats(g), newLimit(g), newVersion())
+	return cmd
+}
+
+// usageArgs makes the errors of a cobra argument check usage errors.
+func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return usageError{fmt.Errorf("%w (see %s --help)", err, cmd.CommandPath())}
+		}
+		return nil
+	}
+}
+
+// report prints an error and what to do about it.
+func report(w io.Writer, err error, debug bool) {
+	text := err.Error()
+	var rejected *ebpf.VerifierError
+	if errors.As(err, &rejected) {
+		// A VerifierError formatted as part of another error shows one line.
+		format := "%v"
+		if debug {
+			format = "%+v"
+		}
+		text += "\n" + fmt.Sprintf(format, rejected)
+	}
+	fmt.Fprintf(w, "egressbpf: %s\n", text)
+	if remedy := remedyFor(err); remedy != "" {
+		fmt.Fprintf(w, "egressbpf: %s\n", remedy)
+	}
+}
+
+func remedyFor(err error) string {
+	for _, r := range []struct {
+		err    error
+		remedy string
+	}{
+		{cgroup.ErrNoCgroup2, "a cgroup v2 hierarchy is needed: boot with systemd.unified_cgroup_hierarchy=1, or mount one with `mount -t cgroup2 none DIR` and name it with --cgroup-root"},
+		{cgroup.ErrNotBelowRoot, "name a directory below the cgroup2 mount, such as its docker directory; the root itself holds the host's own services"},
+		{cgroup.ErrNotInitialNamespace, "run it on the host, outside of any container, or with `nsenter --target 1 --cgroup`"},
+		{loader.ErrNested, "name only the outer one, or detach the other first"},
+		{loader.ErrNotBPFFS, "mount one with `mount -t bpf bpf DIR` and use a directory in it as --pin-path, or leave --pin-path out"},
+		{loader.ErrNotAttached, "run `egressbpf attach` first"},
+		{loader.ErrBusy, "try again; if it persists, see who holds the directory with `fuser -v`"},
+		{loader.ErrOtherVersion, "run `egressbpf detach` of that version, or remove the pins with `rm -r`, then attach again; counters and buckets start anew"},
+		{fs.ErrPermission, "this needs root (or CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"},
+	} {
+		if errors.Is(err, r.err) {
+			return r.remedy
+		}
+	}
+	return ""
+}
+
+// output is the flag --output.
+type output string
+
+const (
+	table    output = "table"
+	jsonText output = "json"
+)
+
+func (o *output) String() string { return string(*o) }
+func (o *output) Type() string   { return "table|json" }
+func (o *output) Set(s string) error {
+	if s != string(table) && s != string(jsonText) {
+		return errors.New("want table or json")
+	}
+	*o = output(s)
+	return nil
+}
+
+func outputFlag(cmd *cobra.Command) *output {
+	o := table
+	cmd.Flags().VarP(&o, "output", "o", "form of the result")
+	return &o
+}
+
+func writeJSON(w io.Writer, v any) error {
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	return enc.Encode(v)
+}
+
+// printable makes a name safe to print: containers choose some names, and a
+// terminal obeys what they could contain.
+func printable(s string) string {
+	if s == "" || strings.ContainsFunc(s, func(r rune) bool { return !strconv.IsPrint(r) }) {
+		return strconv.Quote(s)
+	}
+	return s
+}

@@ -1,0 +1,128 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/egressbpf/egressbpf/internal/stats"
+)
+
+type statsOptions struct {
+	*globals
+	container string
+	watch     bool
+	interval  time.Duration
+	output    *output
+}
+
+func newStats(g *globals) *cobra.Command {
+	o := statsOptions{globals: g}
+	cmd := &cobra.Command{
+		Use:   "stats [--container NAME] [--watch]",
+		Short: "Show what was done to each container",
+		Long: `Shows the counters, a row for each container and a total that includes containers
+that are gone.
+
+  BLOCKED   packets to blocked destinations, dropped
+  REFUSED   attempts to send there, refused before there was a packet
+  MALFORMED packets dropped because they hide where they go
+  MAIL      mail connections let through
+  LIMITED   mail connections dropped because the bucket was empty; repeats count
+  NO-BUCKET mail connections dropped because there was no room for a bucket
+  TOKENS    mail connections that could be made at once now`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.run(cmd.Context(), cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().StringVar(&o.container, "container", "", "only this one: its id or the beginning of it, or its cgroup")
+	cmd.Flags().BoolVar(&o.watch, "watch", false, "show it again and again until interrupted; as json, an object a line")
+	cmd.Flags().DurationVar(&o.interval, "interval", 2*time.Second, "time between two with --watch")
+	o.output = outputFlag(cmd)
+	return cmd
+}
+
+func (o *statsOptions) run(ctx context.Context, stdout io.Writer) error {
+	if o.interval < 100*time.Millisecond {
+		return usageError{errors.New("--interval: want at least 100ms")}
+	}
+	filter, root, err := o.filter()
+	if err != nil {
+		return err
+	}
+	reader, err := stats.Open(filter, root)
+	if err != nil {
+		return err
+	}
+	defer reader.Close()
+	tick := time.NewTicker(o.interval)
+	defer tick.Stop()
+	for {
+		if err := o.show(stdout, reader); err != nil || !o.watch {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if *o.output == table {
+			fmt.Fprintln(stdout)
+		}
+	}
+}
+
+func (o *statsOptions) show(w io.Writer, reader *stats.Reader) error {
+	s, err := reader.Read()
+	if err != nil {
+		return err
+	}
+	if o.container != "" {
+		c, err := reader.Select(s, o.container)
+		if err != nil {
+			return err
+		}
+		s.Containers = []stats.Container{*c}
+	}
+	if *o.output == jsonText {
+		return writeJSON(w, s)
+	}
+	return printStats(w, s)
+}
+
+func printStats(w io.Writer, s *stats.Stats) error {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "CONTAINER\tBLOCKED\tREFUSED\tMALFORMED\tMAIL\tLIMITED\tNO-BUCKET\tTOKENS\tLIMIT")
+	row := func(name string, b stats.Blocked, malformed stats.Traffic, m stats.SMTP, tokens, limit string) {
+		fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t%d\t%d\t%s\t%s\n", name, b.Packets, b.Connects, malformed.Packets,
+			m.Allowed, m.RateLimited, m.NoBucket, tokens, limit)
+	}
+	for _, c := range s.Containers {
+		tokens := "-"
+		if c.SMTP.Tokens != nil {
+			tokens = strconv.FormatFloat(*c.SMTP.Tokens, 'f', 1, 64)
+		}
+		row(title(c), c.Blocked, c.Malformed, c.SMTP.SMTP, tokens, fmt.Sprintf("%s, burst %d", c.SMTP.Rate, c.SMTP.Burst))
+	}
+	row("TOTAL", s.Total.Blocked, s.Total.Malformed, s.Total.SMTP, "", "")
+	return tw.Flush()
+}
+
+// title is what a container is called in tables.
+func title(c stats.Container) string {
+	const short = 12 // as docker ps shows ids
+	switch {
+	case c.Name != "":
+		return printable(c.Name)
+	case len(c.ID) == 64:
+		return c.ID[:short]
+	}
+	return printable(c.ID)
+}

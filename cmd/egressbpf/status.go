@@ -1,0 +1,126 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+func newStatus(g *globals) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Tell whether the filter is in force, as the kernel has it",
+		Long: `Reads back from the kernel which programs run where and with which policy, which
+defences are missing, and which running Docker containers are outside.
+
+Exits with 3 unless packets are dropped for every running Docker container.`,
+		Args: usageArgs(cobra.NoArgs),
+	}
+	out := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		filter, _, err := g.filter()
+		if err != nil {
+			return err
+		}
+		status, err := filter.Status()
+		if err != nil {
+			return err
+		}
+		if *out == jsonText {
+			err = writeJSON(cmd.OutOrStdout(), status)
+		} else {
+			err = printStatus(cmd.OutOrStdout(), status)
+		}
+		if err == nil && !status.InForce() {
+			return errNotInForce
+		}
+		return err
+	}
+	return cmd
+}
+
+func printStatus(w io.Writer, s *loader.Status) error {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	row := func(format string, args ...any) { fmt.Fprintf(tw, format+"\n", args...) }
+	row("enforcing\t%s", yesNo(s.Enforcing))
+	if s.Policy != nil {
+		row("mode\t%s", s.Mode)
+		row("blocked\t%s", summary(s.Policy.Presets, s.Policy.Block))
+		if allowed := s.Policy.Allowed(); len(allowed) > 0 {
+			row("allowed\t%s", summary(nil, allowed))
+		}
+		smtp := s.Policy.SMTP
+		row("mail\tports %s: %s, burst %d, then %s", join(smtp.Ports), smtp.Rate, smtp.Burst, smtp.OverLimit)
+		if len(smtp.Exempt) > 0 {
+			row("\texempt %s", join(smtp.Exempt))
+		}
+		row("version\t%s", printable(s.Version))
+	}
+	row("")
+	row("HOOK\tCGROUP\tATTACHED\tPROGRAM\tLINK\tSINCE")
+	for _, h := range s.Hooks {
+		if !h.Attached {
+			row("%s\t%s\tno: %s", h.Name, place(h), h.Reason)
+			continue
+		}
+		row("%s\t%s\tyes\t%d\t%d\t%s", h.Name, place(h), h.Program, h.Link, h.Since.Format("2006-01-02 15:04:05"))
+	}
+	row("")
+	row("DEFENCE\tACTIVE")
+	for _, d := range s.Defences {
+		if d.Active {
+			row("%s\tyes", d.Name)
+		} else {
+			row("%s\tno: %s", d.Name, d.Reason)
+		}
+	}
+	for i, u := range s.Uncovered {
+		if i == 0 {
+			row("")
+			row("NOT COVERED\tCGROUP")
+		}
+		row("%.12s\t%s", u.ID, printable(u.Cgroup))
+	}
+	return tw.Flush()
+}
+
+func place(h loader.Hook) string {
+	if h.Cgroup == "" {
+		return "(host)"
+	}
+	return printable(h.Cgroup)
+}
+
+func yesNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}
+
+// summary names the presets and the first few rules.
+func summary(presets []string, rules []policy.Rule) string {
+	const shown = 8
+	parts := append([]string{}, presets...)
+	for i, r := range rules {
+		if i == shown {
+			parts = append(parts, fmt.Sprintf("and %d more (--output json)", len(rules)-shown))
+			break
+		}
+		parts = append(parts, r.String())
+	}
+	if len(parts) == 0 {
+		return "nothing"
+	}
+	return strings.Join(parts, " ")
+}
+
+func join[T any](list []T) string {
+	return strings.Trim(fmt.Sprint(list), "[]")
+}

@@ -1,0 +1,373 @@
+#!/usr/bin/env bash
+#
+# Runs a static binary as root on one of Debian's kernels, in QEMU.  See usage.
+set -euo pipefail
+
+# A row a kernel: the name given to run.sh, then the Debian release whose cloud
+# kernel it is.
+kernels='
+5.10  bullseye
+6.1   bookworm
+6.12  trixie
+'
+
+# The guest loads these before the binary starts.
+loaded_modules=(veth bridge nf_defrag_ipv4 nf_defrag_ipv6 nf_conntrack nf_tables)
+
+# The guest's kernel loads these by itself once something asks for them, as on a
+# real host.  What a kernel does not have is left out.
+extra_modules=(dummy tun vxlan 8021q macvlan ipvlan br_netfilter sch_ingress cls_bpf
+    act_bpf nft_ct nft_chain_nat nft_masq)
+
+# The Debian packages whose commands are used here, beyond the essential ones.
+packages=(qemu-system-x86 busybox-static debian-archive-keyring xz-utils)
+
+# What exits with this code is the harness, not the binary.
+readonly harness_failed=125
+
+usage() {
+    cat <<'END'
+usage: run.sh [OPTION]... KERNEL BINARY [ARG]...
+       run.sh --kernels | --packages | --help
+
+Boots KERNEL under emulation (KVM is not needed), runs BINARY as root, prints
+what it writes to stdout and stderr, and exits with its exit code.  BINARY is a
+static executable or a busybox sh script.  It starts in / with an empty stdin
+and no environment but PATH.  An exit code of 125 means that no result came
+back: bad usage, a missing tool, a failed download, a kernel panic or a timeout.
+
+  --env NAME=VALUE    set a variable for BINARY
+  --file SRC:DEST     put the file or folder SRC at the absolute path DEST
+  --append PARAMETER  add to the kernel's command line, e.g. lsm=bpf
+  --timeout SECONDS   give up after this time (default 300)
+  --kernels           print the names that KERNEL may have
+  --packages          print the Debian packages that this needs
+
+Inside: procfs, sysfs, devtmpfs, tmpfs on /tmp and /run, cgroup2 on
+/sys/fs/cgroup, lo up, no other network device, busybox in /bin.  bpffs,
+securityfs and tracefs are not mounted.
+
+Kernels are downloaded once, through apt and with its signature checks, to
+VMTEST_CACHE (default: egressbpf-vmtest in the user's cache folder); remove a
+kernel's folder there to get its newest version.  VMTEST_MIRROR is the URL of
+the Debian archive to take them from (default: the one this machine's apt uses).
+END
+}
+
+die() {
+    printf 'run.sh: %s\n' "$*" >&2
+    exit "$harness_failed"
+}
+
+# need COMMAND PACKAGE
+need() {
+    command -v "$1" >/dev/null || die "$1 not found: install the Debian package $2"
+}
+
+# release KERNEL prints the Debian release that has it.
+release() {
+    awk -v kernel="$1" '$1 == kernel { print $2 }' <<<"$kernels"
+}
+
+# mirror prints the URL of the Debian archive.
+mirror() {
+    local codename
+    if [[ -n ${VMTEST_MIRROR:-} ]]; then
+        echo "$VMTEST_MIRROR"
+        return
+    fi
+    # shellcheck source=/dev/null
+    codename=$(. /etc/os-release && [[ $ID == debian ]] && echo "${VERSION_CODENAME:-sid}") ||
+        return
+    apt-get update --print-uris 2>/dev/null |
+        sed -En "s#^'(.*)/dists/($codename|stable|testing|unstable)/InRelease' .*#\1#p" | sed -n 1p
+}
+
+# fetch KERNEL DIR downloads the kernel and makes DIR/kernel of it: the kernel's
+# folder of /lib/modules with uncompressed modules, and in it vmlinuz, config and
+# the kernel's version.
+fetch() {
+    local kernel=$1 dir=$2
+    local suite url keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    local apt=$dir/apt root=$dir/root tree package parts version file
+
+    need apt-get apt
+    need xz xz-utils
+    [[ -e $keyring ]] ||
+        die "$keyring not found: install the Debian package debian-archive-keyring"
+    suite=$(release "$kernel")
+    url=$(mirror) || true
+    [[ -n $url ]] || die 'this machine has no Debian archive in its apt sources: set VMTEST_MIRROR'
+
+    # An apt of its own, so that neither the machine's lists nor its hooks are
+    # touched; how to reach an archive (proxies) is still the machine's affair,
+    # whether to trust one is not.
+    mkdir -p "$apt"/{state/lists/partial,cache/archives/partial}
+    echo "deb [arch=amd64 signed-by=$keyring] $url $suite main" >"$apt/sources.list"
+    {
+        apt-config dump | grep '^Acquire::' | grep -Ev '^Acquire::(Allow|IndexTargets)'
+        cat <<END
+Dir::Etc::main "/dev/null";
+Dir::Etc::parts "/dev/null";
+Dir::Etc::sourcelist "$apt/sources.list";
+Dir::Etc::sourceparts "/dev/null";
+Dir::Etc::preferences "/dev/null";
+Dir::Etc::preferencesparts "/dev/null";
+Dir::State "$apt/state";
+Dir::State::status "/dev/null";
+Dir::Cache "$apt/cache";
+APT::Architecture "amd64";
+APT::Architectures "amd64";
+APT::Sandbox::User "$(id -un)";
+APT::Update::Error-Mode "any";
+Acquire::Languages "none";
+END
+    } >"$apt/apt.conf"
+    local -x APT_CONFIG=$apt/apt.conf
+
+    printf 'run.sh: downloading kernel %s (%s)\n' "$kernel" "$suite" >&2
+    apt-get update -qq >&2 ||
+        die "cannot read Debian $suite from $url: if its key is unknown, upgrade the package" \
+            "debian-archive-keyring; if it has moved to an archive, set VMTEST_MIRROR"
+    # The metapackage depends on the kernel of the day, in its signed variant.
+    package=$(apt-cache depends linux-image-cloud-amd64 |
+        awk '$1 == "Depends:" && $2 ~ /^linux-image-[0-9]/ { print $2; exit }')
+    [[ -n $package ]] || die "Debian $suite has no linux-image-cloud-amd64"
+    version=${package#linux-image-}
+    # Newer releases split it: vmlinuz and the modules are in packages it needs.
+    mapfile -t parts < <(echo "$package" && apt-cache depends "$package" |
+        awk -v suffix="-$version" '
+            $1 == "Depends:" && substr($2, length($2) - length(suffix) + 1) == suffix { print $2 }')
+    (cd "$apt" && apt-get download -qq "${parts[@]}" >&2) ||
+        die "cannot download ${parts[*]}"
+    for file in "$apt"/*.deb; do
+        dpkg-deb -x "$file" "$root"
+    done
+
+    # /lib is a link to usr/lib in newer releases, and the newest leave /boot empty.
+    [[ -d $root/lib ]] || ln -s usr/lib "$root/lib"
+    tree=$root/lib/modules/$version
+    for file in vmlinuz config; do
+        [[ -e $tree/$file ]] || mv "$root/boot/$file-$version" "$tree/$file"
+    done
+    find "$tree" -name '*.ko.xz' -exec xz --decompress {} +
+    busybox depmod -b "$root" "$version"
+    echo "$version" >"$tree/version"
+    mv "$tree" "$dir/kernel"
+}
+
+# cached KERNEL downloads the kernel unless it is in the cache.
+cached() {
+    local kernel=$1
+    [[ ! -e $cache/$kernel ]] || return 0
+    mkdir -p "$cache"
+    exec {lock}>"$cache/$kernel.lock"
+    flock "$lock"
+    if [[ ! -e $cache/$kernel ]]; then
+        fetching=$(mktemp -d "$cache/$kernel.XXXXXX")
+        fetch "$kernel" "$fetching"
+        mv -T "$fetching/kernel" "$cache/$kernel"
+        rm -rf "$fetching"
+        fetching=
+    fi
+    exec {lock}>&-
+}
+
+# is_dynamic FILE
+is_dynamic() {
+    ldd "$1" 2>/dev/null | grep -q '=>'
+}
+
+# quote WORD... prints the words as one line of a POSIX shell script.
+quote() {
+    local word
+    for word; do
+        printf "'%s' " "${word//\'/\'\\\'\'}"
+    done
+}
+
+# put SRC DEST copies a file or folder into the initramfs.
+put() {
+    local dest=$initramfs$2
+    mkdir -p "$(dirname "$dest")"
+    cp -RL --preserve=mode --remove-destination -T -- "$1" "$dest"
+}
+
+# put_modules copies the modules and what they depend on.
+put_modules() {
+    local from=$cache/$kernel to module file
+    to=$initramfs/lib/modules/$(<"$from/version")
+    mkdir -p "$to" "$initramfs/vmtest"
+    cp "$from"/modules.{dep,alias,builtin} "$to"
+    for module in "${loaded_modules[@]}"; do
+        if grep -q "/$module\.ko:" "$from/modules.dep"; then
+            echo "$module"
+        elif ! grep -q "/$module\.ko$" "$from/modules.builtin"; then
+            die "kernel $kernel has no $module"
+        fi
+    done >"$initramfs/vmtest/modules"
+    awk -v names="${loaded_modules[*]} ${extra_modules[*]}" '
+        BEGIN { split(names, list, " "); for (i in list) wanted[list[i] ".ko:"] }
+        { name = $1; sub(/.*\//, "", name) }
+        name in wanted { sub(/:/, ""); for (i = 1; i <= NF; i++) print $i }
+    ' "$from/modules.dep" | sort -u | while IFS= read -r file; do
+        mkdir -p "$to/${file%/*}"
+        cp "$from/$file" "$to/$file"
+    done
+}
+
+# build_initramfs COMMAND... makes $work/initramfs.cpio, which runs the command.
+build_initramfs() {
+    local file
+    mkdir -p "$initramfs"/{bin,dev,etc,lib,proc,run,sys,tmp,usr,vmtest}
+    ln -s bin "$initramfs/sbin"
+    ln -s ../bin "$initramfs/usr/bin"
+    ln -s ../bin "$initramfs/usr/sbin"
+    cp "$(command -v busybox)" "$initramfs/bin/busybox"
+    ln -s busybox "$initramfs/bin/sh"
+    install -m 755 "$here/init.sh" "$initramfs/init"
+    put_modules
+    for file in ${files[@]+"${files[@]}"}; do
+        put "${file%:*}" "${file##*:}"
+    done
+    put "$1" "$program"
+    chmod 755 "$initramfs$program"
+    {
+        echo '#!/bin/sh'
+        echo "cd / && exec env -i $(quote PATH=/bin ${env[@]+"${env[@]}"} "$program" "${@:2}")"
+    } >"$initramfs/vmtest/command"
+    chmod 755 "$initramfs/vmtest/command"
+    # Not compressed: unpacking is what takes time under emulation.
+    (cd "$initramfs" && find . -mindepth 1 -print0 |
+        busybox cpio -o -0 -H newc -R 0:0) >"$work/initramfs.cpio" 2>"$work/cpio.log" ||
+        die "cannot build the initramfs: $(<"$work/cpio.log")"
+    rm -rf "$initramfs"
+}
+
+# boot runs the machine.  Three serial ports keep apart the console, what the
+# binary writes, and its exit code, so that none can be taken for another.
+boot() {
+    local status=0 out output
+    # The output goes through a cat, because QEMU makes the file it writes to
+    # non-blocking, which must not happen to the caller's.
+    exec {out}> >(exec cat)
+    output=$!
+    timeout --kill-after=5 "$timeout" qemu-system-x86_64 \
+        -accel tcg -cpu max -smp 2 -m 1G -nodefaults -nographic -no-reboot \
+        -kernel "$cache/$kernel/vmlinuz" -initrd "$work/initramfs.cpio" \
+        -append "console=ttyS0 panic=-1 oops=panic ${append[*]-}" \
+        -serial "file:$work/console" -serial file:/dev/stdout -serial "file:$work/code" \
+        </dev/null 1>&"$out" 2>"$work/qemu.log" &
+    machine=$!
+    exec {out}>&-
+    wait "$machine" || status=$?
+    machine=
+    wait "$output" || true
+
+    if [[ -f $work/code && $(<"$work/code") =~ ^exit\ ([0-9]+)$ ]]; then
+        finished=yes
+        exit "${BASH_REMATCH[1]}"
+    fi
+    {
+        cat "$work/qemu.log"
+        [[ ! -f $work/console ]] || tail -n 80 "$work/console" | tr -d '\r'
+    } >&2
+    case $status in
+    124) die "kernel $kernel: no result after $timeout s" ;;
+    0) die "kernel $kernel: the machine stopped without a result" ;;
+    *) die "kernel $kernel: QEMU failed with exit code $status" ;;
+    esac
+}
+
+# shellcheck disable=SC2317 # the trap calls it
+cleanup() {
+    local status=$?
+    if [[ -n $machine ]]; then
+        kill "$machine" 2>/dev/null || true
+        wait "$machine" 2>/dev/null || true
+    fi
+    rm -rf -- ${work:+"$work"} ${fetching:+"$fetching"}
+    # A command of this script that failed must not look like the binary's result.
+    [[ -n $finished || $status -ge 128 ]] || exit "$harness_failed"
+}
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+timeout=300
+env=()
+files=()
+append=()
+work=
+fetching=
+machine=
+finished=
+
+while [[ ${1-} == -* ]]; do
+    option=$1
+    shift
+    case $option in
+    --help)
+        usage
+        exit
+        ;;
+    --kernels)
+        awk 'NF { print $1 }' <<<"$kernels"
+        exit
+        ;;
+    --packages)
+        printf '%s\n' "${packages[@]}"
+        exit
+        ;;
+    --)
+        break
+        ;;
+    --env | --file | --append | --timeout)
+        [[ $# -gt 0 ]] || die "$option needs a value"
+        value=$1
+        shift
+        ;;
+    *) die "unknown option $option: see --help" ;;
+    esac
+    case $option in
+    --env)
+        [[ $value == [A-Za-z_]*=* ]] || die "--env $value: want NAME=VALUE"
+        env+=("$value")
+        ;;
+    --file)
+        [[ $value == *:/* && ${value##*:} != *..* ]] || die "--file $value: want SRC:DEST, DEST absolute"
+        case ${value##*:}/ in
+        /proc/* | /sys/* | /dev/* | /tmp/* | /run/* | /vmtest/*)
+            die "--file $value: ${value##*:} is hidden in the guest" ;;
+        esac
+        [[ -e ${value%:*} ]] || die "--file $value: no such file"
+        files+=("$value")
+        ;;
+    --append) append+=("$value") ;;
+    --timeout)
+        [[ $value =~ ^[1-9][0-9]*$ ]] || die "--timeout $value: want a number of seconds"
+        timeout=$value
+        ;;
+    esac
+done
+[[ $# -ge 2 ]] || die 'want KERNEL and BINARY: see --help'
+kernel=$1
+shift
+[[ -n $(release "$kernel") ]] || die "no kernel $kernel: see --kernels"
+[[ -f $1 ]] || die "$1: no such file"
+! is_dynamic "$1" || die "$1 is not static: for Go, build it with CGO_ENABLED=0"
+program=/vmtest/bin/$(basename "$1")
+
+[[ $(uname -m) == x86_64 ]] || die 'needs an x86-64 machine: the guest runs its busybox'
+need qemu-system-x86_64 qemu-system-x86
+need busybox busybox-static
+! is_dynamic "$(command -v busybox)" || die 'busybox is not static: install the Debian package busybox-static'
+
+trap cleanup EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+cache=$(realpath -m -- "${VMTEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/egressbpf-vmtest}")
+cached "$kernel"
+work=$(mktemp -d "${TMPDIR:-/tmp}/vmtest.XXXXXX")
+initramfs=$work/initramfs
+build_initramfs "$@"
+boot
