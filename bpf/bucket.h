@@ -5,7 +5,7 @@
  * any window of t no more than burst + rate * t are taken, and no less are
  * if asked for often enough.
  *
- * Nothing in here calls a helper but the lock: the clock is the caller's.
+ * Clock and lock are the caller's.
  */
 #ifndef EGRESSBPF_BUCKET_H
 #define EGRESSBPF_BUCKET_H
@@ -57,16 +57,14 @@ static __always_inline bool bucket_has(const struct bucket *b, const volatile st
 	return full_at <= now + l->tolerance;
 }
 
-/* Takes a token if there is one. */
+/* Takes a token if there is one. The caller holds the lock. */
 static __always_inline bool bucket_take(struct bucket *b, const volatile struct limit *l, __u64 now)
 {
-	bool taken = false;
-	__u64 full_at;
-	__u32 rest;
+	__u64 full_at = b->full_at;
+	__u32 rest = b->rest;
 
-	bpf_spin_lock(&b->lock);
-	full_at = b->full_at;
-	rest = b->rest;
+	if (!l->count)
+		return true;
 	if (!bucket_reckoned_with(b, l)) {
 		full_at = bucket_convert(b, l, now);
 		rest = 0;
@@ -75,23 +73,19 @@ static __always_inline bool bucket_take(struct bucket *b, const volatile struct 
 		full_at = now;
 		rest = 0;
 	}
-	if (!l->count) {
-		taken = true;
-	} else if (full_at <= now + l->tolerance) {
-		full_at += l->interval;
-		rest += l->rest;
-		if (rest >= l->count) {
-			rest -= l->count;
-			full_at++;
-		}
-		b->full_at = full_at;
-		b->rest = rest;
-		b->interval = l->interval;
-		b->count = l->count;
-		taken = true;
+	if (full_at > now + l->tolerance)
+		return false;
+	full_at += l->interval;
+	rest += l->rest;
+	if (rest >= l->count) {
+		rest -= l->count;
+		full_at++;
 	}
-	bpf_spin_unlock(&b->lock);
-	return taken;
+	b->full_at = full_at;
+	b->interval = l->interval;
+	b->count = l->count;
+	b->rest = rest;
+	return true;
 }
 
 #endif

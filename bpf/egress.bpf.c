@@ -93,13 +93,19 @@ static __always_inline bool take_token(struct container *c)
 {
 	const volatile struct limit *l = limit_of(c);
 	const __u64 clock_slack = 100 * 1000 * 1000;
+	bool taken;
 	__u64 now;
 
 	if (has_coarse_clock && bucket_reckoned_with(&c->bucket, l) &&
 	    !bucket_has(&c->bucket, l, bpf_ktime_get_coarse_ns() + clock_slack))
 		return false;
 	now = bpf_ktime_get_ns();
-	return bucket_has(&c->bucket, l, now) && bucket_take(&c->bucket, l, now);
+	if (!bucket_has(&c->bucket, l, now))
+		return false;
+	bpf_spin_lock(&c->lock);
+	taken = bucket_take(&c->bucket, l, now);
+	bpf_spin_unlock(&c->lock);
+	return taken;
 }
 
 /* Takes a token for a SYN, unless a TCP socket repeats one that it has paid for:
@@ -398,9 +404,9 @@ static __noinline int apply_limit(const struct limit_request *request)
 
 	if (!c)
 		return 0;
-	bpf_spin_lock(&c->bucket.lock);
+	bpf_spin_lock(&c->lock);
 	c->limit = request->limit;
-	bpf_spin_unlock(&c->bucket.lock);
+	bpf_spin_unlock(&c->lock);
 	return 1;
 }
 

@@ -14,22 +14,22 @@ import (
 )
 
 type EgressBucket struct {
+	_        structs.HostLayout
+	FullAt   uint64
+	Interval uint64
+	Count    uint32
+	Rest     uint32
+}
+
+type EgressContainer struct {
 	_    structs.HostLayout
 	Lock struct {
 		_   structs.HostLayout
 		Val uint32
 	}
-	Rest     uint32
-	FullAt   uint64
-	Interval uint64
-	Count    uint32
 	Reserved uint32
-}
-
-type EgressContainer struct {
-	_      structs.HostLayout
-	Bucket EgressBucket
-	Limit  struct {
+	Bucket   EgressBucket
+	Limit    struct {
 		_         structs.HostLayout
 		Interval  uint64
 		Tolerance uint64

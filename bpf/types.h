@@ -46,18 +46,18 @@ struct limit {
  * the bucket is full again. Times are in nanoseconds of CLOCK_MONOTONIC.
  */
 struct bucket {
-	struct bpf_spin_lock lock;
-	__u32 rest;		/* fraction of full_at, in 1/count ns */
 	__u64 full_at;
 	__u64 interval;		/* limit.interval that full_at was reckoned with */
 	__u32 count;		/* and limit.count; 0: never used */
-	__u32 reserved;
+	__u32 rest;		/* fraction of full_at, in 1/count ns */
 };
 
 /* Everything kept about a container. Key: id of its cgroup. */
 struct container {
+	struct bpf_spin_lock lock;	/* of bucket and limit; up here, where 5.10 looks for it */
+	__u32 reserved;
 	struct bucket bucket;
-	struct limit limit;	/* its own; changed under bucket.lock */
+	struct limit limit;		/* its own */
 	struct counters counters;
 };
 

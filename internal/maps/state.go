@@ -149,7 +149,7 @@ func (s *State) setLimit(id uint64, l bpf.EgressLimit) error {
 	return nil
 }
 
-// LoadProgram loads a program that uses the State's maps and no others. The
+// LoadProgram loads a program that uses the State's maps and no policy. The
 // caller closes it.
 func LoadProgram(name string, s *State) (*ebpf.Program, error) {
 	spec, err := bpf.LoadEgress()
@@ -158,12 +158,8 @@ func LoadProgram(name string, s *State) (*ebpf.Program, error) {
 	}
 	shared := s.ByName()
 	spec.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
-	for name := range spec.Maps {
-		if shared[name] == nil {
-			delete(spec.Maps, name)
-		}
-	}
-	spec.Variables = nil
+	delete(spec.Maps, bpf.EgressMapRules)
+	delete(spec.Maps, bpf.EgressMapPorts)
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
 	if err != nil {
 		return nil, fmt.Errorf("load program %s: %w", name, err)
