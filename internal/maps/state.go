@@ -8,6 +8,7 @@ import (
 	"fmt"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/rlimit"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -160,6 +161,10 @@ func LoadProgram(name string, s *State) (*ebpf.Program, error) {
 	spec.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
 	delete(spec.Maps, bpf.EgressMapRules)
 	delete(spec.Maps, bpf.EgressMapPorts)
+	// Kernels before 5.11 charge maps to it.
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return nil, err
+	}
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
 	if err != nil {
 		return nil, fmt.Errorf("load program %s: %w", name, err)

@@ -1,0 +1,67 @@
+# Needs Go, and Debian's or Ubuntu's apt for what else a target needs.
+#
+#   make attach   build, put the filter in force for Docker, show its status
+#   make test     run all tests
+#   make demo     watch it work, on this machine alone
+#   make bench    what it costs a packet
+
+SHELL := /bin/bash
+GO ?= go
+SUDO ?= $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+INSTALL := internal/testenv/install.sh
+LDFLAGS := -s -w -X github.com/egressbpf/egressbpf/internal/loader.version=$(VERSION)
+
+.PHONY: build
+build:
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/egressbpf ./cmd/egressbpf
+
+.PHONY: attach
+attach: build
+	$(SUDO) bin/egressbpf attach
+
+.PHONY: demo
+demo: build
+	@$(INSTALL) ip:iproute2 busybox:busybox-static
+	@$(SUDO) internal/demo/demo.sh bin/egressbpf
+
+.PHONY: bench
+bench: build
+	$(GO) build -o bin/bench ./internal/bench
+	$(SUDO) bin/bench
+
+# Packages run one after the other: some compare what the whole kernel holds
+# before and after.
+.PHONY: test
+test: test-host test-kernels
+
+.PHONY: test-host
+test-host: build test-tools
+	$(GO) test -p 1 -exec '$(SUDO)' ./...
+
+.PHONY: test-kernels
+test-kernels: test-tools
+	internal/vmtest/test.sh
+
+.PHONY: test-tools
+test-tools:
+	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io $$(internal/vmtest/run.sh --packages)
+
+# The committed objects, from the sources: see gen.go. Another compiler makes
+# others.
+.PHONY: generate
+generate:
+	@$(INSTALL) clang-19:clang-19 llvm-strip-19:llvm-19 libbpf-dev
+	$(GO) generate ./...
+
+.PHONY: lint
+lint:
+	@test -z "$$(gofmt -l .)" || { echo 'gofmt:'; gofmt -l .; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	@$(INSTALL) shellcheck:shellcheck
+	shellcheck internal/*/*.sh .ci/run
+
+.PHONY: clean
+clean:
+	rm -rf bin

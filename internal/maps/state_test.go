@@ -1,0 +1,172 @@
+package maps_test
+
+import (
+	gomaps "maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+func newState(t *testing.T) *maps.State {
+	t.Helper()
+	state, err := maps.CreateState()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := state.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return state
+}
+
+// put writes a container as the programs would have.
+func put(t *testing.T, s *maps.State, id uint64, c maps.Container) {
+	t.Helper()
+	if err := s.ByName()[bpf.EgressMapContainers].Put(id, c); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func containers(t *testing.T, s *maps.State) map[uint64]maps.Container {
+	t.Helper()
+	all, err := s.Containers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+func want(t *testing.T, s *maps.State, want map[uint64]maps.Container) {
+	t.Helper()
+	if got := containers(t, s); !gomaps.Equal(got, want) {
+		t.Fatalf("got containers %+v, want %+v", got, want)
+	}
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestState(t *testing.T) {
+	s := newState(t)
+	want(t, s, map[uint64]maps.Container{})
+
+	var busy maps.Container
+	busy.Bucket = bpf.EgressBucket{FullAt: 1 << 40, Interval: 7, Count: 3, Rest: 1}
+	busy.Counters.Dropped[bpf.EgressReasonREASON_BLOCKED] = bpf.EgressDrops{Packets: 1, Bytes: 2, Connects: 3}
+	busy.Counters.SmtpAllowed = 1<<63 + 1
+	put(t, s, 1, busy)
+	put(t, s, 1<<40, maps.Container{})
+	want(t, s, map[uint64]maps.Container{1: busy, 1 << 40: {}})
+
+	t.Run("limit", func(t *testing.T) {
+		limit := policy.Limit{Rate: policy.Rate{Count: 7, Period: 24 * time.Hour}, Burst: 1000}
+		limited := busy
+		limited.Limit = maps.LimitOf(limit)
+		check(t, s.SetLimit(1, limit))
+		check(t, s.SetLimit(2, limit)) // which nothing was counted for yet
+		want(t, s, map[uint64]maps.Container{1: limited, 2: {Limit: limited.Limit}, 1 << 40: {}})
+		check(t, s.SetLimit(2, policy.Limit{Burst: 5}))
+		if got := maps.PolicyLimit(containers(t, s)[2].Limit); !got.Rate.Unlimited() || got.Burst != 5 {
+			t.Errorf("got limit %+v, want an unlimited rate", got)
+		}
+		check(t, s.UnsetLimit(1))
+		check(t, s.UnsetLimit(1))
+		check(t, s.UnsetLimit(2))
+		want(t, s, map[uint64]maps.Container{1: busy, 2: {}, 1 << 40: {}})
+	})
+
+	check(t, s.Forget(2))
+	check(t, s.Forget(2))
+	check(t, s.Forget(1<<40))
+	want(t, s, map[uint64]maps.Container{1: busy})
+}
+
+func TestTotals(t *testing.T) {
+	s := newState(t)
+	var sum maps.Counters
+	got, err := s.Totals()
+	if err != nil || got != sum {
+		t.Fatalf("got %+v, %v, want zeros", got, err)
+	}
+	perCPU := make([]maps.Counters, ebpf.MustPossibleCPU())
+	for cpu := range perCPU {
+		for r := range perCPU[cpu].Dropped {
+			n := uint64(1000*cpu + 10*r)
+			perCPU[cpu].Dropped[r] = bpf.EgressDrops{Packets: n + 1, Bytes: n + 2, Connects: n + 3}
+			sum.Dropped[r].Packets += n + 1
+			sum.Dropped[r].Bytes += n + 2
+			sum.Dropped[r].Connects += n + 3
+		}
+		perCPU[cpu].SmtpAllowed = uint64(cpu + 1)
+		sum.SmtpAllowed += uint64(cpu + 1)
+	}
+	check(t, s.ByName()[bpf.EgressMapTotals].Put(uint32(0), perCPU))
+	if got, err = s.Totals(); err != nil || got != sum {
+		t.Fatalf("got %+v, %v, want %+v", got, err, sum)
+	}
+}
+
+// With as many containers as there is room for, all are read, and nobody more
+// gets a limit.
+func TestFullState(t *testing.T) {
+	s := newState(t)
+	m := s.ByName()[bpf.EgressMapContainers]
+	ids := make([]uint64, m.MaxEntries())
+	values := make([]maps.Container, len(ids))
+	all := map[uint64]maps.Container{}
+	r := rand.New(rand.NewPCG(1, 1))
+	for i := range ids {
+		ids[i] = r.Uint64()
+		values[i].Counters.SmtpAllowed = uint64(i)
+		all[ids[i]] = values[i]
+	}
+	if _, err := m.BatchUpdate(ids, values, nil); err != nil {
+		t.Fatal(err)
+	}
+	want(t, s, all)
+
+	limit := policy.Limit{Rate: policy.Rate{Count: 1, Period: time.Second}, Burst: 1}
+	newcomer := uint64(1)
+	if err := s.SetLimit(newcomer, limit); err == nil || !strings.Contains(err.Error(), "is full") {
+		t.Errorf("got %v, want that the map is full", err)
+	}
+	check(t, s.SetLimit(ids[0], limit))
+	check(t, s.Forget(ids[1]))
+	check(t, s.SetLimit(newcomer, limit))
+	if got := containers(t, s); len(got) != len(ids) || got[newcomer].Limit != maps.LimitOf(limit) {
+		t.Errorf("got %d containers, want %d with the newcomer", len(got), len(ids))
+	}
+}
+
+func TestLoadProgram(t *testing.T) {
+	s := newState(t)
+	for _, name := range []string{bpf.EgressProgRelease, bpf.EgressProgSetLimit} {
+		prog, err := maps.LoadProgram(name, s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, err := prog.Info()
+		check(t, err)
+		check(t, prog.Close())
+		ids, _ := info.MapIDs()
+		state, err := s.ByName()[bpf.EgressMapContainers].Info()
+		check(t, err)
+		if own, _ := state.ID(); !slices.Contains(ids, own) {
+			t.Errorf("%s uses maps %v, not the state's own %d", name, ids, own)
+		}
+	}
+}
