@@ -239,7 +239,8 @@ func (r *Reader) Select(s *Stats, name string) (*Container, error) {
 	var found *Container
 	for i := range s.Containers {
 		c := &s.Containers[i]
-		if c.ID == name || c.Cgroup == name || r.root.Path(c.Cgroup) == filepath.Clean(name) || filepath.Base(c.Cgroup) == name {
+		if c.ID == name || c.Cgroup != "" &&
+			(c.Cgroup == name || filepath.Base(c.Cgroup) == name || r.root.Path(c.Cgroup) == filepath.Clean(name)) {
 			return c, nil
 		}
 		if name != "" && strings.HasPrefix(c.ID, name) {
