@@ -6,12 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"strconv"
 	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
@@ -114,23 +114,26 @@ func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 
 // report prints an error and what to do about it.
 func report(w io.Writer, err error, debug bool) {
-	text := err.Error()
+	fmt.Fprintf(w, "egressbpf: %v\n", err)
 	var rejected *ebpf.VerifierError
 	if errors.As(err, &rejected) {
-		// A VerifierError formatted as part of another error shows one line.
-		format := "%v"
+		// As part of another error it shows its last line only.
+		format := "%v\n"
 		if debug {
-			format = "%+v"
+			format = "%+v\n"
 		}
-		text += "\n" + fmt.Sprintf(format, rejected)
+		fmt.Fprintf(w, format, rejected)
 	}
-	fmt.Fprintf(w, "egressbpf: %s\n", text)
 	if remedy := remedyFor(err); remedy != "" {
 		fmt.Fprintf(w, "egressbpf: %s\n", remedy)
 	}
 }
 
 func remedyFor(err error) string {
+	// Before the permission that it looks like.
+	if rejected := (*ebpf.VerifierError)(nil); errors.As(err, &rejected) {
+		return "this kernel's verifier rejects the program: please report it, with the output of --debug"
+	}
 	for _, r := range []struct {
 		err    error
 		remedy string
@@ -143,7 +146,7 @@ func remedyFor(err error) string {
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},
 		{loader.ErrBusy, "try again; if it persists, see who holds the directory with `fuser -v`"},
 		{loader.ErrOtherVersion, "run `egressbpf detach` of that version, or remove the pins with `rm -r`, then attach again; counters and buckets start anew"},
-		{unix.EPERM, "this needs root (or CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"},
+		{fs.ErrPermission, "this needs root (or CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"},
 	} {
 		if errors.Is(err, r.err) {
 			return r.remedy
