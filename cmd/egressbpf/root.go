@@ -117,8 +117,8 @@ func report(w io.Writer, err error, debug bool) {
 	fmt.Fprintf(w, "egressbpf: %v\n", err)
 	var rejected *ebpf.VerifierError
 	if errors.As(err, &rejected) {
-		// As part of another error it shows its last line only.
-		format := "%v\n"
+		// As part of another error it shows one line only.
+		format := "%-20v\n"
 		if debug {
 			format = "%+v\n"
 		}
