@@ -20,7 +20,7 @@ extra_modules=(dummy tun vxlan 8021q macvlan ipvlan br_netfilter sch_ingress cls
     act_bpf nft_ct nft_chain_nat nft_masq)
 
 # The Debian packages whose commands are used here, beyond the essential ones.
-packages=(qemu-system-x86 busybox-static debian-archive-keyring xz-utils)
+packages=(qemu-system-x86 busybox-static debian-archive-keyring xz-utils python-apt-common)
 
 # What exits with this code is the harness, not the binary.
 readonly harness_failed=125
@@ -50,7 +50,7 @@ securityfs and tracefs are not mounted.
 Kernels are downloaded once, through apt and with its signature checks, to
 VMTEST_CACHE (default: egressbpf-vmtest in the user's cache folder); remove a
 kernel's folder there to get its newest version.  VMTEST_MIRROR is the URL of
-the Debian archive to take them from (default: the one this machine's apt uses).
+the Debian archive to take them from (default: the one this machine's apt knows).
 END
 }
 
@@ -69,18 +69,21 @@ release() {
     awk -v kernel="$1" '$1 == kernel { print $2 }' <<<"$kernels"
 }
 
-# mirror prints the URL of the Debian archive.
+# mirror prints the URL of the Debian archive: the one that apt uses here, or on
+# another distribution the one that its apt knows of.
 mirror() {
-    local codename
+    local codename templates=/usr/share/python-apt/templates/Debian.info
     if [[ -n ${VMTEST_MIRROR:-} ]]; then
         echo "$VMTEST_MIRROR"
         return
     fi
     # shellcheck source=/dev/null
-    codename=$(. /etc/os-release && [[ $ID == debian ]] && echo "${VERSION_CODENAME:-sid}") ||
-        return
-    apt-get update --print-uris 2>/dev/null |
-        sed -En "s#^'(.*)/dists/($codename|stable|testing|unstable)/InRelease' .*#\1#p" | sed -n 1p
+    if codename=$(. /etc/os-release && [[ $ID == debian ]] && echo "${VERSION_CODENAME:-sid}"); then
+        apt-get update --print-uris 2>/dev/null |
+            sed -En "s#^'(.*)/dists/($codename|stable|testing|unstable)/InRelease' .*#\1#p" | sed -n 1p
+    else
+        awk '$1 == "BaseURI:" { print $2; exit }' "$templates"
+    fi
 }
 
 # fetch KERNEL DIR downloads the kernel and makes DIR/kernel of it: the kernel's
@@ -97,7 +100,7 @@ fetch() {
         die "$keyring not found: install the Debian package debian-archive-keyring"
     suite=$(release "$kernel")
     url=$(mirror) || true
-    [[ -n $url ]] || die 'this machine has no Debian archive in its apt sources: set VMTEST_MIRROR'
+    [[ -n $url ]] || die 'no Debian archive found in the apt sources: set VMTEST_MIRROR'
 
     # An apt of its own, so that neither the machine's lists nor its hooks are
     # touched; how to reach an archive (proxies) is still the machine's affair,
