@@ -14,77 +14,76 @@
 
 #include <bpf/bpf_helpers.h>
 
-static __always_inline bool bucket_reckoned_with(const struct bucket *b, const volatile struct limit *l)
+/* Whether b is reckoned with l, and lacks no more tokens than it could hold: one
+ * of both is not so after the limit has changed.
+ */
+static __always_inline bool bucket_settled(const struct bucket *b, const volatile struct limit *l, __u64 now)
 {
-	return b->interval == l->interval && b->count == l->count;
+	return b->interval == l->interval && b->count == l->count &&
+	       *(const volatile __u64 *)&b->full_at <= now + l->tolerance + l->interval + 2;
 }
 
-/* full_at of b under l, where b was last used under another limit: as many
- * tokens are missing as before, rounded up, at the new pace. A changed limit
- * neither refills a bucket nor makes it pay the old limit's debt in time.
+/* Brings b to l, where it was last used under another limit: as many tokens are
+ * missing as before, rounded up, at the new pace. A changed limit neither refills
+ * a bucket nor makes it pay the old limit's debt in time. The caller holds the
+ * lock.
  */
-static __always_inline __u64 bucket_convert(const struct bucket *b, const volatile struct limit *l,
-					    __u64 now)
+static __always_inline void bucket_adopt(struct bucket *b, const volatile struct limit *l, __u64 now)
 {
 	__u64 debt, whole, part;
 
-	if (!b->count || !b->interval || b->full_at <= now)
-		return now;
-	debt = b->full_at - now;
-	whole = debt / b->interval;
-	/* An interval is below 2^47 ns (a day), so neither shift nor product
-	 * overflows.
-	 */
-	part = ((debt % b->interval) << 16) / b->interval + 1;
-	if (whole >= l->burst) {
-		whole = l->burst;
-		part = 0;
+	if (!l->count || bucket_settled(b, l, now))
+		return;
+	debt = b->count && b->full_at > now ? b->full_at - now : 0;
+	b->full_at = now;
+	if (debt) {
+		/* A validated interval is below 2^47 ns (a day), so neither shift
+		 * nor product overflows.
+		 */
+		whole = debt / b->interval;
+		part = ((debt % b->interval) << 16) / b->interval + 1;
+		if (whole >= l->burst) {
+			whole = l->burst;
+			part = 0;
+		}
+		b->full_at += whole * l->interval + (part * l->interval >> 16) + 1;
 	}
-	return now + whole * l->interval + (part * l->interval >> 16) + 1;
+	b->rest = 0;
+	b->interval = l->interval;
+	b->count = l->count;
 }
 
-/* Whether a token is there. Takes no lock: full_at only ever moves forward, so
- * a refusal is right at the moment it was read; an admission has to be taken.
+/* Whether a token is there, in a settled bucket. Takes no lock: full_at only ever
+ * moves forward, so a refusal is right at the moment it was read; an admission
+ * has to be taken.
  */
 static __always_inline bool bucket_has(const struct bucket *b, const volatile struct limit *l, __u64 now)
 {
-	__u64 full_at = *(const volatile __u64 *)&b->full_at;
+	__u64 full_at = *(const volatile __u64 *)&b->full_at, latest = now + l->tolerance;
 
-	if (!l->count)
-		return true;
-	if (!bucket_reckoned_with(b, l))
-		full_at = bucket_convert(b, l, now);
-	return full_at <= now + l->tolerance;
+	/* In the last nanosecond, the fractions of both decide. */
+	return full_at < latest ||
+	       (full_at == latest && b->rest <= (__u64)(l->burst - 1) * l->rest % l->count);
 }
 
 /* Takes a token if there is one. The caller holds the lock. */
 static __always_inline bool bucket_take(struct bucket *b, const volatile struct limit *l, __u64 now)
 {
-	__u64 full_at = b->full_at;
-	__u32 rest = b->rest;
-
 	if (!l->count)
 		return true;
-	if (!bucket_reckoned_with(b, l)) {
-		full_at = bucket_convert(b, l, now);
-		rest = 0;
+	bucket_adopt(b, l, now);
+	if (b->full_at < now) {
+		b->full_at = now;
+		b->rest = 0;
 	}
-	if (full_at < now) {
-		full_at = now;
-		rest = 0;
-	}
-	if (full_at > now + l->tolerance)
+	if (!bucket_has(b, l, now))
 		return false;
-	full_at += l->interval;
-	rest += l->rest;
-	if (rest >= l->count) {
-		rest -= l->count;
-		full_at++;
+	b->full_at += l->interval;
+	b->rest += l->rest;
+	if (b->rest >= l->count) {
+		b->rest -= l->count;
+		b->full_at++;
 	}
-	b->full_at = full_at;
-	b->interval = l->interval;
-	b->count = l->count;
-	b->rest = rest;
 	return true;
 }
 

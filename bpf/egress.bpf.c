@@ -85,23 +85,36 @@ static __always_inline const volatile struct limit *limit_of(const struct contai
 	return c->limit.burst ? &c->limit : &default_limit;
 }
 
-/* Takes a token of the container. Most of a flood is refused without the lock,
- * and without the precise clock, which costs as much as all the rest: the coarse
- * one lags by a tick, and decides nothing that is less than clock_slack away.
+/* Whether the container's bucket is surely empty. Most of a flood is refused by
+ * this, without the lock, and without the precise clock, which costs as much as
+ * all the rest: the coarse one lags by a tick, and decides nothing that is less
+ * than clock_slack away.
  */
+static __always_inline bool surely_empty(const struct container *c, const volatile struct limit *l)
+{
+	const __u64 clock_slack = 100 * 1000 * 1000;
+	__u64 now;
+
+	if (!l->count)
+		return false;
+	if (has_coarse_clock) {
+		now = bpf_ktime_get_coarse_ns() + clock_slack;
+		if (bucket_settled(&c->bucket, l, now) && !bucket_has(&c->bucket, l, now))
+			return true;
+	}
+	now = bpf_ktime_get_ns();
+	return bucket_settled(&c->bucket, l, now) && !bucket_has(&c->bucket, l, now);
+}
+
 static __always_inline bool take_token(struct container *c)
 {
 	const volatile struct limit *l = limit_of(c);
-	const __u64 clock_slack = 100 * 1000 * 1000;
 	bool taken;
 	__u64 now;
 
-	if (has_coarse_clock && bucket_reckoned_with(&c->bucket, l) &&
-	    !bucket_has(&c->bucket, l, bpf_ktime_get_coarse_ns() + clock_slack))
+	if (surely_empty(c, l))
 		return false;
 	now = bpf_ktime_get_ns();
-	if (!bucket_has(&c->bucket, l, now))
-		return false;
 	bpf_spin_lock(&c->lock);
 	taken = bucket_take(&c->bucket, l, now);
 	bpf_spin_unlock(&c->lock);
@@ -182,7 +195,7 @@ static __noinline int judge(struct __sk_buff *skb)
 
 	if (!parse(skb, &f))
 		reason = REASON_MALFORMED;
-	else if (blocked(&f))
+	else if (blocked_destination(&f) || blocked_source(&f))
 		reason = REASON_BLOCKED;
 	else
 		return f.syn && bit(smtp_ports, f.dport) ? judge_mail(skb, &f) : 1;
@@ -290,10 +303,9 @@ static __always_inline bool loopback(const union address *a)
 /* The verdict on an attempt to send to f->dst, before there is a packet. */
 static __always_inline enum reason judge_attempt(const struct flow *f, struct container **c)
 {
-	bool allowed;
 	__u64 id;
 
-	if (blocked_destination(f, &allowed)) {
+	if (blocked_destination(f)) {
 		*c = state_of(caller());
 		return REASON_BLOCKED;
 	}
@@ -302,7 +314,7 @@ static __always_inline enum reason judge_attempt(const struct flow *f, struct co
 	    !loopback(&f->dst) && !exempt(f)) {
 		id = caller();
 		*c = bpf_map_lookup_elem(&containers, &id);
-		if (*c && !bucket_has(&(*c)->bucket, limit_of(*c), bpf_ktime_get_ns()))
+		if (*c && surely_empty(*c, limit_of(*c)))
 			return REASON_RATE_LIMITED;
 	}
 	return REASON_NONE;
@@ -401,11 +413,13 @@ int release(__u64 *ctx)
 static __noinline int apply_limit(const struct limit_request *request)
 {
 	struct container *c = state_of(request->id);
+	__u64 now = bpf_ktime_get_ns();
 
 	if (!c)
 		return 0;
 	bpf_spin_lock(&c->lock);
 	c->limit = request->limit;
+	bucket_adopt(&c->bucket, &c->limit, now);
 	bpf_spin_unlock(&c->lock);
 	return 1;
 }

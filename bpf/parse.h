@@ -107,6 +107,9 @@ static __always_inline bool syn_without_ack(__u8 flags)
 /* The transport header of a whole packet or a first fragment, at offset off. */
 static __always_inline bool parse_transport(struct __sk_buff *skb, __u32 off, struct flow *f)
 {
+	/* The header before it may have claimed more than there is. */
+	if (off > skb->len)
+		return false;
 	if (f->proto == IPPROTO_TCP) {
 		struct tcp tcp;
 
@@ -212,7 +215,7 @@ static __always_inline bool parse_headers(struct __sk_buff *skb, __u32 off, stru
 
 		if (!is_extension(f->proto, v6))
 			return parse_transport(skb, off, f);
-		if (bpf_skb_load_bytes(skb, off, &ext, sizeof(ext)))
+		if (i == MAX_EXTENSIONS || bpf_skb_load_bytes(skb, off, &ext, sizeof(ext)))
 			return false;
 		switch (f->proto) {
 		case EXT_FRAGMENT:

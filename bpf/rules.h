@@ -86,26 +86,18 @@ static __always_inline __u32 rule_flags(const union address *a, __u8 proto, bool
 	return flags;
 }
 
-static __always_inline bool blocked_destination(const struct flow *f, bool *allowed)
+static __always_inline bool blocked_destination(const struct flow *f)
 {
-	__u32 flags;
-
-	if (!suspect(&f->dst))
-		return false;
-	flags = rule_flags(&f->dst, f->proto, f->has_ports, f->dport);
-	*allowed = flags & RULE_ALLOW;
-	return (flags & (RULE_ALLOW | RULE_BLOCK)) == RULE_BLOCK;
+	return suspect(&f->dst) &&
+	       (rule_flags(&f->dst, f->proto, f->has_ports, f->dport) & (RULE_ALLOW | RULE_BLOCK)) == RULE_BLOCK;
 }
 
-static __always_inline bool blocked(const struct flow *f)
+/* Whoever answers a packet sent as the metadata service answers to it. */
+static __always_inline bool blocked_source(const struct flow *f)
 {
-	bool allowed = false;
-
-	if (blocked_destination(f, &allowed))
-		return true;
-	/* Whoever answers a packet sent as the metadata service answers to it. */
-	return !allowed && suspect(&f->src) &&
-	       rule_flags(&f->src, f->proto, f->has_ports, f->sport) & RULE_BLOCK_SOURCE;
+	return suspect(&f->src) &&
+	       rule_flags(&f->src, f->proto, f->has_ports, f->sport) & RULE_BLOCK_SOURCE &&
+	       !(rule_flags(&f->dst, f->proto, f->has_ports, f->dport) & RULE_ALLOW);
 }
 
 static __always_inline bool exempt(const struct flow *f)
