@@ -14,13 +14,10 @@
 
 #include <bpf/bpf_helpers.h>
 
-/* Whether b is reckoned with l, and lacks no more tokens than it could hold: one
- * of both is not so after the limit has changed.
- */
-static __always_inline bool bucket_settled(const struct bucket *b, const volatile struct limit *l, __u64 now)
+/* Whether b is reckoned with l: not so after the limit has changed. */
+static __always_inline bool bucket_settled(const struct bucket *b, const volatile struct limit *l)
 {
-	return b->interval == l->interval && b->count == l->count &&
-	       *(const volatile __u64 *)&b->full_at <= now + l->tolerance + l->interval + 2;
+	return b->interval == l->interval && b->count == l->count && b->burst == l->burst;
 }
 
 /* Brings b to l, where it was last used under another limit: as many tokens are
@@ -32,7 +29,7 @@ static __always_inline void bucket_adopt(struct bucket *b, const volatile struct
 {
 	__u64 debt, whole, part;
 
-	if (!l->count || bucket_settled(b, l, now))
+	if (!l->count || bucket_settled(b, l))
 		return;
 	debt = b->count && b->full_at > now ? b->full_at - now : 0;
 	b->full_at = now;
@@ -51,6 +48,7 @@ static __always_inline void bucket_adopt(struct bucket *b, const volatile struct
 	b->rest = 0;
 	b->interval = l->interval;
 	b->count = l->count;
+	b->burst = l->burst;
 }
 
 /* Whether a token is there, in a settled bucket. Takes no lock: full_at only ever

@@ -11,6 +11,7 @@
 
 #define LOOPBACK_IFINDEX 1
 #define SOCK_STREAM 1
+#define SOCK_RAW 3
 #define ECONNREFUSED 111
 
 static const struct container new_container;
@@ -93,30 +94,25 @@ static __always_inline const volatile struct limit *limit_of(const struct contai
 static __always_inline bool surely_empty(const struct container *c, const volatile struct limit *l)
 {
 	const __u64 clock_slack = 100 * 1000 * 1000;
-	__u64 now;
 
-	if (!l->count)
+	if (!l->count || !bucket_settled(&c->bucket, l))
 		return false;
-	if (has_coarse_clock) {
-		now = bpf_ktime_get_coarse_ns() + clock_slack;
-		if (bucket_settled(&c->bucket, l, now) && !bucket_has(&c->bucket, l, now))
-			return true;
-	}
-	now = bpf_ktime_get_ns();
-	return bucket_settled(&c->bucket, l, now) && !bucket_has(&c->bucket, l, now);
+	if (has_coarse_clock && !bucket_has(&c->bucket, l, bpf_ktime_get_coarse_ns() + clock_slack))
+		return true;
+	return !bucket_has(&c->bucket, l, bpf_ktime_get_ns());
 }
 
 static __always_inline bool take_token(struct container *c)
 {
-	const volatile struct limit *l = limit_of(c);
 	bool taken;
 	__u64 now;
 
-	if (surely_empty(c, l))
+	if (surely_empty(c, limit_of(c)))
 		return false;
 	now = bpf_ktime_get_ns();
 	bpf_spin_lock(&c->lock);
-	taken = bucket_take(&c->bucket, l, now);
+	/* Read again: the limit may have changed, and be no limit any more. */
+	taken = bucket_take(&c->bucket, limit_of(c), now);
 	bpf_spin_unlock(&c->lock);
 	return taken;
 }
@@ -173,7 +169,7 @@ static __always_inline int drop(struct __sk_buff *skb, struct container *c, enum
 }
 
 /* The verdict on a SYN to a mail port, whose destination is not blocked. */
-static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *f)
+static __always_inline int judge_mail_syn(struct __sk_buff *skb, const struct flow *f)
 {
 	struct container *c;
 
@@ -187,6 +183,26 @@ static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *
 	return 1;
 }
 
+/* TCP to a mail port that opens no connection belongs to one that was let through,
+ * unless a raw socket sends it. That could answer for a connection whose SYN a
+ * deaf TCP socket repeats for free, and so make many of one token.
+ */
+static __always_inline int judge_mail_data(struct __sk_buff *skb, const struct flow *f)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (!sk || sk->type != SOCK_RAW || skb->ifindex == LOOPBACK_IFINDEX || exempt(f))
+		return 1;
+	return drop(skb, state_of(packet_owner(skb)), REASON_RATE_LIMITED);
+}
+
+static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *f)
+{
+	return f->syn ? judge_mail_syn(skb, f) : judge_mail_data(skb, f);
+}
+
 /* Out of line: the verdict on any packet. */
 static __noinline int judge(struct __sk_buff *skb)
 {
@@ -198,14 +214,14 @@ static __noinline int judge(struct __sk_buff *skb)
 	else if (blocked_destination(&f) || blocked_source(&f))
 		reason = REASON_BLOCKED;
 	else
-		return f.syn && bit(smtp_ports, f.dport) ? judge_mail(skb, &f) : 1;
+		return f.proto == IPPROTO_TCP && f.has_ports && smtp_ports[f.dport] ? judge_mail(skb, &f) : 1;
 	return drop(skb, state_of(packet_owner(skb)), reason);
 }
 
 /* What a glance at the headers, where they lie, tells of a packet. */
 enum glance {
 	PLAIN,		/* passes */
-	MAIL,		/* a SYN to a mail port, not blocked; the flow is filled in */
+	MAIL,		/* TCP to a mail port, not blocked; the flow is filled in */
 	UNCLEAR,	/* anything else: to be parsed */
 };
 
@@ -216,7 +232,7 @@ static __always_inline enum glance glance_transport(__u8 proto, const struct tcp
 		return PLAIN;
 	if (proto != IPPROTO_TCP || (const void *)(tcp + 1) > end)
 		return UNCLEAR;
-	if (!syn_without_ack(tcp->flags) || !bit(smtp_ports, tcp->dport))
+	if (!smtp_ports[tcp->dport])
 		return PLAIN;
 	*f = (struct flow){
 		.sport = tcp->sport,
@@ -224,22 +240,50 @@ static __always_inline enum glance glance_transport(__u8 proto, const struct tcp
 		.seq = tcp->seq,
 		.proto = IPPROTO_TCP,
 		.has_ports = true,
-		.syn = true,
+		.syn = syn_without_ack(tcp->flags),
 	};
 	return MAIL;
 }
 
 #define UDP_HEADER 8
 
+/* The first eight bytes of IP headers. */
+union header4 {
+	__u64 word;
+	struct {
+		__u8 version_ihl;
+		__u8 tos;
+		__be16 tot_len;
+		__be16 id;
+		__be16 frag_off;
+	};
+};
+
+union header6 {
+	__u64 word;
+	struct {
+		__u8 version;
+		__u8 traffic_class;
+		__be16 flow_label;
+		__be16 payload_len;
+		__u8 nexthdr;
+		__u8 hop_limit;
+	};
+};
+
+/* Both compare the first eight bytes at once: version, length and what else has
+ * to be as it is in a plain header.
+ */
 static __always_inline enum glance glance4(const struct __sk_buff *skb, struct flow *f)
 {
 	const void *end = (void *)(long)skb->data_end;
 	const struct iphdr *ip = (void *)(long)skb->data;
+	const union header4 mask = { .version_ihl = 0xff, .tot_len = 0xffff, .frag_off = bpf_htons(IP_OFFSET | IP_MF) };
+	const union header4 plain = { .version_ihl = 0x45, .tot_len = bpf_htons(skb->len) };
 	enum glance g;
 
-	if ((const void *)(ip + 1) + UDP_HEADER > end || *(const __u8 *)ip != 0x45 ||
-	    ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) || bpf_ntohs(ip->tot_len) != skb->len ||
-	    either_suspect4(ip->daddr, ip->saddr))
+	if ((const void *)(ip + 1) + UDP_HEADER > end || (*(const __u64 *)ip & mask.word) != plain.word ||
+	    skb->len > 0xffff || either_suspect4(ip->daddr, ip->saddr))
 		return UNCLEAR;
 	g = glance_transport(ip->protocol, (const void *)(ip + 1), end, f);
 	if (g == MAIL)
@@ -251,11 +295,12 @@ static __always_inline enum glance glance6(const struct __sk_buff *skb, struct f
 {
 	const void *end = (void *)(long)skb->data_end;
 	const struct ipv6hdr *ip = (void *)(long)skb->data;
+	const union header6 mask = { .version = 0xf0, .payload_len = 0xffff };
+	const union header6 plain = { .version = 0x60, .payload_len = bpf_htons(skb->len - sizeof(*ip)) };
 	enum glance g;
 
-	if ((const void *)(ip + 1) + UDP_HEADER > end || *(const __u8 *)ip >> 4 != 6 ||
-	    bpf_ntohs(ip->payload_len) != skb->len - sizeof(*ip) ||
-	    either_suspect6((const union address *)&ip->daddr, (const union address *)&ip->saddr))
+	if ((const void *)(ip + 1) + UDP_HEADER > end || (*(const __u64 *)ip & mask.word) != plain.word ||
+	    skb->len > 0xffff || either_suspect6((const union address *)&ip->daddr, (const union address *)&ip->saddr))
 		return UNCLEAR;
 	g = glance_transport(ip->nexthdr, (const void *)(ip + 1), end, f);
 	if (g == MAIL)
@@ -293,15 +338,41 @@ static __always_inline __u64 caller(void)
 	return id ? id : policed_id;
 }
 
+/* Where connect() leads to the loopback device whatever the routes say. */
 static __always_inline bool loopback(const union address *a)
 {
 	if (mapped4(a))
-		return a->bytes[12] == 127;
-	return !a->be32[0] && !a->be32[1] && !a->be32[2] && a->be32[3] == bpf_htonl(1);
+		return !a->be32[3] || a->bytes[12] == 127;
+	return !a->be32[0] && !a->be32[1] && !a->be32[2] && (!a->be32[3] || a->be32[3] == bpf_htonl(1));
+}
+
+/* Whether the container itself may be the one that listens there. Nothing tells
+ * whether an address is its own, so a socket that listens on every address makes
+ * this true of all: then the packet decides.
+ */
+static __always_inline bool own_listener(struct bpf_sock_addr *ctx, const struct flow *f)
+{
+	struct bpf_sock_tuple to = {};
+	struct bpf_sock *sk;
+
+	if (mapped4(&f->dst)) {
+		to.ipv4.daddr = f->dst.be32[3];
+		to.ipv4.dport = f->dport;
+		sk = bpf_sk_lookup_tcp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		__builtin_memcpy(to.ipv6.daddr, &f->dst, sizeof(to.ipv6.daddr));
+		to.ipv6.dport = f->dport;
+		sk = bpf_sk_lookup_tcp(ctx, &to, sizeof(to.ipv6), BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!sk)
+		return false;
+	bpf_sk_release(sk);
+	return true;
 }
 
 /* The verdict on an attempt to send to f->dst, before there is a packet. */
-static __always_inline enum reason judge_attempt(const struct flow *f, struct container **c)
+static __always_inline enum reason judge_attempt(struct bpf_sock_addr *ctx, const struct flow *f,
+						 struct container **c)
 {
 	__u64 id;
 
@@ -309,12 +380,14 @@ static __always_inline enum reason judge_attempt(const struct flow *f, struct co
 		*c = state_of(caller());
 		return REASON_BLOCKED;
 	}
-	/* Only looks: the token is the packet's to take. */
-	if (over_limit_reject && f->proto == IPPROTO_TCP && bit(smtp_ports, f->dport) &&
+	/* Only looks: the token is the packet's to take, and to count if nothing is
+	 * refused.
+	 */
+	if (enforce && over_limit_reject && f->proto == IPPROTO_TCP && smtp_ports[f->dport] &&
 	    !loopback(&f->dst) && !exempt(f)) {
 		id = caller();
 		*c = bpf_map_lookup_elem(&containers, &id);
-		if (*c && surely_empty(*c, limit_of(*c)))
+		if (*c && surely_empty(*c, limit_of(*c)) && !own_listener(ctx, f))
 			return REASON_RATE_LIMITED;
 	}
 	return REASON_NONE;
@@ -328,7 +401,7 @@ static __always_inline int attempt(struct bpf_sock_addr *ctx, struct flow *f)
 	f->dport = ctx->user_port;
 	f->proto = ctx->protocol == PROTO_MPTCP ? IPPROTO_TCP : ctx->protocol;
 	f->has_ports = carries_ports(f->proto);
-	reason = judge_attempt(f, &c);
+	reason = judge_attempt(ctx, f, &c);
 	if (reason == REASON_NONE)
 		return 1;
 	count_connect(c, reason);

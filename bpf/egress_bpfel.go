@@ -16,9 +16,11 @@ import (
 type EgressBucket struct {
 	_        structs.HostLayout
 	FullAt   uint64
-	Interval uint64
-	Count    uint32
 	Rest     uint32
+	Count    uint32
+	Interval uint64
+	Burst    uint32
+	Reserved uint32
 }
 
 type EgressContainer struct {
@@ -120,8 +122,8 @@ const (
 
 type EgressSuspects struct {
 	_      structs.HostLayout
-	First  [1024]uint64
-	Second [1024]uint64
+	First  [65536]bool
+	Second [65536]bool
 }
 
 type EgressTicket struct {

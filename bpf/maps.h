@@ -70,18 +70,20 @@ const volatile struct limit default_limit;
 const volatile __u64 policed_id;
 const volatile __u32 policed_level;
 
-/* Bitmaps that are set for every address the rules might block, by its first
- * and by its second 16 bits, indexed by those bytes as they lie in memory. They
- * keep the trie, whose cost grows with the policy, off the path of ordinary
- * packets.
+/* Set for every address the rules might block: by its first 16 bits, and by its
+ * second 16 bits, as they lie in memory. They keep the trie, whose cost grows with
+ * the policy, off the path of ordinary packets. A byte each, since every packet
+ * reads them: a bit costs more to find.
  */
-#define BITMAP_WORDS (65536 / 64)
+#define WORDS 65536
 struct suspects {
-	__u64 first[BITMAP_WORDS];
-	__u64 second[BITMAP_WORDS];
+	bool first[WORDS];
+	bool second[WORDS];
 };
 const volatile struct suspects suspects4;
 const volatile struct suspects suspects6;
-const volatile __u64 smtp_ports[BITMAP_WORDS];	/* indexed by port, network byte order */
+
+/* By port, in network byte order. */
+const volatile bool smtp_ports[WORDS];
 
 #endif

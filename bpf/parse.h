@@ -204,6 +204,8 @@ static __always_inline bool parse_later_fragment(const struct flow *f, __u32 off
 /* From the end of the IP header, where f->proto stands, to the ports. */
 static __always_inline bool parse_headers(struct __sk_buff *skb, __u32 off, struct flow *f, bool v6)
 {
+	/* Unrolled: 5.10 and 6.1 refuse the loop that clang makes of it. */
+	_Pragma("unroll")
 	for (int i = 0; i <= MAX_EXTENSIONS; i++) {
 		/* Every extension header has at least these eight bytes. */
 		struct {

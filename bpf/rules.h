@@ -6,32 +6,27 @@
 #include "maps.h"
 #include "parse.h"
 
-static __always_inline __u64 bit(const volatile __u64 *bitmap, __u16 i)
-{
-	return bitmap[i >> 6] >> (i & 63) & 1;
-}
-
 static __always_inline bool suspect4(__be32 ip)
 {
-	return bit(suspects4.first, (__u16)ip) && bit(suspects4.second, ip >> 16);
+	return suspects4.first[(__u16)ip] && suspects4.second[ip >> 16];
 }
 
 /* Set for v4-mapped and NAT64 addresses too, whenever any IPv4 address is. */
 static __always_inline bool suspect6(const union address *a)
 {
-	return bit(suspects6.first, a->be16[0]) && bit(suspects6.second, a->be16[1]);
+	return suspects6.first[a->be16[0]] && suspects6.second[a->be16[1]];
 }
 
 /* Of two addresses: one branch tells most packets from the rest. */
 static __always_inline bool either_suspect4(__be32 a, __be32 b)
 {
-	return (bit(suspects4.first, (__u16)a) | bit(suspects4.first, (__u16)b)) &&
+	return ((__u8)suspects4.first[(__u16)a] | (__u8)suspects4.first[(__u16)b]) &&
 	       (suspect4(a) || suspect4(b));
 }
 
 static __always_inline bool either_suspect6(const union address *a, const union address *b)
 {
-	return (bit(suspects6.first, a->be16[0]) | bit(suspects6.first, b->be16[0])) &&
+	return ((__u8)suspects6.first[a->be16[0]] | (__u8)suspects6.first[b->be16[0]]) &&
 	       (suspect6(a) || suspect6(b));
 }
 

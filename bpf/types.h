@@ -47,9 +47,12 @@ struct limit {
  */
 struct bucket {
 	__u64 full_at;
-	__u64 interval;		/* limit.interval that full_at was reckoned with */
-	__u32 count;		/* and limit.count; 0: never used */
 	__u32 rest;		/* fraction of full_at, in 1/count ns */
+	/* The limit that it is reckoned with. */
+	__u32 count;		/* 0: never used */
+	__u64 interval;
+	__u32 burst;
+	__u32 reserved;
 };
 
 /* Everything kept about a container. Key: id of its cgroup. */

@@ -137,7 +137,14 @@ func (p *policyFlags) apply(flags *pflag.FlagSet, to *policy.Policy) error {
 		name string
 		set  func() error
 	}{
-		{"preset", func() (err error) { to.Presets, err = policy.ParsePresets(p.presets); return err }},
+		{"preset", func() (err error) {
+			if len(p.presets) == 0 {
+				// More likely a variable that is not set than a wish.
+				return errors.New("want a preset, or none to block nothing")
+			}
+			to.Presets, err = policy.ParsePresets(p.presets)
+			return err
+		}},
 		{"block", func() (err error) { to.Block, err = parseAll(p.block, policy.ParseRule); return err }},
 		{"allow", func() (err error) { to.Allow, err = parseAll(p.allow, policy.ParseRule); return err }},
 		{"allow-dns", func() error { to.AllowDNS = p.allowDNS; return nil }},
@@ -181,6 +188,9 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 		if !d.Active {
 			fmt.Fprintf(w, "warning: no defence %s: %s\n", d.Name, d.Reason)
 		}
+	}
+	if s.Policy != nil && len(s.Policy.Blocked()) == 0 {
+		fmt.Fprintln(w, "warning: nothing is blocked")
 	}
 	if s.Mode == policy.Audit {
 		fmt.Fprintln(w, "warning: mode is audit: everything is counted and nothing is dropped")

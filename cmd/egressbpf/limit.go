@@ -18,7 +18,7 @@ func newLimit(g *globals) *cobra.Command {
 Tokens that are missing from its bucket stay missing. NAME is the container's id or
 the beginning of it, or its cgroup by name or path.`,
 		Args: usageArgs(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		RunE: help,
 	}
 	cmd.AddCommand(newLimitSet(g), newLimitGet(g), newLimitUnset(g))
 	return cmd

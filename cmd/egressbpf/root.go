@@ -48,8 +48,8 @@ func (g *globals) filter() (*loader.Filter, cgroup.Root, error) {
 		if root, err = cgroup.FindRoot(); err != nil {
 			return nil, "", err
 		}
-	} else if !cgroup.OnCgroup2(g.cgroupRoot) {
-		return nil, "", usageError{fmt.Errorf("--cgroup-root %s: not a cgroup2 mount", g.cgroupRoot)}
+	} else if !cgroup.IsRoot(g.cgroupRoot) {
+		return nil, "", usageError{fmt.Errorf("--cgroup-root %s: not a mount of the whole cgroup2 hierarchy", g.cgroupRoot)}
 	}
 	return loader.New(g.pinPath, root), root, nil
 }
@@ -61,6 +61,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	cmd.SetArgs(args)
 	cmd.SetOut(stdout)
 	cmd.SetErr(stderr)
+	addCompletion(cmd)
 	err := cmd.ExecuteContext(ctx)
 	var usage usageError
 	switch {
@@ -69,7 +70,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case errors.Is(err, errNotInForce):
 		return exitNotInForce
 	case errors.As(err, &usage) || errors.Is(err, cgroup.ErrNotBelowRoot) ||
-		errors.Is(err, loader.ErrNested) || errors.Is(err, loader.ErrNotBPFFS):
+		errors.Is(err, loader.ErrNested) || errors.Is(err, loader.ErrPinPath):
 		report(stderr, err, g.debug)
 		return exitUsage
 	}
@@ -88,6 +89,7 @@ process to stay in force.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 (status) not fully in force.`,
 		Args:          usageArgs(cobra.NoArgs),
+		RunE:          help,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
@@ -102,6 +104,22 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 (status) not fully in force.`,
 	return cmd
 }
 
+// addCompletion adds cobra's command, which writes to what is the output now, and
+// which would take an unknown shell for a call for help.
+func addCompletion(root *cobra.Command) {
+	root.InitDefaultCompletionCmd()
+	for _, cmd := range root.Commands() {
+		if cmd.Name() == "completion" {
+			cmd.Args, cmd.RunE = usageArgs(cobra.NoArgs), help
+			for _, shell := range cmd.Commands() {
+				shell.Args = usageArgs(cobra.NoArgs)
+			}
+		}
+	}
+}
+
+func help(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+
 // usageArgs makes the errors of a cobra argument check usage errors.
 func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
@@ -114,7 +132,7 @@ func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 
 // report prints an error and what to do about it.
 func report(w io.Writer, err error, debug bool) {
-	fmt.Fprintf(w, "egressbpf: %v\n", err)
+	fmt.Fprintf(w, "egressbpf: %s\n", strings.Map(visible, err.Error()))
 	var rejected *ebpf.VerifierError
 	if errors.As(err, &rejected) {
 		// As part of another error it shows one line only.
@@ -142,7 +160,7 @@ func remedyFor(err error) string {
 		{cgroup.ErrNotBelowRoot, "name a directory below the cgroup2 mount, such as its docker directory; the root itself holds the host's own services"},
 		{cgroup.ErrNotInitialNamespace, "run it on the host, outside of any container, or with `nsenter --target 1 --cgroup`"},
 		{loader.ErrNested, "name only the outer one, or detach the other first"},
-		{loader.ErrNotBPFFS, "mount one with `mount -t bpf bpf DIR` and use a directory in it as --pin-path, or leave --pin-path out"},
+		{loader.ErrPinPath, "use a directory in a bpf filesystem as --pin-path (`mount -t bpf bpf DIR`, then DIR/egressbpf), or leave --pin-path out"},
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},
 		{loader.ErrBusy, "try again; if it persists, see who holds the directory with `fuser -v`"},
 		{loader.ErrOtherVersion, "run `egressbpf detach` of that version, or remove the pins with `rm -r`, then attach again; counters and buckets start anew"},
@@ -183,6 +201,14 @@ func writeJSON(w io.Writer, v any) error {
 	enc := json.NewEncoder(w)
 	enc.SetEscapeHTML(false)
 	return enc.Encode(v)
+}
+
+// visible replaces what a terminal would obey.
+func visible(r rune) rune {
+	if !strconv.IsPrint(r) && r != '\n' && r != '\t' {
+		return '\uFFFD'
+	}
+	return r
 }
 
 // printable makes a name safe to print: containers choose some names, and a

@@ -20,8 +20,8 @@ var (
 	// ErrNoCgroup2 means that no cgroup2 filesystem is mounted, or none that
 	// shows the whole hierarchy.
 	ErrNoCgroup2 = errors.New("no cgroup2 filesystem with the whole hierarchy is mounted")
-	// ErrNotBelowRoot means that a path is outside of the cgroup2 mount, or is
-	// its root.
+	// ErrNotBelowRoot means that a path is outside of the cgroup2 mount, is its
+	// root, or is no directory.
 	ErrNotBelowRoot = errors.New("not a directory below the cgroup2 mount")
 	// ErrNotInitialNamespace means that the process sees a part of the
 	// hierarchy as if it were the whole.
@@ -79,6 +79,14 @@ func OnCgroup2(path string) bool {
 	return unix.Statfs(path, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
 }
 
+// IsRoot says whether path is a mount point of the whole cgroup2 hierarchy.
+func IsRoot(path string) bool {
+	// The id of the root cgroup (kernel/cgroup/cgroup.c).
+	const rootID = 1
+	var st unix.Stat_t
+	return OnCgroup2(path) && unix.Stat(path, &st) == nil && st.Ino == rootID
+}
+
 // CheckNamespace returns ErrNotInitialNamespace if the process is not in the
 // host's cgroup namespace, where levels below the root are not what they seem.
 func CheckNamespace() error {
@@ -112,6 +120,9 @@ func (r Root) Rel(path string) (string, error) {
 	if err != nil || rel == "." || rel == ".." || strings.HasPrefix(rel, "../") {
 		return "", fmt.Errorf("%s: %w (%s)", path, ErrNotBelowRoot, r)
 	}
+	if info, err := os.Stat(abs); err == nil && !info.IsDir() {
+		return "", fmt.Errorf("%s: %w (%s)", path, ErrNotBelowRoot, r)
+	}
 	return "/" + rel, nil
 }
 
@@ -122,7 +133,7 @@ func resolveExisting(path string) (string, error) {
 	}
 	// A dangling link is not a directory to be made.
 	if _, err := os.Lstat(path); err == nil {
-		return "", fmt.Errorf("%s: dangling symbolic link", path)
+		return "", fmt.Errorf("%s: dangling symbolic link: %w", path, ErrNotBelowRoot)
 	}
 	parent, err := resolveExisting(filepath.Dir(path))
 	return filepath.Join(parent, filepath.Base(path)), err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -19,17 +20,26 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// undo are the steps back to what was in force before.
-type undo []func() error
+// undo are the steps back to what was in force before, and what they hold.
+type undo struct {
+	steps []func() error
+	held  []io.Closer
+}
 
-func (u *undo) add(back func() error) { *u = append(*u, back) }
+func (u *undo) add(back func() error) { u.steps = append(u.steps, back) }
 
-func (u undo) run() error {
+func (u *undo) run() error {
 	var errs []error
-	for _, back := range slices.Backward(u) {
+	for _, back := range slices.Backward(u.steps) {
 		errs = append(errs, back())
 	}
 	return errors.Join(errs...)
+}
+
+func (u *undo) close() {
+	for _, c := range u.held {
+		c.Close()
+	}
 }
 
 // Attach puts the policy in force for the cgroups, given by path, and for those
@@ -39,7 +49,7 @@ func (u undo) run() error {
 //
 // On an error, what was in force before is in force again. Besides errors of the
 // kernel and those of package cgroup, the error can wrap ErrBusy, ErrNested,
-// ErrNotBPFFS and ErrOtherVersion.
+// ErrOtherVersion and ErrPinPath.
 //
 // A process that was killed while it attached leaves each hook of each cgroup
 // either as it was before or as it should be; the next Attach completes it.
@@ -66,17 +76,35 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 		return err
 	}
 
-	unlock, err := f.lock(ctx)
+	if err := f.checkNested(wanted); err != nil {
+		return err
+	}
+
+	unlock, created, err := f.lock(ctx)
 	if err != nil {
 		return err
 	}
 	defer unlock()
+	var back undo
+	defer back.close()
+	defer func() {
+		if err == nil {
+			return
+		}
+		if undoErr := back.run(); undoErr != nil {
+			err = fmt.Errorf("%w; and to restore what was in force before: %w", err, undoErr)
+		}
+	}()
+	if created {
+		back.add(func() error { return os.Remove(f.pins) })
+	}
 	old, err := f.installed()
 	if err != nil {
 		return err
 	}
-	defer closeAll(old)
+	// Closed after the way back, which goes through their links.
 	for _, o := range old {
+		back.held = append(back.held, o)
 		if o.rel == "" {
 			continue
 		}
@@ -87,27 +115,10 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	}
 	slices.Sort(wanted)
 	wanted = slices.Compact(wanted)
-	for i, outer := range wanted {
-		for _, inner := range wanted[i+1:] {
-			if cgroup.Within(inner, outer) {
-				return fmt.Errorf("%s and %s: %w", f.root.Path(outer), f.root.Path(inner), ErrNested)
-			}
-		}
+	if err := f.checkNested(wanted); err != nil {
+		return err
 	}
-
-	var back undo
-	defer func() {
-		if err == nil {
-			return
-		}
-		if undoErr := back.run(); undoErr != nil {
-			err = fmt.Errorf("%w; and to restore what was in force before: %w", err, undoErr)
-		}
-	}()
-	if len(old) == 0 {
-		back.add(f.removeState)
-	}
-	state, err := f.openState(true)
+	state, err := f.openState(&back)
 	if err != nil {
 		return err
 	}
@@ -149,6 +160,17 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 			// Nothing can be in force there.
 			if err := f.removePoliced(o); err != nil {
 				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (f *Filter) checkNested(rels []string) error {
+	for _, outer := range rels {
+		for _, inner := range rels {
+			if inner != outer && cgroup.Within(inner, outer) {
+				return fmt.Errorf("%s and %s: %w", f.root.Path(outer), f.root.Path(inner), ErrNested)
 			}
 		}
 	}
@@ -241,14 +263,11 @@ func exchange(l link.Link, old ebpf.ProgramID, prog *ebpf.Program, back *undo) e
 	if err != nil {
 		return fmt.Errorf("open program %d: %w", old, err)
 	}
+	back.held = append(back.held, before)
 	if err := l.Update(prog); err != nil {
-		before.Close()
 		return err
 	}
-	back.add(func() error {
-		defer before.Close()
-		return l.Update(before)
-	})
+	back.add(func() error { return l.Update(before) })
 	return nil
 }
 
@@ -282,7 +301,7 @@ func (f *Filter) attachRelease(state *maps.State) error {
 	// Links of tracing programs cannot be updated. For a moment two programs
 	// forget the same containers.
 	pin := filepath.Join(f.pins, bpf.EgressProgRelease)
-	next := pin + "-next"
+	next := filepath.Join(f.pins, releaseNext)
 	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

@@ -10,18 +10,12 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf/link"
-
-	"github.com/egressbpf/egressbpf/bpf"
-	"github.com/egressbpf/egressbpf/internal/maps"
 )
 
 // Detach takes the filter off the cgroups, given by path, or off all of them if
 // none is given. With the last one, state and pin path go too. Taking off what
 // is not attached is no error. The error can wrap ErrBusy.
 func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
-	if _, err := os.Stat(f.pins); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
 	var unwanted []string
 	for _, path := range cgroups {
 		rel, err := f.root.Rel(path)
@@ -30,7 +24,16 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
 		}
 		unwanted = append(unwanted, rel)
 	}
-	unlock, err := f.lock(ctx)
+	if _, err := os.Stat(f.pins); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	// Elsewhere there can be no pins of ours, and nothing for us to remove.
+	if !onBPFFS(f.pins) || isMount(f.pins) {
+		return nil
+	}
+	unlock, _, err := f.lock(ctx)
 	if err != nil {
 		return err
 	}
@@ -72,10 +75,7 @@ func (f *Filter) removePoliced(p *policed) error {
 
 // removeState removes everything but policed cgroups.
 func (f *Filter) removeState() error {
-	if err := removeLink(filepath.Join(f.pins, bpf.EgressProgRelease)); err != nil {
-		return err
-	}
-	for _, name := range append(maps.StateNames(), bpf.EgressProgRelease+"-next") {
+	for _, name := range pinNames() {
 		if err := os.Remove(filepath.Join(f.pins, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

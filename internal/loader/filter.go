@@ -42,9 +42,9 @@ var (
 	// ErrOtherVersion means that the pins were made by a version whose state
 	// this one cannot take over.
 	ErrOtherVersion = errors.New("attached by a version that this one cannot take over from")
-	// ErrNotBPFFS means that the pin path is not in a bpf filesystem and not at
-	// the usual place of one, where it could be mounted.
-	ErrNotBPFFS = errors.New("not on a bpf filesystem")
+	// ErrPinPath means that the pin path is not a directory below the root of a
+	// bpf filesystem, and not at the usual place of one, where it could be mounted.
+	ErrPinPath = errors.New("not a directory in a bpf filesystem")
 	// ErrNested means that a cgroup to be policed lies within another one.
 	ErrNested = errors.New("policed cgroups cannot be nested")
 )
@@ -89,16 +89,16 @@ func (f *Filter) step(format string, args ...any) error {
 // State opens the maps of a filter that is attached. The caller closes it. The
 // error wraps ErrNotAttached or ErrOtherVersion.
 func (f *Filter) State() (*maps.State, error) {
-	state, err := f.openState(false)
+	state, err := f.openState(nil)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w (no pins at %s)", ErrNotAttached, f.pins)
 	}
 	return state, err
 }
 
-// openState opens the pinned maps of the state, and makes those that are
-// missing if create is set.
-func (f *Filter) openState(create bool) (_ *maps.State, err error) {
+// openState opens the pinned maps of the state. It makes those that are missing
+// if it is told where to note the way back.
+func (f *Filter) openState(back *undo) (_ *maps.State, err error) {
 	spec, err := bpf.LoadEgress()
 	if err != nil {
 		return nil, err
@@ -115,7 +115,7 @@ func (f *Filter) openState(create bool) (_ *maps.State, err error) {
 		pin := filepath.Join(f.pins, name)
 		m, err := ebpf.LoadPinnedMap(pin, nil)
 		switch {
-		case errors.Is(err, fs.ErrNotExist) && create:
+		case errors.Is(err, fs.ErrNotExist) && back != nil:
 			if err = f.step("pin map %s", name); err != nil {
 				return nil, err
 			}
@@ -126,6 +126,7 @@ func (f *Filter) openState(create bool) (_ *maps.State, err error) {
 			if err := m.Pin(pin); err != nil {
 				return nil, fmt.Errorf("pin map %s: %w", name, err)
 			}
+			back.add(func() error { return os.Remove(pin) })
 		case err != nil:
 			return nil, fmt.Errorf("open pinned map %s: %w", pin, err)
 		default:
@@ -155,17 +156,27 @@ type policed struct {
 	since time.Time
 }
 
-func (p *policed) close() {
+// Close closes the links, which stay pinned.
+func (p *policed) Close() error {
 	for _, l := range p.links {
 		l.Close()
 	}
+	return nil
 }
 
 const cgroupPrefix = "cgroup-"
 
+// pinNames are what is pinned beside the policed cgroups.
+func pinNames() []string {
+	return append(maps.StateNames(), bpf.EgressProgRelease, releaseNext)
+}
+
+// releaseNext is the release link until it takes the place of the one before.
+const releaseNext = bpf.EgressProgRelease + "-next"
+
 // installed reads all policed cgroups back from the kernel. The caller closes
-// them. The error wraps ErrOtherVersion if there are hooks that this version
-// does not know.
+// them. The error wraps ErrOtherVersion if there are pins that this version does
+// not know.
 func (f *Filter) installed() (_ []*policed, err error) {
 	var found []*policed
 	defer func() {
@@ -184,6 +195,9 @@ func (f *Filter) installed() (_ []*policed, err error) {
 		digits, ok := strings.CutPrefix(entry.Name(), cgroupPrefix)
 		id, err := strconv.ParseUint(digits, 10, 64)
 		if !ok || err != nil {
+			if !slices.Contains(pinNames(), entry.Name()) {
+				return nil, fmt.Errorf("%s: %w", filepath.Join(f.pins, entry.Name()), ErrOtherVersion)
+			}
 			continue
 		}
 		p, err := f.readPoliced(id, filepath.Join(f.pins, entry.Name()))
@@ -198,7 +212,7 @@ func (f *Filter) installed() (_ []*policed, err error) {
 
 func closeAll(all []*policed) {
 	for _, p := range all {
-		p.close()
+		p.Close()
 	}
 }
 
@@ -206,7 +220,7 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 	p := &policed{id: id, dir: dir, links: map[string]link.Link{}, info: map[string]*link.Info{}}
 	defer func() {
 		if err != nil {
-			p.close()
+			p.Close()
 		}
 	}()
 	entries, err := os.ReadDir(dir)
@@ -252,29 +266,34 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 	return p, err
 }
 
-// lock excludes other processes until unlock is called. It creates the pin
-// path. The error wraps ErrBusy when ctx ends before.
-func (f *Filter) lock(ctx context.Context) (unlock func(), err error) {
+// lock excludes other processes until unlock is called. It creates the pin path,
+// and says whether it did. The error wraps ErrBusy when ctx ends before.
+func (f *Filter) lock(ctx context.Context) (unlock func(), created bool, err error) {
 	for {
-		if err := os.MkdirAll(f.pins, 0o700); err != nil {
-			return nil, err
+		if err := os.MkdirAll(filepath.Dir(f.pins), 0o700); err != nil {
+			return nil, false, err
+		}
+		err := os.Mkdir(f.pins, 0o700)
+		created := err == nil
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, false, err
 		}
 		dir, err := os.Open(f.pins)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		if err := flock(ctx, dir); err != nil {
 			dir.Close()
-			return nil, err
+			return nil, false, err
 		}
 		// A detach that held the lock before may have removed the directory.
 		ours, err := dir.Stat()
 		if err == nil {
 			if current, err := os.Stat(f.pins); err == nil && os.SameFile(ours, current) {
-				return func() { dir.Close() }, nil
+				return func() { dir.Close() }, created, nil
 			}
 		}
 		dir.Close()
@@ -312,15 +331,11 @@ func (f *Filter) mount() error {
 		}
 		existing = filepath.Dir(existing)
 	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(existing, &st); err != nil {
-		return fmt.Errorf("statfs %s: %w", existing, err)
-	}
-	if st.Type == unix.BPF_FS_MAGIC {
+	if onBPFFS(existing) && !(existing == f.pins && isMount(existing)) {
 		return nil
 	}
-	if existing != usualMount {
-		return fmt.Errorf("%s: %w", f.pins, ErrNotBPFFS)
+	if existing != usualMount || existing == f.pins {
+		return fmt.Errorf("%s: %w", f.pins, ErrPinPath)
 	}
 	if err := f.step("mount"); err != nil {
 		return err
@@ -330,4 +345,16 @@ func (f *Filter) mount() error {
 		return fmt.Errorf("mount a bpf filesystem on %s: %w", usualMount, err)
 	}
 	return nil
+}
+
+// isMount says whether path is where a filesystem is mounted. Other people have
+// their pins there too.
+func isMount(path string) bool {
+	var here, above unix.Stat_t
+	return unix.Stat(path, &here) == nil && unix.Stat(filepath.Dir(path), &above) == nil && here.Dev != above.Dev
+}
+
+func onBPFFS(path string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(path, &st) == nil && st.Type == unix.BPF_FS_MAGIC
 }

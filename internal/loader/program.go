@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -178,12 +177,7 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 	if err != nil {
 		return nil, err
 	}
-	for name := range spec.Programs {
-		if !slices.ContainsFunc(hooks, func(h hook) bool { return h.name == name }) {
-			delete(spec.Programs, name)
-		}
-	}
-	var smtpPorts maps.Bitmap
+	var smtpPorts maps.Words
 	for _, port := range l.policy.SMTP.Ports {
 		smtpPorts.Set(port)
 	}
@@ -217,15 +211,25 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 		spec.Maps[name].MaxEntries = m.MaxEntries()
 		shared[name] = m
 	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
-	if err != nil {
+	var progs struct {
+		Egress   *ebpf.Program `ebpf:"egress"`
+		Connect4 *ebpf.Program `ebpf:"connect4"`
+		Connect6 *ebpf.Program `ebpf:"connect6"`
+		Sendmsg4 *ebpf.Program `ebpf:"sendmsg4"`
+		Sendmsg6 *ebpf.Program `ebpf:"sendmsg6"`
+	}
+	// Not by a Collection, which would keep the constants mapped until the garbage
+	// collector comes by.
+	if err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
-	defer coll.Close()
-	p := &Programs{byHook: map[string]*ebpf.Program{}}
-	for _, h := range hooks {
-		p.byHook[h.name] = coll.DetachProgram(h.name)
-	}
+	p := &Programs{byHook: map[string]*ebpf.Program{
+		bpf.EgressProgEgress:   progs.Egress,
+		bpf.EgressProgConnect4: progs.Connect4,
+		bpf.EgressProgConnect6: progs.Connect6,
+		bpf.EgressProgSendmsg4: progs.Sendmsg4,
+		bpf.EgressProgSendmsg6: progs.Sendmsg6,
+	}}
 	err = bindDocument(p.Egress(), document{Version: Version(), Cgroup: rel, Policy: l.policy})
 	if err != nil {
 		p.Close()

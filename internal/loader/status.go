@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -86,17 +85,22 @@ func (f *Filter) Status() (*Status, error) {
 		},
 		Uncovered: []Uncovered{},
 	}
-	s.Enforcing = len(all) > 0
+	s.Enforcing = true
 	for _, p := range all {
 		s.add(f, p)
 	}
-	if len(all) > 0 {
+	s.Enforcing = s.Enforcing && len(s.Cgroups) > 0
+	if len(s.Cgroups) > 0 {
 		s.Hooks = append(s.Hooks, f.releaseHook())
 	}
 	return s, s.findUncovered(f, all)
 }
 
 func (s *Status) add(f *Filter, p *policed) {
+	if p.rel == "" {
+		// An attach was interrupted before anything was, and the cgroup is gone.
+		return
+	}
 	path := f.root.Path(p.rel)
 	s.Cgroups = append(s.Cgroups, path)
 	if p.doc != nil && s.Policy == nil {
@@ -175,10 +179,4 @@ func (s *Status) findUncovered(f *Filter, all []*policed) error {
 		}
 	}
 	return nil
-}
-
-// Attached says whether there is a filter, in force or not.
-func (f *Filter) Attached() bool {
-	_, err := os.Stat(f.pins)
-	return err == nil
 }

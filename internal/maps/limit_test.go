@@ -92,6 +92,7 @@ func TestTokens(t *testing.T) {
 			want   float64
 		}{
 			{"never used", bpf.EgressBucket{}, burst},
+			{"never used, and not zero", bpf.EgressBucket{Interval: 1, FullAt: 2 * now}, burst},
 			{"full again", bpf.EgressBucket{Count: limit.Count, Interval: limit.Interval, FullAt: now}, burst},
 			{"full long ago", bpf.EgressBucket{Count: limit.Count, Interval: limit.Interval, FullAt: 1}, burst},
 			{"half a token taken", used(0.5), burst - 0.5},

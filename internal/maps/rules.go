@@ -16,24 +16,21 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// Bitmap has a bit for each 16-bit value, in the byte order of the network.
-type Bitmap [65536 / 64]uint64
+// Words is a set of 16-bit values, indexed in the byte order of the network.
+type Words [1 << 16]bool
 
-// Set sets the bit of a value that is given in the host's byte order.
-func (b *Bitmap) Set(v uint16) {
-	v = bits.ReverseBytes16(v)
-	b[v/64] |= 1 << (v % 64)
-}
+// Set adds a value that is given in the host's byte order.
+func (w *Words) Set(v uint16) { w[bits.ReverseBytes16(v)] = true }
 
-func (b *Bitmap) setRange(first, last uint16) {
+func (w *Words) setRange(first, last uint16) {
 	for v := int(first); v <= int(last); v++ {
-		b.Set(uint16(v))
+		w.Set(uint16(v))
 	}
 }
 
-// Suspects has bits for the first and for the second 16 bits of addresses. An
-// address that misses one of them is in no prefix that was added.
-type Suspects struct{ First, Second Bitmap }
+// Suspects has the first and the second 16 bits of addresses. An address that
+// misses one of them is in no prefix that was added.
+type Suspects struct{ First, Second Words }
 
 // Rules is a policy's lists as the programs look them up: the contents of the
 // maps rules and ports, and of the bitmaps in front of them.
@@ -168,7 +165,7 @@ func (r *Rules) suspect(p bpf.EgressPrefix) {
 	r.Suspects6.add(p.Addr[:], p.Len)
 }
 
-// add sets the bits of all addresses with the same first bits as addr.
+// add adds all addresses with the same first bits as addr.
 func (s *Suspects) add(addr []byte, bits uint32) {
 	first, second := binary.BigEndian.Uint16(addr), binary.BigEndian.Uint16(addr[2:])
 	s.First.setRange(first, first|hostBits(bits))

@@ -157,20 +157,18 @@ func LoadProgram(name string, s *State) (*ebpf.Program, error) {
 	if err != nil {
 		return nil, err
 	}
-	shared := s.ByName()
-	spec.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
-	delete(spec.Maps, bpf.EgressMapRules)
-	delete(spec.Maps, bpf.EgressMapPorts)
+	spec.Programs = map[string]*ebpf.ProgramSpec{"program": spec.Programs[name]}
 	// Kernels before 5.11 charge maps to it.
 	if err := rlimit.RemoveMemlock(); err != nil {
 		return nil, err
 	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
-	if err != nil {
+	var loaded struct {
+		Program *ebpf.Program `ebpf:"program"`
+	}
+	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: s.ByName()}); err != nil {
 		return nil, fmt.Errorf("load program %s: %w", name, err)
 	}
-	defer coll.Close()
-	return coll.DetachProgram(name), nil
+	return loaded.Program, nil
 }
 
 // Forget removes what is kept about the container with a cgroup id; the totals

@@ -2,6 +2,7 @@ package maps_test
 
 import (
 	gomaps "maps"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/maps"
@@ -72,27 +74,65 @@ func TestState(t *testing.T) {
 	put(t, s, 1<<40, maps.Container{})
 	want(t, s, map[uint64]maps.Container{1: busy, 1 << 40: {}})
 
-	t.Run("limit", func(t *testing.T) {
-		limit := policy.Limit{Rate: policy.Rate{Count: 7, Period: 24 * time.Hour}, Burst: 1000}
-		limited := busy
-		limited.Limit = maps.LimitOf(limit)
-		check(t, s.SetLimit(1, limit))
-		check(t, s.SetLimit(2, limit)) // which nothing was counted for yet
-		want(t, s, map[uint64]maps.Container{1: limited, 2: {Limit: limited.Limit}, 1 << 40: {}})
-		check(t, s.SetLimit(2, policy.Limit{Burst: 5}))
-		if got := maps.PolicyLimit(containers(t, s)[2].Limit); !got.Rate.Unlimited() || got.Burst != 5 {
-			t.Errorf("got limit %+v, want an unlimited rate", got)
-		}
-		check(t, s.UnsetLimit(1))
-		check(t, s.UnsetLimit(1))
-		check(t, s.UnsetLimit(2))
-		want(t, s, map[uint64]maps.Container{1: busy, 2: {}, 1 << 40: {}})
-	})
-
-	check(t, s.Forget(2))
-	check(t, s.Forget(2))
+	check(t, s.Forget(1<<40))
 	check(t, s.Forget(1<<40))
 	want(t, s, map[uint64]maps.Container{1: busy})
+}
+
+func TestSetLimit(t *testing.T) {
+	s := newState(t)
+	const used, fresh = 1, 2
+	old := maps.LimitOf(policy.Limit{Rate: policy.Rate{Count: 1, Period: time.Hour}, Burst: 5})
+	var busy maps.Container
+	busy.Counters.SmtpAllowed = 42
+	busy.Bucket = bpf.EgressBucket{FullAt: monotonic(t) + uint64(3*time.Hour), Interval: old.Interval, Count: old.Count}
+	put(t, s, used, busy)
+
+	for _, tt := range []struct {
+		limit      policy.Limit
+		used, free float64 // tokens
+	}{
+		{policy.Limit{Rate: policy.Rate{Count: 7, Period: 24 * time.Hour}, Burst: 1000}, 997, 1000},
+		{policy.Limit{Burst: 5}, math.Inf(1), math.Inf(1)},
+		{policy.Limit{Rate: policy.Rate{Count: 1, Period: 24 * time.Hour}, Burst: 4}, 1, 4},
+		{policy.Limit{Rate: policy.Rate{Count: 1, Period: 24 * time.Hour}, Burst: 2}, 0, 2},
+	} {
+		check(t, s.SetLimit(used, tt.limit))
+		check(t, s.SetLimit(fresh, tt.limit)) // which nothing was counted for yet
+		all := containers(t, s)
+		for id, tokens := range map[uint64]float64{used: tt.used, fresh: tt.free} {
+			c := all[id]
+			if maps.PolicyLimit(c.Limit) != tt.limit {
+				t.Errorf("got limit %+v, want %+v", c.Limit, tt.limit)
+			}
+			// Those that are missing stay missing, but for what comes back meanwhile.
+			if got := maps.Tokens(c.Bucket, c.Limit, monotonic(t)); got != tokens && !(math.Abs(got-tokens) < 0.01) {
+				t.Errorf("limit %+v of container %d: got %v tokens, want %v", tt.limit, id, got, tokens)
+			}
+		}
+		if got := all[used].Counters; got != busy.Counters {
+			t.Errorf("got counters %+v, want %+v", got, busy.Counters)
+		}
+	}
+	for range 2 {
+		check(t, s.UnsetLimit(used))
+		check(t, s.UnsetLimit(fresh))
+		for id, c := range containers(t, s) {
+			if c.Limit != (bpf.EgressLimit{}) {
+				t.Errorf("container %d: got limit %+v, want none", id, c.Limit)
+			}
+		}
+	}
+	if got := containers(t, s)[used].Counters; got != busy.Counters {
+		t.Errorf("got counters %+v, want %+v", got, busy.Counters)
+	}
+}
+
+func monotonic(t *testing.T) uint64 {
+	t.Helper()
+	var ts unix.Timespec
+	check(t, unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts))
+	return uint64(ts.Nano())
 }
 
 func TestTotals(t *testing.T) {

@@ -236,24 +236,36 @@ var ErrAmbiguous = errors.New("more than one container goes by that name")
 // name of its cgroup, or the path of that, below the cgroup2 mount or in full.
 // The error wraps ErrNoContainer or ErrAmbiguous.
 func (r *Reader) Select(s *Stats, name string) (*Container, error) {
-	var found *Container
+	var exact, begin []*Container
 	for i := range s.Containers {
 		c := &s.Containers[i]
-		if c.ID == name || c.Cgroup != "" &&
-			(c.Cgroup == name || filepath.Base(c.Cgroup) == name || r.root.Path(c.Cgroup) == filepath.Clean(name)) {
+		switch {
+		case c.Cgroup != "" && (c.Cgroup == name || r.root.Path(c.Cgroup) == filepath.Clean(name)):
 			return c, nil
-		}
-		if name != "" && strings.HasPrefix(c.ID, name) {
-			if found != nil {
-				return nil, fmt.Errorf("%q: %w", name, ErrAmbiguous)
-			}
-			found = c
+		case c.ID == name || c.Cgroup != "" && filepath.Base(c.Cgroup) == name:
+			exact = append(exact, c)
+		case name != "" && strings.HasPrefix(c.ID, name):
+			begin = append(begin, c)
 		}
 	}
-	if found == nil {
+	if len(exact) == 0 {
+		exact = begin
+	}
+	switch len(exact) {
+	case 0:
 		return nil, fmt.Errorf("%q: %w below %s", name, ErrNoContainer, strings.Join(s.Cgroups, ", "))
+	case 1:
+		return exact[0], nil
 	}
-	return found, nil
+	return nil, fmt.Errorf("%q: %w: %s", name, ErrAmbiguous, paths(exact))
+}
+
+func paths(containers []*Container) string {
+	var all []string
+	for _, c := range containers {
+		all = append(all, c.Cgroup)
+	}
+	return strings.Join(all, ", ")
 }
 
 // SetLimit gives a container its own limit; UnsetLimit takes it away.

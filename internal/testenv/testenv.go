@@ -31,6 +31,24 @@ func Root(t testing.TB) cgroup.Root {
 	return root
 }
 
+// LockHost keeps other test processes that lock the host waiting until unlock is
+// called. It is for tests that use what there is one of, such as Docker's cgroup.
+func LockHost() (unlock func(), err error) {
+	root, err := cgroup.FindRoot()
+	if err != nil {
+		return nil, err
+	}
+	dir, err := os.Open(string(root))
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("lock %s: %w", root, err)
+	}
+	return func() { dir.Close() }, nil
+}
+
 var serial atomic.Int64
 
 // Cgroup makes a cgroup directly below the root and returns its path. It is

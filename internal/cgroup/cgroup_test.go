@@ -1,0 +1,365 @@
+package cgroup_test
+
+import (
+	"errors"
+	"io/fs"
+	"math"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/testenv"
+)
+
+// inNamespaces says whether the test runs in namespaces of its own. If not, it
+// is run once more, in a process that has them, and is done after that.
+func inNamespaces(t *testing.T, flags uintptr) bool {
+	t.Helper()
+	const marker = "CGROUP_TEST_NAMESPACES"
+	if os.Getenv(marker) != "" {
+		return true
+	}
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), marker+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: flags, Pdeathsig: syscall.SIGKILL}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	return false
+}
+
+func mount(t *testing.T, source, target, fstype string, flags uintptr) {
+	t.Helper()
+	if err := unix.Mount(source, target, fstype, flags, ""); err != nil {
+		t.Fatalf("mount %s on %s: %v", source, target, err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(target, unix.MNT_DETACH); err != nil {
+			t.Errorf("unmount %s: %v", target, err)
+		}
+	})
+}
+
+func TestFindRoot(t *testing.T) {
+	if !inNamespaces(t, unix.CLONE_NEWNS) {
+		return
+	}
+	want := func(want cgroup.Root) {
+		t.Helper()
+		got, err := cgroup.FindRoot()
+		if want == "" && !errors.Is(err, cgroup.ErrNoCgroup2) || want != "" && err != nil || got != want {
+			t.Fatalf("got %q, %v, want %q", got, err, want)
+		}
+	}
+	host, err := cgroup.FindRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(string(host)); err != nil || info.Sys().(*syscall.Stat_t).Ino != 1 {
+		t.Fatalf("%s is not the root of the hierarchy: %+v, %v", host, info, err)
+	}
+	if got, err := os.ReadFile(filepath.Join(string(host), "cgroup.procs")); err != nil || len(got) == 0 {
+		t.Errorf("%s has no processes: %v", host, err)
+	}
+	part := t.TempDir()
+	sub := testenv.Cgroup(t)
+	mount(t, sub, part, "", unix.MS_BIND)
+	for root := host; root != ""; root, _ = cgroup.FindRoot() {
+		if err := unix.Unmount(string(root), unix.MNT_DETACH); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want("") // a part of the hierarchy is not the whole
+
+	odd := filepath.Join(t.TempDir(), "a b\tc\\d\ne")
+	if err := os.Mkdir(odd, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	mount(t, "cgroup2", odd, "cgroup2", 0)
+	want(cgroup.Root(odd))
+	second := t.TempDir()
+	mount(t, "cgroup2", second, "cgroup2", 0)
+	t.Run("hidden", func(t *testing.T) {
+		mount(t, "tmpfs", odd, "tmpfs", 0)
+		if got, err := cgroup.FindRoot(); err != nil || got != cgroup.Root(second) {
+			t.Errorf("got %q, %v, want %q", got, err, second)
+		}
+	})
+	want(cgroup.Root(odd))
+
+	// For the removal of the test's own cgroup. It goes with the namespace.
+	if err := unix.Mount("cgroup2", string(host), "cgroup2", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestOnCgroup2(t *testing.T) {
+	root := testenv.Root(t)
+	for path, want := range map[string]bool{
+		string(root):             true,
+		testenv.Cgroup(t):        true,
+		root.Path("/does-not"):   false,
+		"/":                      false,
+		t.TempDir():              false,
+		"/proc/self/mountinfo":   false,
+		root.Path("/../../proc"): false,
+	} {
+		if got := cgroup.OnCgroup2(path); got != want {
+			t.Errorf("%s: got %v, want %v", path, got, want)
+		}
+	}
+}
+
+func TestCheckNamespace(t *testing.T) {
+	if os.Getenv("CGROUP_TEST_NAMESPACES") == "" {
+		if err := cgroup.CheckNamespace(); err != nil {
+			t.Error(err)
+		}
+	}
+	if inNamespaces(t, unix.CLONE_NEWCGROUP) {
+		if err := cgroup.CheckNamespace(); !errors.Is(err, cgroup.ErrNotInitialNamespace) {
+			t.Errorf("got %v, want %v", err, cgroup.ErrNotInitialNamespace)
+		}
+	}
+}
+
+func TestRel(t *testing.T) {
+	root := testenv.Root(t)
+	path := testenv.Cgroup(t)
+	base := filepath.Base(path)
+	testenv.Child(t, path, "web")
+	links := t.TempDir()
+	link := func(name, to string) string {
+		name = filepath.Join(links, name)
+		if err := os.Symlink(to, name); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	toRoot, toWeb := link("root", string(root)), link("web", path+"/web")
+	dangling := link("dangling", path+"/nothing")
+	linkedRoot := cgroup.Root(toRoot)
+	t.Chdir(path)
+
+	for _, tt := range []struct {
+		name string
+		root cgroup.Root
+		path string
+		want string // "" if refused
+	}{
+		{"cgroup", root, path, "/" + base},
+		{"child", root, path + "/web", "/" + base + "/web"},
+		{"unclean", root, path + "//web/./../web/", "/" + base + "/web"},
+		{"relative", root, "web", "/" + base + "/web"},
+		{"working directory", root, ".", "/" + base},
+		{"missing", root, path + "/new", "/" + base + "/new"},
+		{"missing, deep", root, path + "/new/a b/c", "/" + base + "/new/a b/c"},
+		{"begins with dots", root, path + "/..web", "/" + base + "/..web"},
+		{"link", root, toWeb, "/" + base + "/web"},
+		{"missing behind a link", root, toWeb + "/a/b", "/" + base + "/web/a/b"},
+		{"link to the mount", root, toRoot + "/" + base, "/" + base},
+		{"root is a link", linkedRoot, path + "/web", "/" + base + "/web"},
+		{"both are links", linkedRoot, toWeb, "/" + base + "/web"},
+		{"root", root, string(root), ""},
+		{"root by link", root, toRoot, ""},
+		{"root by dots", root, path + "/web/../..", ""},
+		{"outside", root, links, ""},
+		{"outside and missing", root, links + "/a/b", ""},
+		{"outside by dots", root, path + "/../../x", ""},
+		{"above", root, "/", ""},
+		{"next to the mount", root, string(root) + "x", ""},
+		{"empty root", "", path, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := tt.root.Rel(tt.path)
+			if got != tt.want || (err == nil) != (tt.want != "") {
+				t.Errorf("Rel(%q): got %q, %v, want %q", tt.path, got, err, tt.want)
+			}
+			if tt.want == "" && tt.root != "" && !errors.Is(err, cgroup.ErrNotBelowRoot) {
+				t.Errorf("Rel(%q): got %v, want %v", tt.path, err, cgroup.ErrNotBelowRoot)
+			}
+		})
+	}
+	// What would be made of these is not what was meant.
+	for _, path := range []string{dangling, dangling + "/a", path + "/cgroup.procs/a"} {
+		if got, err := root.Rel(path); err == nil {
+			t.Errorf("Rel(%q): got %q, want an error", path, got)
+		}
+	}
+}
+
+// A file is neither a directory nor to be made one.
+func TestRelOfFile(t *testing.T) {
+	file := testenv.Cgroup(t) + "/cgroup.procs"
+	if got, err := testenv.Root(t).Rel(file); !errors.Is(err, cgroup.ErrNotBelowRoot) {
+		t.Errorf("got %q, %v, want %v", got, err, cgroup.ErrNotBelowRoot)
+	}
+}
+
+func TestLevel(t *testing.T) {
+	for rel, want := range map[string]uint32{"/": 0, "/a": 1, "/a/b": 2, "/a/b/": 2, "/a b/c.d/e": 3} {
+		if got := cgroup.Level(rel); got != want {
+			t.Errorf("%s: got %d, want %d", rel, got, want)
+		}
+	}
+}
+
+func TestWithin(t *testing.T) {
+	for _, tt := range []struct {
+		rel, of string
+		want    bool
+	}{
+		{"/a", "/a", true},
+		{"/a/b", "/a", true},
+		{"/a/b/c", "/a", true},
+		{"/a", "/a/b", false},
+		{"/ab", "/a", false},
+		{"/a-b", "/a", false},
+		{"/b/a", "/a", false},
+	} {
+		if got := cgroup.Within(tt.rel, tt.of); got != tt.want {
+			t.Errorf("%s within %s: got %v, want %v", tt.rel, tt.of, got, tt.want)
+		}
+	}
+}
+
+func TestFindByID(t *testing.T) {
+	root := testenv.Root(t)
+	path := testenv.Cgroup(t)
+	seen := map[uint64]string{}
+	for _, name := range []string{"web", "a b\tc", "ünïcode", "gone (deleted)", strings.Repeat("x", 255)} {
+		rel := "/" + filepath.Base(path) + "/" + name
+		testenv.Child(t, path, name)
+		f, id, err := root.Open(rel)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if again, err := root.ID(rel); err != nil || again != id {
+			t.Errorf("%s: got id %d, %v, then %d", rel, id, err, again)
+		}
+		if other := seen[id]; other != "" {
+			t.Errorf("%s and %s have the same id", rel, other)
+		}
+		seen[id] = rel
+		if got, err := root.Find(id); err != nil || got != rel {
+			t.Errorf("id %d: got %q, %v, want %q", id, got, err, rel)
+		}
+
+		// The open directory keeps it from going altogether.
+		if err := os.Remove(root.Path(rel)); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := root.Find(id); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s was removed: got %q, %v, want %v", rel, got, err, fs.ErrNotExist)
+		}
+		if id, err := root.ID(rel); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s was removed: got id %d, %v, want %v", rel, id, err, fs.ErrNotExist)
+		}
+		testenv.Child(t, path, name)
+		if again, err := root.ID(rel); err != nil || again == id {
+			t.Errorf("%s was made again: got id %d, %v, want another than %d", rel, again, err, id)
+		}
+	}
+	for _, id := range []uint64{0, math.MaxUint64} {
+		if got, err := root.Find(id); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("id %d: got %q, %v, want %v", id, got, err, fs.ErrNotExist)
+		}
+	}
+	if f, _, err := root.Open("/" + filepath.Base(path) + "/cgroup.procs"); err == nil {
+		f.Close()
+		t.Error("opened a file as a cgroup")
+	}
+}
+
+// hex is a container's id.
+const hex = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+
+func TestContainerID(t *testing.T) {
+	for rel, want := range map[string]string{
+		"/docker/" + hex:                         hex,
+		"/system.slice/docker-" + hex + ".scope": hex,
+		hex:                                      hex,
+		"/docker":                                "",
+		"/docker/" + hex + "/init":               "",
+		"/docker/" + hex[1:]:                     "",
+		"/docker/0" + hex:                        "",
+		"/docker/" + strings.ToUpper(hex):        "",
+		"/docker/g" + hex[1:]:                    "",
+		"/system.slice/docker-" + hex + ".scope.d":   "",
+		"/system.slice/docker-" + hex[1:] + ".scope": "",
+		"/system.slice/docker-" + hex + "\n.scope":   "",
+		"/system.slice/docker-" + hex + ".service":   "",
+		"/system.slice/xdocker-" + hex + ".scope":    "",
+		"":  "",
+		"/": "",
+	} {
+		if got := cgroup.ContainerID(rel); got != want {
+			t.Errorf("%q: got %q, want %q", rel, got, want)
+		}
+	}
+}
+
+func TestContainers(t *testing.T) {
+	// Others would take them for Docker's.
+	unlock, err := testenv.LockHost()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
+	root := testenv.Root(t)
+	path := testenv.Cgroup(t)
+	// Other tests may have containers too.
+	ours := func() []string {
+		t.Helper()
+		all, err := root.Containers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slices.DeleteFunc(all, func(rel string) bool { return !cgroup.Within(root.Path(rel), path) })
+	}
+	want := func(paths ...string) {
+		t.Helper()
+		testenv.Eventually(t, "containers "+strings.Join(paths, " "), func() bool {
+			got := ours()
+			for i, rel := range got {
+				got[i] = root.Path(rel)
+			}
+			return slices.Equal(got, paths)
+		})
+	}
+	start := func(path string) (stop func()) {
+		t.Helper()
+		cmd := testenv.Command(t, path, "sleep", "60")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		return func() {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		}
+	}
+	cgroupfs := testenv.Child(t, path, hex)
+	nested := testenv.Child(t, cgroupfs, strings.Repeat("a", 64))
+	slice := testenv.Child(t, path, "system.slice")
+	systemd := testenv.Child(t, slice, "docker-"+hex+".scope")
+	service := testenv.Child(t, slice, "mail.service")
+	testenv.Child(t, path, strings.Repeat("f", 64)) // stays empty
+	want()
+
+	defer start(service)()
+	defer start(path)()
+	want()
+	stop := start(systemd)
+	defer start(nested)()
+	want(cgroupfs, systemd)
+	stop()
+	want(cgroupfs)
+}

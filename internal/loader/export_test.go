@@ -1,0 +1,42 @@
+package loader
+
+import (
+	"os"
+
+	"github.com/cilium/ebpf"
+)
+
+// SetFault has fault run before each step that changes anything.
+func (f *Filter) SetFault(fault func(step string) error) { f.fault = fault }
+
+// HookNames are the names of a policed cgroup's hooks, the boundary first.
+func HookNames() (names []string) {
+	for _, h := range hooks {
+		names = append(names, h.name)
+	}
+	return names
+}
+
+// AttachTypes are where these hooks are.
+func AttachTypes() (types []ebpf.AttachType) {
+	for _, h := range hooks {
+		types = append(types, h.attach)
+	}
+	return types
+}
+
+// ProgramCgroup returns the cgroup that a program was loaded for; "" if it is
+// not a packet hook of this filter.
+func ProgramCgroup(id ebpf.ProgramID) string {
+	doc, _, err := readDocument(id)
+	if doc == nil || err != nil {
+		return ""
+	}
+	return doc.Cgroup
+}
+
+// Attached says whether there is a pin path.
+func (f *Filter) Attached() bool {
+	_, err := os.Stat(f.pins)
+	return err == nil
+}

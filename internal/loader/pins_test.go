@@ -1,0 +1,372 @@
+package loader_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/testenv"
+)
+
+// What is refused changes nothing, whether a filter is in force or not.
+func TestRefused(t *testing.T) {
+	for _, inForce := range []bool{false, true} {
+		t.Run(fmt.Sprint("in force ", inForce), func(t *testing.T) {
+			h := newHost(t)
+			h.mkdir("a")
+			if inForce {
+				h.mustAttach(withBurst(5), "a")
+			}
+			before := h.snapshot()
+			refused := func(name string, err, want error) {
+				t.Helper()
+				if err == nil || want != nil && !errors.Is(err, want) {
+					t.Errorf("%s: got %v, want %v", name, err, want)
+				}
+				h.unchanged(before, name)
+				before = h.snapshot() // so that each tells of itself
+			}
+			attach := func(p policy.Policy, paths ...string) error { return h.Attach(t.Context(), paths, p) }
+			ok, root := withBurst(7), string(h.root)
+			new := h.paths("new")[0]
+
+			refused("nested", attach(ok, new, new+"/b"), loader.ErrNested)
+			refused("nested, inner first", attach(ok, new+"/b/c", new), loader.ErrNested)
+			refused("nested among others", attach(ok, new, new+"-b", new+"/c"), loader.ErrNested)
+			refused("root", attach(ok, new, root), cgroup.ErrNotBelowRoot)
+			refused("outside", attach(ok, new, t.TempDir()), cgroup.ErrNotBelowRoot)
+			refused("outside by dots", attach(ok, new, new+"/../../../x"), cgroup.ErrNotBelowRoot)
+			refused("file", attach(ok, new, h.base+"/cgroup.procs"), nil)
+			refused("below a file", attach(ok, new, h.base+"/cgroup.procs/a"), nil)
+			refused("no mode", attach(policy.Policy{}, new), nil)
+			refused("no burst", attach(withBurst(0), new), nil)
+			if inForce {
+				refused("inside of a policed one", attach(ok, new, h.base+"/a/b"), loader.ErrNested)
+				refused("around a policed one", attach(ok, h.base), loader.ErrNested)
+				refused("detach the root", h.Detach(t.Context(), []string{root}), cgroup.ErrNotBelowRoot)
+				refused("detach what is outside", h.Detach(t.Context(), []string{"/tmp"}), cgroup.ErrNotBelowRoot)
+			}
+		})
+	}
+}
+
+func TestNotOnBPFFS(t *testing.T) {
+	root, dir := testenv.Root(t), t.TempDir()
+	cgroups := []string{testenv.CgroupName(t)}
+	for _, pins := range []string{dir, filepath.Join(dir, "egressbpf"), filepath.Join(dir, "a/b"), "/sys/fs/cgroup/egressbpf"} {
+		f := loader.New(pins, root)
+		if err := f.Attach(t.Context(), cgroups, policy.Default()); !errors.Is(err, loader.ErrPinPath) {
+			t.Errorf("attach with pin path %s: got %v, want %v", pins, err, loader.ErrPinPath)
+		}
+		if s, err := f.Status(); err != nil || s.Enforcing {
+			t.Errorf("status with pin path %s: got %+v, %v", pins, s, err)
+		}
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		t.Errorf("%s has %v, %v", dir, entries, err)
+	}
+	if _, err := os.Stat(cgroups[0]); err == nil {
+		t.Error("the cgroup was made")
+	}
+}
+
+// A detach removes what an attach has made, and no other directories.
+func TestDetachElsewhere(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "somebody's")
+	check(t, os.Mkdir(dir, 0o755))
+	_ = loader.New(dir, testenv.Root(t)).Detach(t.Context(), nil)
+	if _, err := os.Stat(dir); err != nil {
+		t.Errorf("an empty directory that is no pin path: %v", err)
+	}
+}
+
+// Where no bpffs is mounted at the usual place, attach mounts one.
+func TestMountsBPFFS(t *testing.T) {
+	const usual = "/sys/fs/bpf"
+	const marker = "LOADER_TEST_MOUNTS"
+	if os.Getenv(marker) == "" {
+		cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^"+t.Name()+"$")
+		cmd.Env = append(os.Environ(), marker+"=1")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
+	onBPFFS := func() bool {
+		var st unix.Statfs_t
+		check(t, unix.Statfs(usual, &st))
+		return st.Type == unix.BPF_FS_MAGIC
+	}
+	for onBPFFS() {
+		check(t, unix.Unmount(usual, unix.MNT_DETACH))
+	}
+	cgroups := []string{testenv.CgroupName(t)}
+	f := loader.New(loader.DefaultPinPath, testenv.Root(t))
+	if s, err := f.Status(); err != nil || s.Enforcing || onBPFFS() {
+		t.Fatalf("got status %+v, %v, mounted: %v", s, err, onBPFFS())
+	}
+	f.SetFault(func(string) error { return errInjected })
+	if err := f.Attach(t.Context(), cgroups, policy.Default()); !errors.Is(err, errInjected) || onBPFFS() {
+		t.Fatalf("got %v, mounted: %v", err, onBPFFS())
+	}
+	f.SetFault(nil)
+	for range 2 {
+		check(t, f.Attach(t.Context(), cgroups, policy.Default()))
+		if s, err := f.Status(); err != nil || !s.Enforcing || !onBPFFS() {
+			t.Fatalf("got status %+v, %v, mounted: %v", s, err, onBPFFS())
+		}
+	}
+	if info, err := os.Stat(usual); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("%s: got %v, %v, want that only root can read it", usual, info, err)
+	}
+	check(t, f.Detach(t.Context(), nil))
+	check(t, unix.Unmount(usual, 0))
+	if onBPFFS() {
+		t.Error("it was mounted twice")
+	}
+}
+
+// hold takes the lock of a filter until it is called.
+func (h *host) hold() (release func()) {
+	h.t.Helper()
+	check(h.t, os.MkdirAll(h.pins, 0o700))
+	dir, err := os.Open(h.pins)
+	check(h.t, err)
+	check(h.t, unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB))
+	h.t.Cleanup(func() { dir.Close() })
+	return func() { dir.Close() }
+}
+
+func TestBusy(t *testing.T) {
+	h := newHost(t)
+	ended, cancel := context.WithCancelCause(t.Context())
+	reason := errors.New("the test has no patience")
+	cancel(reason)
+	busy := func(what string) {
+		t.Helper()
+		before := h.snapshot()
+		for action, err := range map[string]error{
+			"attach": h.Attach(ended, h.paths("b"), withBurst(7)),
+			"detach": h.Detach(ended, nil),
+		} {
+			if !errors.Is(err, loader.ErrBusy) || !errors.Is(err, reason) {
+				t.Errorf("%s while %s: got %v, want %v: %v", action, what, err, loader.ErrBusy, reason)
+			}
+		}
+		h.unchanged(before, "a refused attach and detach while "+what)
+		h.status() // needs no lock
+	}
+	release := h.hold()
+	busy("somebody holds the lock")
+	release()
+
+	// Whatever is done, it is done under the lock.
+	other := loader.New(h.pins, h.root)
+	n := 0
+	other.SetFault(func(step string) error {
+		n++
+		busy(fmt.Sprintf("another one is at %q", step))
+		return nil
+	})
+	check(t, other.Attach(t.Context(), h.paths("a"), withBurst(5)))
+	check(t, other.Detach(t.Context(), nil))
+	if n < 10 {
+		t.Errorf("only %d steps", n)
+	}
+}
+
+// An attach that waits for a detach finds that the directory it waits for is
+// removed.
+func TestAttachWaitsForDetach(t *testing.T) {
+	h := newHost(t)
+	h.mustAttach(withBurst(5), "a")
+	done := make(chan error)
+	var once sync.Once
+	h.SetFault(func(string) error {
+		once.Do(func() {
+			go func() { done <- loader.New(h.pins, h.root).Attach(t.Context(), h.paths("b"), withBurst(7)) }()
+		})
+		return nil
+	})
+	h.mustDetach()
+	check(t, <-done)
+	if got := h.policed(); !slices.Equal(got, []string{"b"}) || !h.status().Enforcing {
+		t.Errorf("%v are policed, want b, in force", got)
+	}
+}
+
+func TestParallelAttach(t *testing.T) {
+	h := newHost(t)
+	names := []string{"a", "b"}
+	parallel := func(do func(i int, f *loader.Filter, cgroups []string) error) {
+		t.Helper()
+		var all sync.WaitGroup
+		for i := range 8 {
+			all.Go(func() {
+				if err := do(i, loader.New(h.pins, h.root), h.paths(names[i%2])); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+	}
+	parallel(func(i int, f *loader.Filter, cgroups []string) error {
+		return f.Attach(t.Context(), cgroups, withBurst(uint32(1+i)))
+	})
+	if got := h.policed(); !slices.Equal(got, names) || !h.status().Enforcing {
+		t.Errorf("%v are policed, want %v, in force", got, names)
+	}
+	o := h.objects()
+	parallel(func(i int, f *loader.Filter, cgroups []string) error {
+		if i%3 == 0 {
+			return f.Attach(t.Context(), cgroups, withBurst(uint32(1+i)))
+		}
+		return f.Detach(t.Context(), cgroups)
+	})
+	h.mustDetach()
+	h.nothingLeft(o)
+}
+
+// Status takes no lock: what vanishes while it reads is gone, and no error.
+func TestStatusWhileOthersAttach(t *testing.T) {
+	h := newHost(t)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 12 / stride() {
+			if err := errors.Join(h.attach(withBurst(5), "a"), h.Detach(t.Context(), nil)); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	for {
+		if _, err := loader.New(h.pins, h.root).Status(); err != nil {
+			t.Error(err)
+		}
+		select {
+		case <-done:
+			return
+		default:
+		}
+	}
+}
+
+// pinMap pins a map that no filter has made.
+func pinMap(t *testing.T, path string, spec ebpf.MapSpec) {
+	t.Helper()
+	m, err := ebpf.NewMap(&spec)
+	check(t, err)
+	defer m.Close()
+	check(t, m.Pin(path))
+	t.Cleanup(func() { _ = os.Remove(path) })
+}
+
+// otherVersion fails the test unless all is refused and nothing changes.
+func (h *host) otherVersion() {
+	h.t.Helper()
+	before := h.snapshot()
+	if err := h.attach(withBurst(7), "b"); !errors.Is(err, loader.ErrOtherVersion) {
+		h.t.Errorf("attach: got %v, want %v", err, loader.ErrOtherVersion)
+	}
+	h.unchanged(before, "a refused attach")
+}
+
+func TestStateOfOtherVersion(t *testing.T) {
+	incompatible := map[string]ebpf.MapSpec{
+		bpf.EgressMapContainers: {Type: ebpf.Hash, KeySize: 8, ValueSize: 1000, MaxEntries: 65536, Flags: unix.BPF_F_NO_PREALLOC},
+		bpf.EgressMapTotals:     {Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1},
+		bpf.EgressMapTickets:    {Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1},
+	}
+	for name, spec := range incompatible {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			h.mustAttach(withBurst(5), "a")
+			pin := filepath.Join(h.pins, name)
+			check(t, os.Remove(pin))
+			pinMap(t, pin, spec)
+			h.otherVersion()
+			if _, err := h.State(); !errors.Is(err, loader.ErrOtherVersion) {
+				t.Errorf("state: got %v, want %v", err, loader.ErrOtherVersion)
+			}
+			if !h.status().Enforcing {
+				t.Error("what is in force is not shown")
+			}
+			o := h.objects()
+			h.mustDetach()
+			h.nothingLeft(o)
+		})
+	}
+	// Also where no cgroup is policed, the counters are not ours to remove.
+	t.Run("alone", func(t *testing.T) {
+		h := newHost(t)
+		check(t, os.Mkdir(h.pins, 0o700))
+		pinMap(t, filepath.Join(h.pins, bpf.EgressMapTotals), incompatible[bpf.EgressMapTotals])
+		h.otherVersion()
+	})
+}
+
+func TestHookOfOtherVersion(t *testing.T) {
+	h := newHost(t)
+	h.mustAttach(withBurst(5), "a", "c")
+	unknown := fmt.Sprintf("%s/cgroup-%d/sock_create", h.pins, h.id("a"))
+	pinMap(t, unknown, ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	hidden := filepath.Join(filepath.Dir(h.pins), "hidden")
+	// A snapshot takes it for a link.
+	before := func() map[string]string {
+		check(t, os.Rename(unknown, hidden))
+		defer func() { check(t, os.Rename(hidden, unknown)) }()
+		return h.snapshot()
+	}
+	was := before()
+	for action, err := range map[string]error{
+		"attach": h.attach(withBurst(7), "b"),
+		"detach": h.Detach(t.Context(), nil),
+		"status": second(h.Status()),
+	} {
+		if !errors.Is(err, loader.ErrOtherVersion) {
+			t.Errorf("%s: got %v, want %v", action, err, loader.ErrOtherVersion)
+		}
+	}
+	if diff := difference(was, before()); diff != "" {
+		t.Errorf("something has changed:\n%s", diff)
+	}
+	check(t, os.Remove(unknown))
+	h.mustAttach(withBurst(7))
+}
+
+func second[T any](_ T, err error) error { return err }
+
+// A process that is killed may leave the link that is about to be the new one.
+func TestLeftoverRelease(t *testing.T) {
+	h := newHost(t)
+	h.mustAttach(withBurst(5), "a")
+	pin := filepath.Join(h.pins, bpf.EgressProgRelease)
+	leave := func() {
+		t.Helper()
+		check(t, os.Rename(pin, pin+"-next"))
+	}
+	leave()
+	h.mustAttach(withBurst(5))
+	if pins := h.pinned(); slices.Contains(pins, "release-next") || !slices.Contains(pins, "release") {
+		t.Errorf("got pins %v, want release alone", pins)
+	}
+	o := h.objects()
+	leave()
+	h.mustDetach()
+	h.nothingLeft(o)
+}

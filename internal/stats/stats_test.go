@@ -1,0 +1,498 @@
+package stats_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/stats"
+	"github.com/egressbpf/egressbpf/internal/testenv"
+)
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// host has a filter and a reader of its stats.
+type host struct {
+	*stats.Reader
+	t      *testing.T
+	filter *loader.Filter
+	root   cgroup.Root
+	base   string
+	state  *maps.State
+}
+
+// newHost attaches the default policy to the named cgroups below the base.
+func newHost(t *testing.T, names ...string) *host {
+	t.Helper()
+	h := &host{t: t, root: testenv.Root(t), base: testenv.Cgroup(t), filter: testenv.Filter(t)}
+	h.attach(policy.Default(), names...)
+	var err error
+	h.Reader, err = stats.Open(h.filter, h.root)
+	check(t, err)
+	t.Cleanup(func() { check(t, h.Reader.Close()) })
+	h.state, err = h.filter.State()
+	check(t, err)
+	t.Cleanup(func() { check(t, h.state.Close()) })
+	return h
+}
+
+func (h *host) attach(p policy.Policy, names ...string) {
+	h.t.Helper()
+	var paths []string
+	for _, name := range names {
+		paths = append(paths, h.path(name))
+	}
+	check(h.t, h.filter.Attach(h.t.Context(), paths, p))
+}
+
+func (h *host) path(name string) string { return filepath.Join(h.base, name) }
+
+// rel is the path of a cgroup as stats show it.
+func (h *host) rel(name string) string { return strings.TrimPrefix(h.path(name), string(h.root)) }
+
+// mkdir makes a cgroup and returns its id.
+func (h *host) mkdir(name string) uint64 {
+	h.t.Helper()
+	check(h.t, os.MkdirAll(h.path(name), 0o755))
+	id, err := h.root.ID(h.rel(name))
+	check(h.t, err)
+	return id
+}
+
+// put writes what the programs would have.
+func (h *host) put(id uint64, c maps.Container) {
+	h.t.Helper()
+	check(h.t, h.state.ByName()[bpf.EgressMapContainers].Put(id, c))
+}
+
+func (h *host) read() *stats.Stats {
+	h.t.Helper()
+	s, err := h.Read()
+	check(h.t, err)
+	return s
+}
+
+// rows returns the paths of all rows, below the base where they are there.
+func (h *host) rows() (names []string) {
+	h.t.Helper()
+	for _, c := range h.read().Containers {
+		names = append(names, strings.TrimPrefix(c.Cgroup, h.rel("")+"/"))
+	}
+	return names
+}
+
+func (h *host) row(id uint64) stats.Container {
+	h.t.Helper()
+	s := h.read()
+	i := slices.IndexFunc(s.Containers, func(c stats.Container) bool { return c.CgroupID == id })
+	if i < 0 {
+		h.t.Fatalf("there is no row for cgroup %d: %+v", id, s.Containers)
+	}
+	return s.Containers[i]
+}
+
+var (
+	hexA = strings.Repeat("a1", 32)
+	hexB = strings.Repeat("b2", 32)
+)
+
+func counters(n uint64) (c maps.Counters) {
+	for r := range c.Dropped {
+		n += 10
+		c.Dropped[r] = bpf.EgressDrops{Packets: n + 1, Bytes: n + 2, Connects: n + 3}
+	}
+	c.SmtpAllowed = n + 9
+	return c
+}
+
+func now(t *testing.T) uint64 {
+	t.Helper()
+	var ts unix.Timespec
+	check(t, unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts))
+	return uint64(ts.Nano())
+}
+
+const golden = `{
+  "mode": "enforce",
+  "cgroups": [
+    "BASE/docker",
+    "BASE/slice"
+  ],
+  "containers": [
+    {
+      "id": "cgroup-18446744073709551615",
+      "name": "",
+      "cgroup_id": 18446744073709551615,
+      "cgroup": "",
+      "blocked": {
+        "packets": 121,
+        "bytes": 122,
+        "connects": 123
+      },
+      "malformed": {
+        "packets": 111,
+        "bytes": 112
+      },
+      "socket_families": {
+        "denied": 0
+      },
+      "host_side": {
+        "packets": 0,
+        "bytes": 0
+      },
+      "smtp": {
+        "allowed": 149,
+        "rate_limited": 264,
+        "no_bucket": 284,
+        "tokens": 0,
+        "rate": "2/day",
+        "burst": 4
+      }
+    },
+    {
+      "id": "HEXA",
+      "name": "",
+      "cgroup_id": 1001,
+      "cgroup": "REL/docker/HEXA",
+      "blocked": {
+        "packets": 21,
+        "bytes": 22,
+        "connects": 23
+      },
+      "malformed": {
+        "packets": 11,
+        "bytes": 12
+      },
+      "socket_families": {
+        "denied": 0
+      },
+      "host_side": {
+        "packets": 0,
+        "bytes": 0
+      },
+      "smtp": {
+        "allowed": 49,
+        "rate_limited": 64,
+        "no_bucket": 84,
+        "tokens": 1.5,
+        "rate": "2/day",
+        "burst": 4
+      }
+    },
+    {
+      "id": "HEXB",
+      "name": "",
+      "cgroup_id": 1002,
+      "cgroup": "REL/slice/docker-HEXB.scope",
+      "blocked": {
+        "packets": 0,
+        "bytes": 0,
+        "connects": 0
+      },
+      "malformed": {
+        "packets": 0,
+        "bytes": 0
+      },
+      "socket_families": {
+        "denied": 0
+      },
+      "host_side": {
+        "packets": 0,
+        "bytes": 0
+      },
+      "smtp": {
+        "allowed": 0,
+        "rate_limited": 0,
+        "no_bucket": 0,
+        "tokens": 5,
+        "rate": "5/minute",
+        "burst": 5
+      }
+    },
+    {
+      "id": "web & co",
+      "name": "",
+      "cgroup_id": 1003,
+      "cgroup": "REL/slice/web & co",
+      "blocked": {
+        "packets": 0,
+        "bytes": 0,
+        "connects": 0
+      },
+      "malformed": {
+        "packets": 0,
+        "bytes": 0
+      },
+      "socket_families": {
+        "denied": 0
+      },
+      "host_side": {
+        "packets": 0,
+        "bytes": 0
+      },
+      "smtp": {
+        "allowed": 0,
+        "rate_limited": 0,
+        "no_bucket": 0,
+        "tokens": null,
+        "rate": "unlimited",
+        "burst": 5
+      }
+    }
+  ],
+  "total": {
+    "blocked": {
+      "packets": 221,
+      "bytes": 222,
+      "connects": 223
+    },
+    "malformed": {
+      "packets": 211,
+      "bytes": 212
+    },
+    "socket_families": {
+      "denied": 0
+    },
+    "host_side": {
+      "packets": 0,
+      "bytes": 0
+    },
+    "smtp": {
+      "allowed": 249,
+      "rate_limited": 464,
+      "no_bucket": 484
+    }
+  }
+}
+`
+
+func TestJSON(t *testing.T) {
+	h := newHost(t, "docker", "slice")
+	const gone = 1<<64 - 1
+	ids := []uint64{h.mkdir("docker/" + hexA), h.mkdir("slice/docker-" + hexB + ".scope"), h.mkdir("slice/web & co")}
+	limit := policy.Limit{Rate: policy.Rate{Count: 2, Period: 24 * time.Hour}, Burst: 4}
+	missing := func(d time.Duration) (c maps.Container) {
+		c.Limit = maps.LimitOf(limit)
+		c.Bucket = bpf.EgressBucket{Count: c.Limit.Count, Interval: c.Limit.Interval, FullAt: now(t) + uint64(d)}
+		return c
+	}
+	busy := missing(30 * time.Hour) // which is 2½ tokens
+	busy.Counters = counters(0)
+	h.put(ids[0], busy)
+	empty := missing(300 * time.Hour)
+	empty.Counters = counters(100)
+	h.put(gone, empty)
+	check(t, h.state.SetLimit(ids[2], policy.Limit{Burst: 5}))
+	totals := make([]maps.Counters, ebpf.MustPossibleCPU())
+	totals[0] = counters(200)
+	check(t, h.state.ByName()[bpf.EgressMapTotals].Put(uint32(0), totals))
+
+	var got bytes.Buffer
+	enc := json.NewEncoder(&got)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	check(t, enc.Encode(h.read()))
+	replace := []string{"BASE", h.base, "REL", h.rel(""), "HEXA", hexA, "HEXB", hexB}
+	for i, id := range ids {
+		replace = append(replace, fmt.Sprint(": ", 1001+i), fmt.Sprint(": ", id))
+	}
+	if want := strings.NewReplacer(replace...).Replace(golden); got.String() != want {
+		t.Errorf("got %s\nwant %s", &got, want)
+	}
+}
+
+func TestRows(t *testing.T) {
+	h := newHost(t, "b", "a")
+	if got := h.rows(); len(got) != 0 {
+		t.Errorf("without containers: got rows %q", got)
+	}
+	h.mkdir("b/idle")
+	h.mkdir("b/nested/in/it")
+	h.mkdir("a/idle")
+	h.mkdir("not-policed/idle")
+	h.put(h.mkdir("a"), maps.Container{}) // sockets that belong to no container
+	busy := h.mkdir("b/busy")
+	h.put(busy, maps.Container{Counters: counters(0)})
+	const gone = 1 << 60
+	h.put(gone+1, maps.Container{})
+	h.put(gone, maps.Container{})
+	if got, want := h.rows(), []string{"", "", "a", "a/idle", "b/busy", "b/idle", "b/nested"}; !slices.Equal(got, want) {
+		t.Errorf("got rows %q, want %q", got, want)
+	}
+	if s := h.read(); s.Containers[0].CgroupID != gone || s.Containers[1].CgroupID != gone+1 {
+		t.Errorf("removed containers are not in order: %+v", s.Containers[:2])
+	}
+
+	// Its cgroup is gone, but not yet its last socket.
+	h.put(busy, maps.Container{Counters: counters(0)})
+	check(t, os.Remove(h.path("b/busy")))
+	h.put(busy, maps.Container{Counters: counters(0)})
+	if row := h.row(busy); row.ID != fmt.Sprint("cgroup-", busy) || row.Cgroup != "" || row.Blocked.Packets != 21 {
+		t.Errorf("got %+v, want a row without a path", row)
+	}
+
+	// So is a whole policed cgroup.
+	check(t, os.Remove(h.path("a/idle")))
+	testenv.Eventually(t, "remove a", func() bool { return !errors.Is(unix.Rmdir(h.path("a")), unix.EBUSY) })
+	for _, name := range h.rows() {
+		if strings.HasPrefix(name, "a") {
+			t.Errorf("got a row for %s, which is gone", name)
+		}
+	}
+}
+
+// Whatever a killed attach has left, there are stats.
+func TestInterruptedAttach(t *testing.T) {
+	pins := testenv.PinPath(t)
+	root := testenv.Root(t)
+	filter := loader.New(pins, root)
+	path := testenv.Cgroup(t)
+	gone := testenv.Child(t, path, "gone")
+	id, err := root.ID(strings.TrimPrefix(gone, string(root)))
+	check(t, err)
+	check(t, filter.Attach(t.Context(), []string{path + "/a"}, policy.Default()))
+	check(t, os.Mkdir(fmt.Sprint(pins, "/cgroup-", id), 0o700))
+	check(t, os.Remove(gone))
+	reader, err := stats.Open(filter, root)
+	check(t, err)
+	defer reader.Close()
+	if s, err := reader.Read(); err != nil || s.Mode != policy.Enforce {
+		t.Errorf("got %+v, %v", s, err)
+	}
+	check(t, filter.Detach(t.Context(), nil))
+}
+
+// The limit is the policy's, unless there is one of its own.
+func TestLimit(t *testing.T) {
+	h := newHost(t, "a")
+	id := h.mkdir("a/web")
+	want := func(l policy.Limit, tokens float64) {
+		t.Helper()
+		row := h.row(id)
+		if got := (policy.Limit{Rate: row.SMTP.Rate, Burst: row.SMTP.Burst}); got != l {
+			t.Errorf("got limit %+v, want %+v", got, l)
+		}
+		switch {
+		case row.SMTP.Tokens == nil && tokens >= 0, row.SMTP.Tokens != nil && *row.SMTP.Tokens != tokens:
+			t.Errorf("got tokens %v, want %v", row.SMTP.Tokens, tokens)
+		}
+	}
+	def := policy.Default().SMTP.Limit()
+	want(def, 5)
+	row := h.row(id)
+	own := policy.Limit{Rate: policy.Rate{Count: 2, Period: time.Hour}, Burst: 9}
+	check(t, h.SetLimit(&row, own))
+	want(own, 9)
+	unlimited := policy.Limit{Burst: 9}
+	check(t, h.SetLimit(&row, unlimited))
+	want(unlimited, -1)
+
+	p := policy.Default()
+	p.SMTP.Burst = 7
+	h.attach(p)
+	want(unlimited, -1)
+	check(t, h.UnsetLimit(&row))
+	want(p.SMTP.Limit(), 7)
+	p.SMTP.Rate = policy.Rate{}
+	h.attach(p)
+	want(p.SMTP.Limit(), -1)
+}
+
+func TestSelect(t *testing.T) {
+	h := newHost(t, "a", "b")
+	for _, name := range []string{
+		"a/" + hexA, "a/" + hexA[:63] + "2", "b/docker-" + hexB + ".scope",
+		"a/web", "a/web-1", "a/web-2", "b/web-1", "a/api-1", "a/api-2", "b/api",
+	} {
+		h.mkdir(name)
+	}
+	const gone = 1 << 60
+	h.put(gone, maps.Container{})
+	s := h.read()
+	for _, tt := range []struct {
+		name string
+		want string // below the base
+		err  error
+	}{
+		{name: hexA, want: "a/" + hexA},
+		{name: hexA[:63], err: stats.ErrAmbiguous},
+		{name: "a1", err: stats.ErrAmbiguous},
+		{name: "b2", want: "b/docker-" + hexB + ".scope"},
+		{name: hexB, want: "b/docker-" + hexB + ".scope"},
+		{name: "docker-" + hexB + ".scope", want: "b/docker-" + hexB + ".scope"},
+		{name: "docker-", err: stats.ErrNoContainer},
+		{name: h.rel("b/web-1"), want: "b/web-1"},
+		{name: h.path("b/web-1"), want: "b/web-1"},
+		{name: h.path("b/web-1") + "/", want: "b/web-1"},
+		{name: "web-2", want: "a/web-2"},
+		{name: "web", want: "a/web"}, // though it is the beginning of others
+		{name: "api", want: "b/api"}, // though it comes after those
+		{name: "api-", err: stats.ErrAmbiguous},
+		{name: "web-1", err: stats.ErrAmbiguous}, // one below each policed cgroup
+		{name: "nginx", err: stats.ErrNoContainer},
+		{name: "cgroup-1152921504606846976", want: ""},
+		{name: "", err: stats.ErrNoContainer},
+		{name: ".", err: stats.ErrNoContainer},
+		{name: "/", err: stats.ErrNoContainer},
+		{name: string(h.root), err: stats.ErrNoContainer},
+		{name: h.path("a"), err: stats.ErrNoContainer},
+	} {
+		t.Run(strings.ReplaceAll(tt.name, "/", "|"), func(t *testing.T) {
+			c, err := h.Select(s, tt.name)
+			switch {
+			case !errors.Is(err, tt.err) || (err == nil) != (tt.err == nil):
+				t.Errorf("%q: got %+v, %v, want %v", tt.name, c, err, tt.err)
+			case err == nil && tt.want == "" && c.CgroupID != gone, err == nil && tt.want != "" && c.Cgroup != h.rel(tt.want):
+				t.Errorf("%q: got %+v, want %q", tt.name, c, tt.want)
+			case err != nil && !strings.Contains(err.Error(), fmt.Sprintf("%q", tt.name)):
+				t.Errorf("%q: the error does not name it: %v", tt.name, err)
+			}
+		})
+	}
+	if c, err := h.Select(s, "nginx"); err == nil || !strings.Contains(err.Error(), h.path("a")) {
+		t.Errorf("got %+v, %v, want it to say where it looked", c, err)
+	}
+}
+
+func TestOpenWithoutFilter(t *testing.T) {
+	if _, err := stats.Open(testenv.Filter(t), testenv.Root(t)); !errors.Is(err, loader.ErrNotAttached) {
+		t.Errorf("got %v, want %v", err, loader.ErrNotAttached)
+	}
+}
+
+// A reader goes on after an attach and after a detach.
+func TestReadAgain(t *testing.T) {
+	h := newHost(t, "a")
+	id := h.mkdir("a/web")
+	h.put(id, maps.Container{Counters: counters(0)})
+	p := policy.Default()
+	p.Mode = policy.Audit
+	h.attach(p)
+	if s := h.read(); s.Mode != policy.Audit || h.row(id).Blocked.Packets != 21 {
+		t.Errorf("got %+v, want the counters in mode audit", s)
+	}
+	check(t, h.filter.Detach(t.Context(), nil))
+	if s := h.read(); s.Mode != "" || len(s.Cgroups) > 0 {
+		t.Errorf("got %+v, want no policed cgroups", s)
+	}
+}

@@ -1,0 +1,196 @@
+package verdict
+
+import (
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"slices"
+
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// model is what the documentation says becomes of a packet, in the plainest Go.
+// It shares neither code nor shape with the programs: it walks the lists, and
+// gives up on a packet by panicking.
+type model struct {
+	blocked, single, allowed []policy.Rule
+	smtp                     policy.SMTP
+}
+
+func newModel(p policy.Policy) *model {
+	m := &model{blocked: p.Blocked(), allowed: p.Allowed(), smtp: p.SMTP}
+	for _, r := range m.blocked {
+		if r.Prefix.IsSingleIP() {
+			m.single = append(m.single, r)
+		}
+	}
+	return m
+}
+
+// judge returns the verdict on a packet. Admitted stands for mail that takes a
+// token, if there is one.
+func (m *model) judge(etherType uint16, packet []byte, device int) verdict {
+	h, readable := read(etherType, packet)
+	switch {
+	case !readable:
+		return malformed
+	case listed(m.allowed, h.dst, h.proto, h.dport):
+	case listed(m.blocked, h.dst, h.proto, h.dport), listed(m.single, h.src, h.proto, h.sport):
+		return blocked
+	}
+	mail := h.proto == protoTCP && h.flags&syn != 0 && h.flags&ack == 0 && slices.Contains(m.smtp.Ports, uint16(h.dport))
+	if mail && device != loopback && !m.exempt(h.dst) {
+		return admitted
+	}
+	return pass
+}
+
+func (m *model) exempt(a netip.Addr) bool {
+	return slices.ContainsFunc(m.smtp.Exempt, func(p netip.Prefix) bool { return covers(p, a) })
+}
+
+// listed says whether any rule holds for an address, a protocol and a port, which
+// is below 0 if it is not known or does not exist.
+func listed(list []policy.Rule, a netip.Addr, proto uint8, port int) bool {
+	return slices.ContainsFunc(list, func(r policy.Rule) bool {
+		return covers(r.Prefix, a) && (r.Proto == 0 || r.Proto == proto) && (r.Port == 0 || int(r.Port) == port)
+	})
+}
+
+var nat64 = netip.MustParsePrefix("64:ff9b::/96")
+
+// covers looks at each meaning of an address: a v4-mapped one is IPv4's only, a
+// NAT64 one is both.
+func covers(p netip.Prefix, a netip.Addr) bool {
+	if nat64.Contains(a) && p.Contains(netip.AddrFrom4([4]byte(a.AsSlice()[12:]))) {
+		return true
+	}
+	return p.Contains(a.Unmap())
+}
+
+// headers is what a packet says about itself.
+type headers struct {
+	src, dst     netip.Addr
+	proto        uint8
+	sport, dport int // -1: none
+	flags        uint8
+}
+
+var errUnreadable = errors.New("cannot be judged")
+
+func must(condition bool) {
+	if !condition {
+		panic(errUnreadable)
+	}
+}
+
+// reader holds what is left of a packet.
+type reader []byte
+
+func (r *reader) take(n int) []byte {
+	must(n <= len(*r))
+	taken := (*r)[:n]
+	*r = (*r)[n:]
+	return taken
+}
+
+// read returns the headers, or false for a packet that cannot be judged or does
+// not say where it really goes.
+func read(etherType uint16, packet []byte) (h headers, ok bool) {
+	defer func() {
+		if err := recover(); err != nil && err != errUnreadable {
+			panic(err)
+		}
+	}()
+	h = headers{sport: -1, dport: -1}
+	rest := reader(packet)
+	position := 0 // of the rest in the packet that this is a fragment of
+	var extensions []uint8
+	switch etherType {
+	case etherIPv4:
+		position = h.readIPv4(&rest)
+		extensions = []uint8{protoAH}
+	case etherIPv6:
+		h.readIPv6(&rest)
+		extensions = []uint8{protoHopOpts, protoRouting, protoFragment, protoAH, protoDstOpts, protoMobility, protoHIP, protoShim6}
+	default:
+		return h, false
+	}
+
+	for n := 0; position == 0 && slices.Contains(extensions, h.proto); n++ {
+		must(n < 8)
+		position = h.readExtension(&rest)
+	}
+	if position == 0 {
+		h.readTransport(&rest)
+		return h, true
+	}
+	// A later fragment must not overwrite what the first was judged by.
+	must(!slices.Contains(extensions, h.proto))
+	must(h.proto != protoTCP || position >= 20)
+	return h, true
+}
+
+func (h *headers) readIPv4(rest *reader) (position int) {
+	size := len(*rest)
+	ip := rest.take(20)
+	words := int(ip[0] & 15)
+	must(ip[0]>>4 == 4 && words >= 5)
+	must(int(binary.BigEndian.Uint16(ip[2:])) == size)
+	options := reader(rest.take(words*4 - 20))
+	for len(options) > 0 {
+		kind := options.take(1)[0]
+		must(kind != optLSRR && kind != optSSRR)
+		if kind == optEnd {
+			break
+		}
+		if kind != optNop {
+			size := int(options.take(1)[0])
+			must(size >= 2)
+			options.take(size - 2)
+		}
+	}
+	h.src, h.dst = netip.AddrFrom4([4]byte(ip[12:])), netip.AddrFrom4([4]byte(ip[16:]))
+	h.proto = ip[9]
+	return int(binary.BigEndian.Uint16(ip[6:])) % 8192 * 8
+}
+
+func (h *headers) readIPv6(rest *reader) {
+	ip := rest.take(40)
+	must(ip[0]>>4 == 6)
+	must(int(binary.BigEndian.Uint16(ip[4:])) == len(*rest))
+	h.src, h.dst = netip.AddrFrom16([16]byte(ip[8:])), netip.AddrFrom16([16]byte(ip[24:]))
+	h.proto = ip[6]
+}
+
+func (h *headers) readExtension(rest *reader) (position int) {
+	fixed := rest.take(8)
+	more := int(fixed[1])
+	switch h.proto {
+	case protoFragment:
+		position = int(binary.BigEndian.Uint16(fixed[2:])) / 8 * 8
+	case protoAH:
+		rest.take(more * 4)
+	case protoRouting:
+		must(fixed[3] == 0)
+		fallthrough
+	default:
+		rest.take(more * 8)
+	}
+	h.proto = fixed[0]
+	return position
+}
+
+func (h *headers) readTransport(rest *reader) {
+	var t []byte
+	switch h.proto {
+	case protoTCP:
+		t = rest.take(20)
+		h.flags = t[13]
+	case protoUDP, protoUDPLite, protoSCTP, protoDCCP:
+		t = rest.take(8)
+	default:
+		return
+	}
+	h.sport, h.dport = int(binary.BigEndian.Uint16(t)), int(binary.BigEndian.Uint16(t[2:]))
+}

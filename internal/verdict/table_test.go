@@ -1,0 +1,79 @@
+package verdict
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// row is a packet and its verdict on its way out of an ordinary device.
+// Admitted means that it takes a token: sent again, with none left, it is held.
+type row struct {
+	name   string
+	packet packet
+	want   verdict
+}
+
+// table is rows under one of the policies.
+type table struct {
+	name   string
+	policy string
+	rows   []row
+}
+
+func tables() []table {
+	return slices.Concat(headerTables(), transportTables(), ruleTables(), mailTables())
+}
+
+// TestVerdict holds every row of every table against the program: the verdict,
+// and all that is counted and remembered, or not.
+func TestVerdict(t *testing.T) {
+	place := newPlace(t)
+	for _, table := range tables() {
+		t.Run(table.name, func(t *testing.T) {
+			enforce := policies(t)[table.policy]
+			audit := enforce
+			audit.Mode = policy.Audit
+			enforcing, auditing := place.load(t, enforce), place.load(t, audit)
+			for _, row := range table.rows {
+				t.Run(row.name, func(t *testing.T) {
+					place.inside(t, func() {
+						enforcing.check(t, row, place.device)
+						enforcing.check(t, row, loopback)
+						auditing.check(t, row, place.device)
+					})
+				})
+			}
+			for _, f := range []*filter{enforcing, auditing} {
+				f.forget(t)
+				if others, err := f.state.Containers(); err != nil || len(others) > 0 {
+					t.Errorf("something was counted for others than the container: %v, %v", others, err)
+				}
+			}
+		})
+	}
+}
+
+func (f *filter) check(t *testing.T, r row, device int) {
+	t.Helper()
+	f.forget(t)
+	want := r.want
+	if want == admitted && device == loopback {
+		want = pass
+	}
+	f.expect(t, r, device, want)
+	if want == admitted {
+		if !f.policy.SMTP.Rate.Unlimited() {
+			want = rateLimited
+		}
+		f.expect(t, r, device, want)
+	}
+}
+
+func (f *filter) expect(t *testing.T, r row, device int, want verdict) {
+	t.Helper()
+	if difference := f.compare(t, r.packet.etherType(), r.packet.bytes(), device, want); difference != "" {
+		t.Errorf("%s, device %d: %s", f.policy.Mode, device, difference)
+	}
+}
