@@ -68,6 +68,30 @@ func FindRoot() (Root, error) {
 	return found, nil
 }
 
+// NetV1 says whether a cgroup v1 hierarchy with net_cls or net_prio is mounted.
+// Once one of these is used, kernels before 5.15 take new sockets for those of
+// the root cgroup (cgroup_sk_alloc_disable).
+func NetV1() (bool, error) {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	return netV1(string(mounts)), err
+}
+
+func netV1(mountinfo string) bool {
+	for line := range strings.Lines(mountinfo) {
+		_, super, _ := strings.Cut(line, " - ")
+		fields := strings.Fields(super)
+		if len(fields) < 3 || fields[0] != "cgroup" {
+			continue
+		}
+		for option := range strings.SplitSeq(fields[2], ",") {
+			if option == "net_cls" || option == "net_prio" {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // unescape undoes the octal escapes of mountinfo.
 func unescape(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)

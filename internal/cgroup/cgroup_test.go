@@ -363,3 +363,22 @@ func TestContainers(t *testing.T) {
 	stop()
 	want(cgroupfs)
 }
+
+func TestNetV1(t *testing.T) {
+	for line, want := range map[string]bool{
+		"31 24 0:27 / /sys/fs/cgroup/net_cls,net_prio rw,nosuid shared:13 - cgroup cgroup rw,net_cls,net_prio": true,
+		"31 24 0:27 / /cls rw - cgroup none rw,net_cls":                                                        true,
+		"31 24 0:27 / /prio rw - cgroup none rw,net_prio":                                                      true,
+		"31 24 0:27 / /net_cls rw - cgroup net_cls rw,cpu,cpuacct":                                             false,
+		"31 24 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate":                               false,
+		"31 24 0:27 / /tmp/net_cls rw - tmpfs net_cls rw,size=1k":                                              false,
+		"": false,
+	} {
+		if got := cgroup.NetV1In("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n" + line + "\n"); got != want {
+			t.Errorf("%q: got %v", line, got)
+		}
+	}
+	if _, err := cgroup.NetV1(); err != nil {
+		t.Error(err)
+	}
+}

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 
 	"github.com/egressbpf/egressbpf/bpf"
@@ -85,6 +87,11 @@ func (f *Filter) Status() (*Status, error) {
 		},
 		Uncovered: []Uncovered{},
 	}
+	if gap, err := socketIdentityGap(); err != nil {
+		return nil, err
+	} else if gap != "" {
+		s.Defences = append(s.Defences, Defence{Name: "socket_identity", Reason: gap})
+	}
 	s.Enforcing = true
 	for _, p := range all {
 		s.add(f, p)
@@ -127,6 +134,20 @@ func (s *Status) add(f *Filter, p *policed) {
 		}
 		s.Hooks = append(s.Hooks, row)
 	}
+}
+
+// socketIdentityGap says why sockets may not be known for a container's, if so.
+func socketIdentityGap() (string, error) {
+	v1, err := cgroup.NetV1()
+	if err != nil || !v1 {
+		return "", err
+	}
+	// It came in 5.18, soon after the kernel could tell both hierarchies apart.
+	recent, err := haveHelper(ebpf.CGroupSockAddr, asm.FnSetRetval)
+	if err != nil || recent {
+		return "", err
+	}
+	return "a cgroup v1 hierarchy with net_cls or net_prio is mounted: once that is used, this kernel takes new sockets of containers for the host's, and they pass; unmount it", nil
 }
 
 // releaseHook describes the hook that forgets removed containers.

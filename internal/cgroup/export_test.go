@@ -1,0 +1,4 @@
+package cgroup
+
+// NetV1In is NetV1 for a given /proc/self/mountinfo.
+var NetV1In = netV1
