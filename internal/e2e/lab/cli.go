@@ -1,0 +1,115 @@
+package lab
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/stats"
+)
+
+// Exit is what a command left when it ended.
+type Exit struct {
+	Code           int
+	Stdout, Stderr string
+}
+
+// Run runs a command to its end, whatever that is.
+func Run(t testing.TB, cmd *exec.Cmd) Exit {
+	t.Helper()
+	var stdout, stderr strings.Builder
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	var exit *exec.ExitError
+	if err := cmd.Run(); err != nil && !errors.As(err, &exit) {
+		t.Error(err)
+		return Exit{Code: -1}
+	}
+	return Exit{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
+}
+
+// Egressbpf runs the real command, which must succeed, and returns its stdout.
+func Egressbpf(t testing.TB, args ...string) string {
+	t.Helper()
+	exit := Run(t, exec.Command(Binary(t), args...))
+	if exit.Code != 0 {
+		t.Fatalf("egressbpf %s: exit code %d\n%s", strings.Join(args, " "), exit.Code, exit.Stderr)
+	}
+	return exit.Stdout
+}
+
+// Stats returns what egressbpf stats tells.
+func Stats(t testing.TB) (s stats.Stats) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(Egressbpf(t, "stats", "--output", "json")), &s); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// FilterStatus is a loader.Status, of which Mode may be empty.
+type FilterStatus struct {
+	loader.Status
+	Mode string `json:"mode"`
+}
+
+// Status returns what egressbpf status tells, and its exit code.
+func Status(t testing.TB) (s FilterStatus, code int) {
+	t.Helper()
+	exit := Run(t, exec.Command(Binary(t), "status", "--output", "json"))
+	if err := json.Unmarshal([]byte(exit.Stdout), &s); err != nil {
+		t.Fatalf("egressbpf status: exit code %d, %v\n%s", exit.Code, err, exit.Stderr)
+	}
+	return s, exit.Code
+}
+
+// ExpectPrograms checks how many programs are attached to a cgroup in each place
+// where the filter has one.
+func ExpectPrograms(t testing.TB, cgroup string, n int) {
+	t.Helper()
+	dir, err := os.Open(cgroup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	for _, place := range []ebpf.AttachType{
+		ebpf.AttachCGroupInetEgress, ebpf.AttachCGroupInet4Connect, ebpf.AttachCGroupInet6Connect,
+		ebpf.AttachCGroupUDP4Sendmsg, ebpf.AttachCGroupUDP6Sendmsg,
+	} {
+		attached, err := link.QueryPrograms(link.QueryOptions{Target: int(dir.Fd()), Attach: place})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(attached.Programs) != n {
+			t.Errorf("%d programs are attached as %v, want %d", len(attached.Programs), place, n)
+		}
+	}
+}
+
+// Binary returns the path of the real command, which it builds the first time.
+func Binary(t testing.TB) string {
+	t.Helper()
+	path, err := buildBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+var buildBinary = sync.OnceValues(func() (string, error) {
+	path := filepath.Join(os.TempDir(), "egressbpf") // Main removes it
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", path, "github.com/egressbpf/egressbpf/cmd/egressbpf")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%s: %w\n%s", cmd, err, out)
+	}
+	return path, nil
+})
