@@ -59,7 +59,7 @@ func TestLayout(t *testing.T) {
 	}
 	for name, value := range map[string]any{
 		bpf.EgressVarDefaultLimit: maps.LimitOf(policy.Limit{}),
-		bpf.EgressVarSmtpPorts:    maps.Bitmap{},
+		bpf.EgressVarSmtpPorts:    maps.Words{},
 		bpf.EgressVarSuspects4:    maps.Suspects{},
 		bpf.EgressVarSuspects6:    maps.Suspects{},
 		bpf.EgressVarPolicedId:    uint64(0),
