@@ -72,11 +72,10 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	if err := rlimit.RemoveMemlock(); err != nil {
 		return err
 	}
-	if err := f.mount(); err != nil {
+	if err := f.checkNested(wanted); err != nil {
 		return err
 	}
-
-	if err := f.checkNested(wanted); err != nil {
+	if err := f.mount(); err != nil {
 		return err
 	}
 

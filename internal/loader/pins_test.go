@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -242,26 +243,74 @@ func TestParallelAttach(t *testing.T) {
 	h.nothingLeft(o)
 }
 
-// Status takes no lock: what vanishes while it reads is gone, and no error.
+// Status takes no lock: what vanishes while it reads is gone, and no error. A
+// link to nowhere is listed, and is not there when it is opened.
+func TestStatusOfWhatVanishes(t *testing.T) {
+	h := newHost(t)
+	h.mustAttach(withBurst(5), "a")
+	vanish := func(name string) {
+		t.Helper()
+		pin := filepath.Join(h.pins, name)
+		if err := os.Remove(pin); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+		check(t, os.Symlink("nowhere", pin))
+		t.Cleanup(func() { _ = os.Remove(pin) })
+	}
+	vanish("cgroup-1")
+	if s := h.status(); !s.Enforcing || len(s.Cgroups) != 1 {
+		t.Errorf("got status %+v, want a in force", s)
+	}
+	check(t, os.Remove(filepath.Join(h.pins, "cgroup-1")))
+	vanish(fmt.Sprintf("cgroup-%d/sendmsg4", h.id("a")))
+	for _, name := range loader.HookNames() {
+		if row := h.hook(name, "a"); row.Attached == (name == "sendmsg4") {
+			t.Errorf("got %+v", row)
+		}
+	}
+	if h.status().Enforcing {
+		t.Error("a hook has gone, and status says that all are attached")
+	}
+	h.mustAttach(withBurst(5))
+}
+
 func TestStatusWhileOthersAttach(t *testing.T) {
 	h := newHost(t)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for range 12 / stride() {
-			if err := errors.Join(h.attach(withBurst(5), "a"), h.Detach(t.Context(), nil)); err != nil {
+	statusWhile := func(others func() error) (all []*loader.Status) {
+		t.Helper()
+		done := make(chan error)
+		go func() {
+			var err error
+			for range 8 / stride() {
+				err = errors.Join(err, others())
+			}
+			done <- err
+		}()
+		for {
+			s, err := h.Status()
+			if err != nil {
 				t.Error(err)
 			}
+			all = append(all, s)
+			select {
+			case err := <-done:
+				check(t, err)
+				return all
+			default:
+			}
 		}
-	}()
-	for {
-		if _, err := loader.New(h.pins, h.root).Status(); err != nil {
-			t.Error(err)
-		}
-		select {
-		case <-done:
-			return
-		default:
+	}
+	statusWhile(func() error {
+		f := loader.New(h.pins, h.root)
+		return errors.Join(f.Attach(t.Context(), h.paths("a"), withBurst(5)), f.Detach(t.Context(), nil))
+	})
+	// An exchange is no moment without a filter, for who looks either.
+	h.mustAttach(withBurst(5), "a")
+	for _, s := range statusWhile(func() error {
+		return loader.New(h.pins, h.root).Attach(t.Context(), nil, withBurst(7))
+	}) {
+		if s != nil && !s.Enforcing {
+			t.Fatalf("got status %+v, want it enforcing", s)
 		}
 	}
 }
