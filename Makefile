@@ -46,6 +46,7 @@ test-kernels: test-tools
 .PHONY: test-tools
 test-tools:
 	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io $$(internal/vmtest/run.sh --packages)
+	@$(INSTALL) docker:docker-cli # apart from docker.io on newer releases
 
 # The committed objects, from the sources: see gen.go. Another compiler makes
 # others.
