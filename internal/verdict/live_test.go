@@ -137,7 +137,9 @@ func TestFullMap(t *testing.T) {
 // of its own and by another policy. It holds at once: what was spent is spent,
 // and comes back at the new rate.
 func TestChangedLimit(t *testing.T) {
-	fast := policy.Limit{Rate: policy.Rate{Count: 1000, Period: time.Second}, Burst: 300}
+	// Slow enough that a change, which loads a program, takes less than to fill up.
+	fast := policy.Limit{Rate: policy.Rate{Count: 500, Period: time.Second}, Burst: 1000}
+	const fill = 2 * time.Second
 	place := newPlace(t)
 	for _, tt := range []struct {
 		name    string
@@ -177,7 +179,7 @@ func TestChangedLimit(t *testing.T) {
 			place.inside(t, func() {
 				f := changed(t, fast, strict)
 				// Until all would be back at the old rate.
-				for start := time.Now(); time.Since(start) < 350*time.Millisecond; {
+				for start := time.Now(); time.Since(start) < fill; {
 					if f.admits(t) {
 						t.Fatalf("a token after %v at %s", time.Since(start), strict.Rate)
 					}
