@@ -70,6 +70,11 @@ func TestFindRoot(t *testing.T) {
 	}
 	part := t.TempDir()
 	sub := testenv.Cgroup(t)
+	t.Cleanup(func() { // for its removal; it goes with the namespace
+		if err := unix.Mount("cgroup2", string(host), "cgroup2", 0, ""); err != nil {
+			t.Error(err)
+		}
+	})
 	mount(t, sub, part, "", unix.MS_BIND)
 	for root := host; root != ""; root, _ = cgroup.FindRoot() {
 		if err := unix.Unmount(string(root), unix.MNT_DETACH); err != nil {
@@ -93,11 +98,6 @@ func TestFindRoot(t *testing.T) {
 		}
 	})
 	want(cgroup.Root(odd))
-
-	// For the removal of the test's own cgroup. It goes with the namespace.
-	if err := unix.Mount("cgroup2", string(host), "cgroup2", 0, ""); err != nil {
-		t.Fatal(err)
-	}
 }
 
 func TestOnCgroup2(t *testing.T) {

@@ -201,6 +201,9 @@ func (f *Filter) installed() (_ []*policed, err error) {
 			continue
 		}
 		p, err := f.readPoliced(id, filepath.Join(f.pins, entry.Name()))
+		if errors.Is(err, errVanished) {
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -216,6 +219,26 @@ func closeAll(all []*policed) {
 	}
 }
 
+// errVanished means that a policed cgroup was detached while it was read.
+var errVanished = errors.New("detached meanwhile")
+
+// read returns what the kernel says of a link, and reads the document if its
+// program has one.
+func (p *policed) read(l link.Link, withDocument bool) (*link.Info, error) {
+	for {
+		info, err := l.Info()
+		if err != nil || !withDocument {
+			return info, err
+		}
+		p.doc, p.since, err = readDocument(info.Program)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return info, err
+		}
+		// Who holds the lock has exchanged the program meanwhile. A link that was
+		// detached keeps its program.
+	}
+}
+
 func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 	p := &policed{id: id, dir: dir, links: map[string]link.Link{}, info: map[string]*link.Info{}}
 	defer func() {
@@ -224,6 +247,9 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 		}
 	}()
 	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errVanished
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -233,19 +259,16 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 			return nil, fmt.Errorf("pinned link %s: %w", filepath.Join(dir, name), ErrOtherVersion)
 		}
 		l, err := link.LoadPinnedLink(filepath.Join(dir, name), nil)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // detached meanwhile, by who holds the lock
+		}
 		if err != nil {
 			return nil, fmt.Errorf("open pinned link %s: %w", filepath.Join(dir, name), err)
 		}
-		info, err := l.Info()
+		info, err := p.read(l, name == bpf.EgressProgEgress)
 		if err != nil {
 			l.Close()
 			return nil, err
-		}
-		if name == bpf.EgressProgEgress {
-			if p.doc, p.since, err = readDocument(info.Program); err != nil {
-				l.Close()
-				return nil, err
-			}
 		}
 		// The kernel empties a link whose cgroup is gone or that was detached.
 		if c := info.Cgroup(); c == nil || c.CgroupId != id {
