@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
@@ -95,7 +96,13 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 		}
 	}()
 	if created {
-		back.add(func() error { return os.Remove(f.pins) })
+		back.add(func() error {
+			// Another process may have had the lock, and pinned, before.
+			if err := os.Remove(f.pins); !errors.Is(err, unix.ENOTEMPTY) {
+				return err
+			}
+			return nil
+		})
 	}
 	old, err := f.installed()
 	if err != nil {
