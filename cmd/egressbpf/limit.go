@@ -26,11 +26,7 @@ the beginning of it, or its cgroup by name or path.`,
 
 // withContainer calls do with the container that goes by a name.
 func (g *globals) withContainer(name string, do func(*stats.Reader, *stats.Container) error) error {
-	filter, root, err := g.filter()
-	if err != nil {
-		return err
-	}
-	reader, err := stats.Open(filter, root)
+	reader, err := g.reader()
 	if err != nil {
 		return err
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/stats"
 )
 
 // Exit codes, on which scripts rely.
@@ -52,6 +53,15 @@ func (g *globals) filter() (*loader.Filter, cgroup.Root, error) {
 		return nil, "", usageError{fmt.Errorf("--cgroup-root %s: not a mount of the whole cgroup2 hierarchy", g.cgroupRoot)}
 	}
 	return loader.New(g.pinPath, root), root, nil
+}
+
+// reader returns a reader of the filter's counters, which the caller closes.
+func (g *globals) reader() (*stats.Reader, error) {
+	filter, root, err := g.filter()
+	if err != nil {
+		return nil, err
+	}
+	return stats.Open(filter, root)
 }
 
 // run is the command line: it returns the exit code.

@@ -53,11 +53,7 @@ func (o *statsOptions) run(ctx context.Context, stdout io.Writer) error {
 	if o.interval < 100*time.Millisecond {
 		return usageError{errors.New("--interval: want at least 100ms")}
 	}
-	filter, root, err := o.filter()
-	if err != nil {
-		return err
-	}
-	reader, err := stats.Open(filter, root)
+	reader, err := o.reader()
 	if err != nil {
 		return err
 	}

@@ -83,8 +83,8 @@ func (f *Filter) removeState() error {
 	return os.Remove(f.pins)
 }
 
-// removeLink detaches a pinned link, at once where the kernel can, and removes
-// the pin. That there is none is no error.
+// removeLink detaches the pinned link of a cgroup at once, and removes the pin.
+// That there is none is no error.
 func removeLink(pin string) error {
 	l, err := link.LoadPinnedLink(pin, nil)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -94,8 +94,7 @@ func removeLink(pin string) error {
 		return fmt.Errorf("open pinned link %s: %w", pin, err)
 	}
 	defer l.Close()
-	// Tracing links go with their last reference only.
-	if err := l.Detach(); err != nil && !errors.Is(err, link.ErrNotSupported) {
+	if err := l.Detach(); err != nil {
 		return fmt.Errorf("detach link %s: %w", pin, err)
 	}
 	return os.Remove(pin)
