@@ -51,14 +51,14 @@ type engine struct {
 	client, dir string
 }
 
-// startEngine starts an engine that ends with the test.
-func startEngine(t *testing.T) *engine {
+// startEngine starts an engine on the host of a network that ends with the test.
+func startEngine(t *testing.T, n *lab.Network) *engine {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "engine-") // Main removes it, mounts and all
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &engine{Network: lab.New(t), client: "/usr/bin/docker", dir: dir}
+	e := &engine{Network: n, client: "/usr/bin/docker", dir: dir}
 	if _, err := os.Stat(e.client); err != nil {
 		if e.client, err = exec.LookPath("docker"); err != nil {
 			t.Fatal("docker not found: install the Debian package docker.io, or docker-cli where that is apart")
@@ -150,11 +150,14 @@ func (e *engine) importImage(t *testing.T) {
 	if err != nil || !static(t, busybox) {
 		t.Fatal("no static busybox found: install the Debian package busybox-static")
 	}
-	own := e.path("program")
-	build := exec.Command("go", "test", "-c", "-buildvcs=false", "-o", own, "-ldflags", "-s -w", ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v\n%s", build, err, out)
+	own := "/proc/self/exe"
+	if !static(t, own) {
+		own = e.path("program")
+		build := exec.Command("go", "test", "-c", "-buildvcs=false", "-o", own, "-ldflags", "-s -w", ".")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", build, err, out)
+		}
 	}
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)

@@ -30,16 +30,17 @@ const policed = cgroups + "/docker"
 // TestDocker is one host's life: the filter before the engine, containers, the
 // filter's end.
 func TestDocker(t *testing.T) {
-	if status := expectStatus(t, 3); len(status.Uncovered) > 0 {
+	n := lab.New(t)
+	if status := expectStatus(t, n, 3); len(status.Uncovered) > 0 {
 		t.Fatalf("this machine runs other Docker containers, which status would tell of: %+v", status.Uncovered)
 	}
-	lab.Egressbpf(t, "attach")
+	n.Egressbpf(t, "attach")
 	if _, err := os.Stat(policed); err != nil {
 		t.Fatalf("attach did not make Docker's cgroup: %v", err)
 	}
-	expectStatus(t, 0)
+	expectStatus(t, n, 0)
 	lab.ExpectPrograms(t, policed, 1)
-	e := startEngine(t)
+	e := startEngine(t, n)
 	for _, test := range []struct {
 		name string
 		run  func(*testing.T, *engine)
@@ -72,9 +73,9 @@ func TestDocker(t *testing.T) {
 	}
 }
 
-func expectStatus(t *testing.T, want int) lab.FilterStatus {
+func expectStatus(t *testing.T, n *lab.Network, want int) lab.FilterStatus {
 	t.Helper()
-	status, code := lab.Status(t)
+	status, code := n.Status(t)
 	if code != want {
 		t.Errorf("status: exit code %d, want %d: %+v", code, want, status)
 	}
@@ -82,9 +83,9 @@ func expectStatus(t *testing.T, want int) lab.FilterStatus {
 }
 
 // row returns the counters of a container, by its id.
-func row(t *testing.T, id string) stats.Container {
+func row(t *testing.T, n *lab.Network, id string) stats.Container {
 	t.Helper()
-	for _, c := range lab.Stats(t).Containers {
+	for _, c := range n.Stats(t).Containers {
 		if c.ID == id {
 			if c.Cgroup != "/docker/"+id {
 				t.Errorf("container %s has cgroup %s", id, c.Cgroup)
@@ -137,7 +138,7 @@ func testFirstInstruction(t *testing.T, e *engine) {
 	if arrived := seen.Settle(t); len(arrived) > 0 {
 		t.Errorf("arrived: %v", arrived)
 	}
-	if c := row(t, e.id(t, "first")); c.Blocked.Connects != 2 || c.Blocked.Packets != 0 {
+	if c := row(t, e.Network, e.id(t, "first")); c.Blocked.Connects != 2 || c.Blocked.Packets != 0 {
 		t.Errorf("counted %+v, want 2 connects", c.Blocked)
 	}
 }
@@ -149,7 +150,7 @@ func testMetadata(t *testing.T, e *engine) {
 	if arrived := seen.Settle(t); len(arrived) > 0 {
 		t.Errorf("arrived: %v", arrived)
 	}
-	if row := row(t, c.id); row.Blocked.Connects != 3 || row.Blocked.Packets != 2 || row.Blocked.Bytes == 0 {
+	if row := row(t, e.Network, c.id); row.Blocked.Connects != 3 || row.Blocked.Packets != 2 || row.Blocked.Bytes == 0 {
 		t.Errorf("counted %+v, want 3 connects, 2 packets", row.Blocked)
 	}
 	// All else is as ever.
@@ -196,7 +197,7 @@ func testBuckets(t *testing.T, e *engine) {
 		if n := syns(packets, port); n != 5 {
 			t.Errorf("%d of 60 connections to port %d arrived, want 5", n, port)
 		}
-		if got := row(t, c.id).SMTP; got.Allowed != 5 || got.RateLimited < 55 || got.NoBucket != 0 {
+		if got := row(t, e.Network, c.id).SMTP; got.Allowed != 5 || got.RateLimited < 55 || got.NoBucket != 0 {
 			t.Errorf("counted %+v, want 5 allowed and 55 limited", got.SMTP)
 		}
 	}
@@ -214,7 +215,7 @@ func testHostNetwork(t *testing.T, e *engine) {
 	if n := lab.Count(packets, func(p lab.Packet) bool { return p.Dst.Addr() != lab.Mail4 }); n > 0 {
 		t.Errorf("arrived: %v", packets)
 	}
-	if got := row(t, c.id); got.SMTP.Allowed != 5 || got.Blocked.Connects != 3 || got.Blocked.Packets != 2 {
+	if got := row(t, e.Network, c.id); got.SMTP.Allowed != 5 || got.Blocked.Connects != 3 || got.Blocked.Packets != 2 {
 		t.Errorf("counted %+v", got)
 	}
 }
@@ -229,7 +230,7 @@ func testExec(t *testing.T, e *engine) {
 	if n := syns(seen.Settle(t), 25); n != 5 {
 		t.Errorf("%d of 180 connections arrived, want 5", n)
 	}
-	if got := row(t, c.id).SMTP; got.Allowed != 5 || got.RateLimited < 175 {
+	if got := row(t, e.Network, c.id).SMTP; got.Allowed != 5 || got.RateLimited < 175 {
 		t.Errorf("counted %+v, want 5 allowed and 175 limited", got.SMTP)
 	}
 	expectMetadataRefused(t, another)
@@ -237,9 +238,9 @@ func testExec(t *testing.T, e *engine) {
 
 func testRestart(t *testing.T, e *engine) {
 	id := e.sleeper(t, "restart")
-	before := row(t, id)
+	before := row(t, e.Network, id)
 	e.docker(t, "restart", "-t", "0", "restart")
-	if after := row(t, id); after.CgroupID == before.CgroupID {
+	if after := row(t, e.Network, id); after.CgroupID == before.CgroupID {
 		t.Error("the same cgroup after a restart")
 	}
 	seen := e.Capture(t)
@@ -247,10 +248,10 @@ func testRestart(t *testing.T, e *engine) {
 	if arrived := seen.Settle(t); len(arrived) > 0 {
 		t.Errorf("arrived: %v", arrived)
 	}
-	if got := row(t, id); got.Blocked.Connects != 3 || got.Blocked.Packets != 2 {
+	if got := row(t, e.Network, id); got.Blocked.Connects != 3 || got.Blocked.Packets != 2 {
 		t.Errorf("counted %+v", got.Blocked)
 	}
-	expectStatus(t, 0)
+	expectStatus(t, e.Network, 0)
 }
 
 func testLimit(t *testing.T, e *engine) {
@@ -266,20 +267,20 @@ func testLimit(t *testing.T, e *engine) {
 		seen.Forget()
 	}
 	name := c.id[:12]
-	lab.Egressbpf(t, "limit", "set", name, "--rate", "1/day", "--burst", "3")
-	if got := strings.TrimSpace(lab.Egressbpf(t, "limit", "get", name)); got != "1/day, burst 3" {
+	e.Egressbpf(t, "limit", "set", name, "--rate", "1/day", "--burst", "3")
+	if got := strings.TrimSpace(e.Egressbpf(t, "limit", "get", name)); got != "1/day, burst 3" {
 		t.Errorf("limit get: %s", got)
 	}
 	expect(3)
-	lab.Egressbpf(t, "limit", "set", name, "--burst", "20")
+	e.Egressbpf(t, "limit", "set", name, "--burst", "20")
 	expect(17) // the 3 stay taken
-	lab.Egressbpf(t, "limit", "set", name, "--rate", "unlimited")
+	e.Egressbpf(t, "limit", "set", name, "--rate", "unlimited")
 	expect(60)
-	if got := row(t, c.id).SMTP; got.Rate.String() != "unlimited" || got.Allowed < 80 {
+	if got := row(t, e.Network, c.id).SMTP; got.Rate.String() != "unlimited" || got.Allowed < 80 {
 		t.Errorf("stats: %+v, want at least 80 allowed without a limit", got)
 	}
-	lab.Egressbpf(t, "limit", "unset", name)
-	if got := row(t, c.id).SMTP; got.Rate.String() != "5/minute" || got.Burst != 5 {
+	e.Egressbpf(t, "limit", "unset", name)
+	if got := row(t, e.Network, c.id).SMTP; got.Rate.String() != "5/minute" || got.Burst != 5 {
 		t.Errorf("limit after unset: %s, burst %d", got.Rate, got.Burst)
 	}
 	if exit := lab.Run(t, exec.Command(lab.Binary(t), "limit", "set", "no-such", "--burst", "3")); exit.Code != 1 {
@@ -288,9 +289,9 @@ func testLimit(t *testing.T, e *engine) {
 }
 
 func testUncovered(t *testing.T, e *engine) {
-	expectStatus(t, 0)
+	expectStatus(t, e.Network, 0)
 	id := e.sleeper(t, "uncovered", "--cgroup-parent", outside)
-	status := expectStatus(t, 3)
+	status := expectStatus(t, e.Network, 3)
 	if len(status.Uncovered) != 1 || status.Uncovered[0].ID != id || status.Uncovered[0].Cgroup != outside+"/"+id {
 		t.Errorf("uncovered: %+v, want container %s", status.Uncovered, id)
 	}
@@ -298,27 +299,27 @@ func testUncovered(t *testing.T, e *engine) {
 		t.Error("not enforcing because of a container elsewhere")
 	}
 	e.docker(t, "rm", "-f", "uncovered")
-	expectStatus(t, 0)
+	expectStatus(t, e.Network, 0)
 }
 
 func testRemoval(t *testing.T, e *engine) {
-	before := lab.Stats(t).Total
+	before := e.Stats(t).Total
 	c := e.run(t, "removal")
 	expectMetadataRefused(t, c.Agent)
 	c.ConnectAtOnce(at(lab.Mail4, 25), 60)
-	had := row(t, c.id)
-	lab.Egressbpf(t, "limit", "set", c.id, "--burst", "7")
+	had := row(t, e.Network, c.id)
+	e.Egressbpf(t, "limit", "set", c.id, "--burst", "7")
 	e.docker(t, "rm", "-f", "removal")
 	// The kernel lets go of a cgroup in its own time.
 	testenv.Eventually(t, "row gone", func() bool {
-		for _, row := range lab.Stats(t).Containers {
+		for _, row := range e.Stats(t).Containers {
 			if row.CgroupID == had.CgroupID {
 				return false
 			}
 		}
 		return true
 	})
-	total := lab.Stats(t).Total
+	total := e.Stats(t).Total
 	if total.Blocked.Connects != before.Blocked.Connects+had.Blocked.Connects ||
 		total.Blocked.Bytes != before.Blocked.Bytes+had.Blocked.Bytes ||
 		total.SMTP.Allowed != before.SMTP.Allowed+5 || total.SMTP.RateLimited != before.SMTP.RateLimited+had.SMTP.RateLimited {
@@ -345,9 +346,9 @@ func testFirewall(t *testing.T, e *engine) {
 func testDetach(t *testing.T, e *engine) {
 	c := e.run(t, "detach")
 	lab.ExpectPrograms(t, policed, 1) // no other filter is here
-	lab.Egressbpf(t, "detach")
+	e.Egressbpf(t, "detach")
 	lab.ExpectPrograms(t, policed, 0)
-	expectStatus(t, 3)
+	expectStatus(t, e.Network, 3)
 	if _, err := os.Stat(loader.DefaultPinPath); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("%s is left: %v", loader.DefaultPinPath, err)
 	}
@@ -361,5 +362,5 @@ func testDetach(t *testing.T, e *engine) {
 			t.Errorf("after detach, nothing arrived at %s", to)
 		}
 	}
-	lab.Egressbpf(t, "detach")
+	e.Egressbpf(t, "detach")
 }

@@ -61,9 +61,9 @@ func (s *scene) agent(c *container, cgroup string) *lab.Agent {
 // is attached is detached with the test.
 func (s *scene) attach(flags ...string) {
 	s.t.Helper()
-	s.t.Cleanup(func() { lab.Egressbpf(s.t, "detach") })
-	lab.Egressbpf(s.t, append([]string{"attach", "--cgroup", s.policed}, flags...)...)
-	status, _ := lab.Status(s.t)
+	s.t.Cleanup(func() { s.Egressbpf(s.t, "detach") })
+	s.Egressbpf(s.t, append([]string{"attach", "--cgroup", s.policed}, flags...)...)
+	status, _ := s.Status(s.t)
 	for _, h := range status.Hooks {
 		if !h.Attached {
 			s.t.Fatalf("after attach, hook %s is not: %s", h.Name, h.Reason)
@@ -74,7 +74,7 @@ func (s *scene) attach(flags ...string) {
 // row returns the counters of a container.
 func (s *scene) row(c *container) stats.Container {
 	s.t.Helper()
-	for _, row := range lab.Stats(s.t).Containers {
+	for _, row := range s.Stats(s.t).Containers {
 		if row.ID == filepath.Base(c.cgroup) {
 			return row
 		}

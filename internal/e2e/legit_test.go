@@ -26,7 +26,7 @@ func TestBigTCP(t *testing.T) {
 // expectNothingCounted checks that no packet was found fault with.
 func (s *scene) expectNothingCounted() {
 	s.t.Helper()
-	total := lab.Stats(s.t).Total
+	total := s.Stats(s.t).Total
 	if total.Blocked.Packets+total.Blocked.Connects+total.Malformed.Packets+total.SMTP.RateLimited+total.SMTP.Allowed > 0 {
 		s.t.Errorf("counted %+v, want nothing", total)
 	}

@@ -105,7 +105,7 @@ func TestExchangeOfPoliciesUnderTraffic(t *testing.T) {
 		Source:  s.a.IPv4,
 	})
 	for i := range 100 {
-		lab.Egressbpf(t, attach(i)...)
+		s.Egressbpf(t, attach(i)...)
 	}
 	// Some are killed, wherever they are.
 	random := rand.New(rand.NewPCG(1, 2))
@@ -116,7 +116,7 @@ func TestExchangeOfPoliciesUnderTraffic(t *testing.T) {
 		}
 		time.AfterFunc(time.Duration(random.Int64N(int64(60*time.Millisecond))), func() { _ = cmd.Process.Kill() })
 		_ = cmd.Wait()
-		if status, _ := lab.Status(t); !status.Enforcing {
+		if status, _ := s.Status(t); !status.Enforcing {
 			t.Fatalf("after a killed attach, not enforcing: %+v", status.Hooks)
 		}
 	}
@@ -148,7 +148,7 @@ func TestExchangeOfPoliciesUnderTraffic(t *testing.T) {
 
 func TestParallelAttach(t *testing.T) {
 	s := newScene(t)
-	t.Cleanup(func() { lab.Egressbpf(t, "detach") })
+	t.Cleanup(func() { s.Egressbpf(t, "detach") })
 	own := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{198, 51, 100, byte(100 + i)}) }
 	var all sync.WaitGroup
 	exits := make([]lab.Exit, 10)
@@ -163,7 +163,7 @@ func TestParallelAttach(t *testing.T) {
 			t.Errorf("attach %d: exit code %d\n%s", i, exit.Code, exit.Stderr)
 		}
 	}
-	status, _ := lab.Status(t)
+	status, _ := s.Status(t)
 	if !status.Enforcing {
 		t.Errorf("not enforcing: %+v", status.Hooks)
 	}
@@ -198,7 +198,7 @@ func TestDetachLeavesNothing(t *testing.T) {
 	// Every program that was ever loaded holds the state's maps, and every link
 	// a program: when those maps are gone, so is everything.
 	maps := map[ebpf.MapID]bool{}
-	status, _ := lab.Status(t)
+	status, _ := s.Status(t)
 	for _, h := range status.Hooks {
 		prog, err := ebpf.NewProgramFromID(ebpf.ProgramID(h.Program))
 		if err != nil {
@@ -218,8 +218,8 @@ func TestDetachLeavesNothing(t *testing.T) {
 		t.Fatalf("the programs have %d maps", len(maps))
 	}
 
-	lab.Egressbpf(t, "detach")
-	if status, code := lab.Status(t); code != 3 || status.Enforcing || len(status.Hooks) > 0 {
+	s.Egressbpf(t, "detach")
+	if status, code := s.Status(t); code != 3 || status.Enforcing || len(status.Hooks) > 0 {
 		t.Errorf("status after detach: exit code %d, %+v", code, status)
 	}
 	lab.ExpectPrograms(t, s.policed, 0)
@@ -243,5 +243,5 @@ func TestDetachLeavesNothing(t *testing.T) {
 	if len(seen.Settle(t)) == 0 {
 		t.Error("after detach: nothing arrived")
 	}
-	lab.Egressbpf(t, "detach")
+	s.Egressbpf(t, "detach")
 }

@@ -40,7 +40,7 @@ func TestContainersHaveSeparateBuckets(t *testing.T) {
 	if n := connections(seen.Settle(t), 465, netip.Addr{}); n != 5 {
 		t.Errorf("%d of 60 connections from the policed cgroup itself arrived, want 5", n)
 	}
-	if total := lab.Stats(t).Total.SMTP; total.Allowed != 15 || total.RateLimited < 165 {
+	if total := s.Stats(t).Total.SMTP; total.Allowed != 15 || total.RateLimited < 165 {
 		t.Errorf("total: %+v, want 15 allowed and at least 165 limited", total)
 	}
 }

@@ -6,17 +6,22 @@
 # shellcheck shell=sh
 set -eu
 
-/bin/busybox mount -t proc proc /proc
-/bin/busybox --install -s /bin
-export PATH=/bin
-mount -t sysfs sysfs /sys
-mount -t devtmpfs devtmpfs /dev
-mount -t tmpfs -o mode=1777 tmpfs /tmp
-mount -t tmpfs -o mode=755 tmpfs /run
-mount -t cgroup2 cgroup2 /sys/fs/cgroup
-while read -r module; do
-    modprobe "$module"
-done </vmtest/modules
+if [ -d /vmtest/tools ]; then
+    # init-root.sh was here.
+    export PATH=/vmtest/tools
+else
+    /bin/busybox mount -t proc proc /proc
+    /bin/busybox --install -s /bin
+    export PATH=/bin
+    mount -t sysfs sysfs /sys
+    mount -t devtmpfs devtmpfs /dev
+    mount -t tmpfs -o mode=1777 tmpfs /tmp
+    mount -t tmpfs -o mode=755 tmpfs /run
+    mount -t cgroup2 cgroup2 /sys/fs/cgroup
+    while read -r module; do
+        modprobe "$module"
+    done </vmtest/modules
+fi
 ip link set lo up
 
 stty -F /dev/ttyS1 raw -echo

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 #
-# Runs a static binary as root on one of Debian's kernels, in QEMU.  See usage.
+# Runs a program as root on one of Debian's kernels, in QEMU.  See usage.
 set -euo pipefail
 
-# A row a kernel: the name given to run.sh, then the Debian release whose cloud
-# kernel it is.
+# A row a kernel: the name given to run.sh, then the Debian release whose kernel
+# it is: the cloud kernel, or with --root the plain one, as only that has 9p.
 kernels='
 5.10  bullseye
 6.1   bookworm
@@ -18,6 +18,11 @@ loaded_modules=(veth bridge nf_defrag_ipv4 nf_defrag_ipv6 nf_conntrack nf_tables
 # real host.  What a kernel does not have is left out.
 extra_modules=(dummy tun vxlan 8021q macvlan ipvlan br_netfilter sch_ingress cls_bpf
     act_bpf nft_ct nft_chain_nat nft_masq)
+
+# With --root, these are loaded before, to get at the root, where all others are;
+# crc32c_generic is asked for by libcrc32c, where it is not built in.
+root_modules=(virtio_pci 9pnet_virtio 9p overlay)
+root_extra_modules=(crc32c_generic)
 
 # The Debian packages whose commands are used here, beyond the essential ones.
 packages=(qemu-system-x86 busybox-static debian-archive-keyring xz-utils python-apt-common)
@@ -36,8 +41,10 @@ static executable or a busybox sh script.  It starts in / with an empty stdin
 and no environment but PATH.  An exit code of 125 means that no result came
 back: bad usage, a missing tool, a failed download, a kernel panic or a timeout.
 
+  --root              boot into this machine's root: see below
   --env NAME=VALUE    set a variable for BINARY
-  --file SRC:DEST     put the file or folder SRC at the absolute path DEST
+  --file SRC:DEST     put the file or folder SRC at the absolute path DEST, not
+                      with --root
   --append PARAMETER  add to the kernel's command line, e.g. lsm=bpf
   --timeout SECONDS   give up after this time (default 300)
   --kernels           print the names that KERNEL may have
@@ -46,6 +53,17 @@ back: bad usage, a missing tool, a failed download, a kernel panic or a timeout.
 Inside: procfs, sysfs, devtmpfs, tmpfs on /tmp and /run, cgroup2 on
 /sys/fs/cgroup, lo up, no other network device, busybox in /bin.  bpffs,
 securityfs and tracefs are not mounted.
+
+With --root, the kernel is not the cloud but the plain one, and the root is this
+machine's, as far as this user may read it.  BINARY is any executable file here
+and keeps its path.  What the guest writes goes to its memory and is lost.
+Besides the above there are devpts, bpffs, securityfs, tracefs and all modules of
+the kernel, and TMPDIR is set.  These folders are empty tmpfs, because they tell
+of this machine's state or because overlayfs, as Docker uses it, needs another
+file system than the root's: /run, /var/tmp, /var/lib/docker, /var/lib/containerd.
+/tmp is as it is here.
+Debian's kernels have AppArmor on: for containers, dockerd wants the package
+apparmor on this machine, or --append apparmor=0.
 
 Kernels are downloaded once, through apt and with its signature checks, to
 VMTEST_CACHE (default: egressbpf-vmtest in the user's cache folder); remove a
@@ -86,11 +104,11 @@ mirror() {
     fi
 }
 
-# fetch KERNEL DIR downloads the kernel and makes DIR/kernel of it: the kernel's
-# folder of /lib/modules with uncompressed modules, and in it vmlinuz, config and
-# the kernel's version.
+# fetch KERNEL METAPACKAGE DIR downloads the kernel and makes DIR/kernel of it: the
+# kernel's folder of /lib/modules with uncompressed modules, and in it vmlinuz,
+# config and the kernel's version.
 fetch() {
-    local kernel=$1 dir=$2
+    local kernel=$1 metapackage=$2 dir=$3
     local suite url keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     local apt=$dir/apt root=$dir/root tree package parts version file
 
@@ -128,14 +146,14 @@ END
     } >"$apt/apt.conf"
     local -x APT_CONFIG=$apt/apt.conf
 
-    printf 'run.sh: downloading kernel %s (%s)\n' "$kernel" "$suite" >&2
+    printf 'run.sh: downloading kernel %s (%s from %s)\n' "$kernel" "$metapackage" "$suite" >&2
     apt-get update -qq >&2 ||
         die "cannot read Debian $suite from $url: if its key is unknown, upgrade the package" \
             "debian-archive-keyring; if it has moved to an archive, set VMTEST_MIRROR"
     # The metapackage depends on the kernel of the day, in its signed variant.
-    package=$(apt-cache depends linux-image-cloud-amd64 |
+    package=$(apt-cache depends "$metapackage" |
         awk '$1 == "Depends:" && $2 ~ /^linux-image-[0-9]/ { print $2; exit }')
-    [[ -n $package ]] || die "Debian $suite has no linux-image-cloud-amd64"
+    [[ -n $package ]] || die "Debian $suite has no $metapackage"
     version=${package#linux-image-}
     # Newer releases split it: vmlinuz and the modules are in packages it needs.
     mapfile -t parts < <(echo "$package" && apt-cache depends "$package" |
@@ -159,17 +177,17 @@ END
     mv "$tree" "$dir/kernel"
 }
 
-# cached KERNEL downloads the kernel unless it is in the cache.
+# cached KERNEL METAPACKAGE DIR makes DIR of the kernel unless it is there.
 cached() {
-    local kernel=$1
-    [[ ! -e $cache/$kernel ]] || return 0
-    mkdir -p "$cache"
-    exec {lock}>"$cache/$kernel.lock"
+    local dir=$3
+    [[ ! -e $dir ]] || return 0
+    mkdir -p "${dir%/*}"
+    exec {lock}>"$dir.lock"
     flock "$lock"
-    if [[ ! -e $cache/$kernel ]]; then
-        fetching=$(mktemp -d "$cache/$kernel.XXXXXX")
-        fetch "$kernel" "$fetching"
-        mv -T "$fetching/kernel" "$cache/$kernel"
+    if [[ ! -e $dir ]]; then
+        fetching=$(mktemp -d "$dir.XXXXXX")
+        fetch "$1" "$2" "$fetching"
+        mv -T "$fetching/kernel" "$dir"
         rm -rf "$fetching"
         fetching=
     fi
@@ -179,6 +197,14 @@ cached() {
 # is_dynamic FILE
 is_dynamic() {
     ldd "$1" 2>/dev/null | grep -q '=>'
+}
+
+# visible PATH fails if a guest with --root has something else there.
+visible() {
+    local folder
+    for folder in /dev /proc /run /sys /var/lib/containerd /var/lib/docker /var/tmp /vmtest; do
+        [[ $(realpath -m -- "$1")/ != "$folder"/* && $1/ != "$folder"/* ]] || die "$1 is hidden in the guest"
+    done
 }
 
 # quote WORD... prints the words as one line of a POSIX shell script.
@@ -198,7 +224,11 @@ put() {
 
 # put_modules copies the modules and what they depend on.
 put_modules() {
-    local from=$cache/$kernel to module file
+    local from=$kernel_dir to module file
+    if [[ -n $root ]]; then
+        loaded_modules=("${root_modules[@]}" "${loaded_modules[@]}")
+        extra_modules=("${root_extra_modules[@]}")
+    fi
     to=$initramfs/lib/modules/$(<"$from/version")
     mkdir -p "$to" "$initramfs/vmtest"
     cp "$from"/modules.{dep,alias,builtin} "$to"
@@ -221,23 +251,31 @@ put_modules() {
 
 # build_initramfs COMMAND... makes $work/initramfs.cpio, which runs the command.
 build_initramfs() {
-    local file
+    local file path=PATH=/bin
     mkdir -p "$initramfs"/{bin,dev,etc,lib,proc,run,sys,tmp,usr,vmtest}
     ln -s bin "$initramfs/sbin"
     ln -s ../bin "$initramfs/usr/bin"
     ln -s ../bin "$initramfs/usr/sbin"
     cp "$(command -v busybox)" "$initramfs/bin/busybox"
     ln -s busybox "$initramfs/bin/sh"
-    install -m 755 "$here/init.sh" "$initramfs/init"
     put_modules
-    for file in ${files[@]+"${files[@]}"}; do
-        put "${file%:*}" "${file##*:}"
-    done
-    put "$1" "$program"
-    chmod 755 "$initramfs$program"
+    if [[ -n $root ]]; then
+        install -m 755 "$here/init-root.sh" "$initramfs/init"
+        install -m 755 "$here/init.sh" "$initramfs/vmtest/init"
+        echo "$kernel_dir" >"$initramfs/vmtest/kernel_dir"
+        path=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+        env=(TMPDIR=/var/tmp ${env[@]+"${env[@]}"})
+    else
+        install -m 755 "$here/init.sh" "$initramfs/init"
+        for file in ${files[@]+"${files[@]}"}; do
+            put "${file%:*}" "${file##*:}"
+        done
+        put "$1" "$program"
+        chmod 755 "$initramfs$program"
+    fi
     {
         echo '#!/bin/sh'
-        echo "cd / && exec env -i $(quote PATH=/bin ${env[@]+"${env[@]}"} "$program" "${@:2}")"
+        echo "cd / && exec env -i $(quote "$path" ${env[@]+"${env[@]}"} "$program" "${@:2}")"
     } >"$initramfs/vmtest/command"
     chmod 755 "$initramfs/vmtest/command"
     # Not compressed: unpacking is what takes time under emulation.
@@ -250,14 +288,16 @@ build_initramfs() {
 # boot runs the machine.  Three serial ports keep apart the console, what the
 # binary writes, and its exit code, so that none can be taken for another.
 boot() {
-    local status=0 out output
+    local status=0 out output machine_flags=(-m 1G)
+    [[ -z $root ]] || machine_flags=(-m 3G -device "virtio-9p-pci,fsdev=root,mount_tag=root"
+        -fsdev "local,id=root,path=/,readonly=on,security_model=none,multidevs=remap")
     # The output goes through a cat, because QEMU makes the file it writes to
     # non-blocking, which must not happen to the caller's.
     exec {out}> >(exec cat)
     output=$!
     timeout --kill-after=5 "$timeout" qemu-system-x86_64 \
-        -accel tcg -cpu max -smp 2 -m 1G -nodefaults -nographic -no-reboot \
-        -kernel "$cache/$kernel/vmlinuz" -initrd "$work/initramfs.cpio" \
+        -accel tcg -cpu max -smp 2 "${machine_flags[@]}" -nodefaults -nographic -no-reboot \
+        -kernel "$kernel_dir/vmlinuz" -initrd "$work/initramfs.cpio" \
         -append "console=ttyS0 panic=-1 oops=panic ${append[*]-}" \
         -serial "file:$work/console" -serial file:/dev/stdout -serial "file:$work/code" \
         </dev/null 1>&"$out" 2>"$work/qemu.log" &
@@ -296,6 +336,7 @@ cleanup() {
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 timeout=300
+root=
 env=()
 files=()
 append=()
@@ -319,6 +360,10 @@ while [[ ${1-} == -* ]]; do
     --packages)
         printf '%s\n' "${packages[@]}"
         exit
+        ;;
+    --root)
+        root=yes
+        continue
         ;;
     --)
         break
@@ -356,8 +401,15 @@ kernel=$1
 shift
 [[ -n $(release "$kernel") ]] || die "no kernel $kernel: see --kernels"
 [[ -f $1 ]] || die "$1: no such file"
-! is_dynamic "$1" || die "$1 is not static: for Go, build it with CGO_ENABLED=0"
-program=/vmtest/bin/$(basename "$1")
+if [[ -n $root ]]; then
+    [[ ${#files[@]} -eq 0 ]] || die '--file: not with --root, where the guest has the files of this machine'
+    [[ -x $1 ]] || die "$1 is not executable"
+    program=$(realpath -s -- "$1")
+    visible "$program"
+else
+    ! is_dynamic "$1" || die "$1 is not static: for Go, build it with CGO_ENABLED=0"
+    program=/vmtest/bin/$(basename "$1")
+fi
 
 [[ $(uname -m) == x86_64 ]] || die 'needs an x86-64 machine: the guest runs its busybox'
 need qemu-system-x86_64 qemu-system-x86
@@ -369,7 +421,9 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 cache=$(realpath -m -- "${VMTEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/egressbpf-vmtest}")
-cached "$kernel"
+kernel_dir=$cache/$kernel metapackage=linux-image-cloud-amd64
+[[ -z $root ]] || kernel_dir+=-plain metapackage=linux-image-amd64
+cached "$kernel" "$metapackage" "$kernel_dir"
 work=$(mktemp -d "${TMPDIR:-/tmp}/vmtest.XXXXXX")
 initramfs=$work/initramfs
 build_initramfs "$@"

@@ -37,10 +37,18 @@ func Run(t testing.TB, cmd *exec.Cmd) Exit {
 	return Exit{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
 }
 
-// Egressbpf runs the real command, which must succeed, and returns its stdout.
-func Egressbpf(t testing.TB, args ...string) string {
+// Run runs a command in the host's network namespace, to its end.
+func (n *Network) Run(t testing.TB, cmd *exec.Cmd) (e Exit) {
 	t.Helper()
-	exit := Run(t, exec.Command(Binary(t), args...))
+	n.Host.Do(func() { e = Run(t, cmd) })
+	return e
+}
+
+// Egressbpf runs the real command on the host, which must succeed, and returns its
+// stdout.
+func (n *Network) Egressbpf(t testing.TB, args ...string) string {
+	t.Helper()
+	exit := n.Run(t, exec.Command(Binary(t), args...))
 	if exit.Code != 0 {
 		t.Fatalf("egressbpf %s: exit code %d\n%s", strings.Join(args, " "), exit.Code, exit.Stderr)
 	}
@@ -48,9 +56,9 @@ func Egressbpf(t testing.TB, args ...string) string {
 }
 
 // Stats returns what egressbpf stats tells.
-func Stats(t testing.TB) (s stats.Stats) {
+func (n *Network) Stats(t testing.TB) (s stats.Stats) {
 	t.Helper()
-	if err := json.Unmarshal([]byte(Egressbpf(t, "stats", "--output", "json")), &s); err != nil {
+	if err := json.Unmarshal([]byte(n.Egressbpf(t, "stats", "--output", "json")), &s); err != nil {
 		t.Fatal(err)
 	}
 	return s
@@ -63,9 +71,9 @@ type FilterStatus struct {
 }
 
 // Status returns what egressbpf status tells, and its exit code.
-func Status(t testing.TB) (s FilterStatus, code int) {
+func (n *Network) Status(t testing.TB) (s FilterStatus, code int) {
 	t.Helper()
-	exit := Run(t, exec.Command(Binary(t), "status", "--output", "json"))
+	exit := n.Run(t, exec.Command(Binary(t), "status", "--output", "json"))
 	if err := json.Unmarshal([]byte(exit.Stdout), &s); err != nil {
 		t.Fatalf("egressbpf status: exit code %d, %v\n%s", exit.Code, err, exit.Stderr)
 	}
@@ -95,7 +103,8 @@ func ExpectPrograms(t testing.TB, cgroup string, n int) {
 	}
 }
 
-// Binary returns the path of the real command, which it builds the first time.
+// Binary returns the path of the real command: binaryVar has it, or it is built the
+// first time.
 func Binary(t testing.TB) string {
 	t.Helper()
 	path, err := buildBinary()
@@ -105,7 +114,13 @@ func Binary(t testing.TB) string {
 	return path
 }
 
+// binaryVar in the environment names a built command, for where there is no Go.
+const binaryVar = "EGRESSBPF_BINARY"
+
 var buildBinary = sync.OnceValues(func() (string, error) {
+	if path := os.Getenv(binaryVar); path != "" {
+		return path, nil
+	}
 	path := filepath.Join(os.TempDir(), "egressbpf") // Main removes it
 	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", path, "github.com/egressbpf/egressbpf/cmd/egressbpf")
 	if out, err := cmd.CombinedOutput(); err != nil {
