@@ -4,53 +4,23 @@
  * hooks give its verdict early, so that a program is refused at once instead of
  * waiting for an answer that will not come.
  */
-#include "maps.h"
-#include "bucket.h"
+#include "limit.h"
 #include "parse.h"
 #include "rules.h"
+#include "state.h"
+
+const volatile bool over_limit_reject;	/* refuse in connect() what has no token */
+const volatile bool has_set_retval;	/* bpf_set_retval(), 5.18 */
+const volatile bool has_host_side;	/* which wants to know what was let through */
+
+/* The cgroup that this instance polices, and its depth below the root. */
+const volatile __u64 policed_id;
+const volatile __u32 policed_level;
 
 #define LOOPBACK_IFINDEX 1
 #define SOCK_STREAM 1
 #define SOCK_RAW 3
 #define ECONNREFUSED 111
-
-static const struct container new_container;
-
-/* NULL if the map is full. */
-static __always_inline struct container *state_of(__u64 id)
-{
-	struct container *c = bpf_map_lookup_elem(&containers, &id);
-
-	if (c)
-		return c;
-	/* Another CPU may do the same: whoever is second finds the entry. */
-	bpf_map_update_elem(&containers, &id, &new_container, BPF_NOEXIST);
-	return bpf_map_lookup_elem(&containers, &id);
-}
-
-static __always_inline struct counters *total(void)
-{
-	__u32 key = 0;
-
-	return bpf_map_lookup_elem(&totals, &key);
-}
-
-/* The sum is shared with programs that interrupt this one, so it needs atomic
- * additions as well.
- */
-static __always_inline void count_drop(struct container *c, enum reason reason, __u64 bytes)
-{
-	struct counters *sum = total();
-
-	if (c) {
-		__sync_fetch_and_add(&c->counters.dropped[reason].packets, 1);
-		__sync_fetch_and_add(&c->counters.dropped[reason].bytes, bytes);
-	}
-	if (sum) {
-		__sync_fetch_and_add(&sum->dropped[reason].packets, 1);
-		__sync_fetch_and_add(&sum->dropped[reason].bytes, bytes);
-	}
-}
 
 static __noinline void count_connect(struct container *c, enum reason reason)
 {
@@ -62,15 +32,6 @@ static __noinline void count_connect(struct container *c, enum reason reason)
 		__sync_fetch_and_add(&sum->dropped[reason].connects, 1);
 }
 
-static __always_inline void count_allowed(struct container *c)
-{
-	struct counters *sum = total();
-
-	__sync_fetch_and_add(&c->counters.smtp_allowed, 1);
-	if (sum)
-		__sync_fetch_and_add(&sum->smtp_allowed, 1);
-}
-
 /* The container that owns the packet's socket, however deep below it the socket
  * was made; the policed cgroup itself for sockets of no container.
  */
@@ -79,42 +40,6 @@ static __always_inline __u64 packet_owner(struct __sk_buff *skb)
 	__u64 id = bpf_skb_ancestor_cgroup_id(skb, policed_level + 1);
 
 	return id ? id : policed_id;
-}
-
-static __always_inline const volatile struct limit *limit_of(const struct container *c)
-{
-	return c->limit.burst ? &c->limit : &default_limit;
-}
-
-/* Whether the container's bucket is surely empty. Most of a flood is refused by
- * this, without the lock, and without the precise clock, which costs as much as
- * all the rest: the coarse one lags by a tick, and decides nothing that is less
- * than clock_slack away.
- */
-static __always_inline bool surely_empty(const struct container *c, const volatile struct limit *l)
-{
-	const __u64 clock_slack = 100 * 1000 * 1000;
-
-	if (!l->count || !bucket_settled(&c->bucket, l))
-		return false;
-	if (has_coarse_clock && !bucket_has(&c->bucket, l, bpf_ktime_get_coarse_ns() + clock_slack))
-		return true;
-	return !bucket_has(&c->bucket, l, bpf_ktime_get_ns());
-}
-
-static __always_inline bool take_token(struct container *c)
-{
-	bool taken;
-	__u64 now;
-
-	if (surely_empty(c, limit_of(c)))
-		return false;
-	now = bpf_ktime_get_ns();
-	bpf_spin_lock(&c->lock);
-	/* Read again: the limit may have changed, and be no limit any more. */
-	taken = bucket_take(&c->bucket, limit_of(c), now);
-	bpf_spin_unlock(&c->lock);
-	return taken;
 }
 
 /* Takes a token for a SYN, unless a TCP socket repeats one that it has paid for:
@@ -162,6 +87,18 @@ static __always_inline bool admit_syn(struct __sk_buff *skb, const struct flow *
 	return true;
 }
 
+/* Tells the host side that the packet has been judged. */
+static __always_inline void announce(const struct flow *f)
+{
+	struct syn_key key = { .seq = f->seq, .dport = f->dport };
+	const __u32 one = 1;
+
+	if (!has_host_side)
+		return;
+	__builtin_memcpy(key.dst, &f->dst, sizeof(key.dst));
+	bpf_map_update_elem(&admitted, &key, &one, BPF_ANY);
+}
+
 static __always_inline int drop(struct __sk_buff *skb, struct container *c, enum reason reason)
 {
 	count_drop(c, reason, skb->len);
@@ -176,10 +113,12 @@ static __always_inline int judge_mail_syn(struct __sk_buff *skb, const struct fl
 	if (skb->ifindex == LOOPBACK_IFINDEX || exempt(f))
 		return 1;
 	c = state_of(packet_owner(skb));
-	if (!c)
-		return drop(skb, c, REASON_NO_BUCKET);
-	if (!admit_syn(skb, f, c))
-		return drop(skb, c, REASON_RATE_LIMITED);
+	if (!c || !admit_syn(skb, f, c)) {
+		if (!enforce)
+			announce(f);
+		return drop(skb, c, c ? REASON_RATE_LIMITED : REASON_NO_BUCKET);
+	}
+	announce(f);
 	return 1;
 }
 
@@ -208,8 +147,9 @@ static __noinline int judge(struct __sk_buff *skb)
 {
 	enum reason reason;
 	struct flow f = {};
+	struct packet p = { .data = skb, .len = skb->len, .protocol = skb->protocol };
 
-	if (!parse(skb, &f))
+	if (!parse(&p, &f))
 		reason = REASON_MALFORMED;
 	else if (blocked_destination(&f) || blocked_source(&f))
 		reason = REASON_BLOCKED;
@@ -387,7 +327,7 @@ static __always_inline enum reason judge_attempt(struct bpf_sock_addr *ctx, cons
 	    !loopback(&f->dst) && !exempt(f)) {
 		id = caller();
 		*c = bpf_map_lookup_elem(&containers, &id);
-		if (*c && surely_empty(*c, limit_of(*c)) && !own_listener(ctx, f))
+		if (*c && surely_empty(&(*c)->bucket, limit_of(*c)) && !own_listener(ctx, f))
 			return REASON_RATE_LIMITED;
 	}
 	return REASON_NONE;

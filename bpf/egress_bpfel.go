@@ -44,9 +44,21 @@ type EgressContainer struct {
 }
 
 type EgressCounters struct {
-	_           structs.HostLayout
-	Dropped     [4]EgressDrops
-	SmtpAllowed uint64
+	_              structs.HostLayout
+	Dropped        [4]EgressDrops
+	SmtpAllowed    uint64
+	FamiliesDenied uint64
+	HostSide       EgressTraffic
+}
+
+type EgressDevice struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Reserved uint32
+	Bucket   EgressBucket
 }
 
 type EgressDrops struct {
@@ -78,6 +90,20 @@ type EgressLimitRequest struct {
 		Burst     uint32
 		Period    uint32
 	}
+}
+
+type EgressMail struct {
+	_        structs.HostLayout
+	Seq      uint32
+	Answered uint32
+}
+
+type EgressMailKey struct {
+	_     structs.HostLayout
+	Src   [16]uint8
+	Dst   [16]uint8
+	Sport uint16
+	Dport uint16
 }
 
 type EgressPortKey struct {
@@ -126,6 +152,14 @@ type EgressSuspects struct {
 	Second [65536]bool
 }
 
+type EgressSynKey struct {
+	_        structs.HostLayout
+	Dst      [16]uint8
+	Seq      uint32
+	Dport    uint16
+	Reserved uint16
+}
+
 type EgressTicket struct {
 	_           structs.HostLayout
 	Dst         [16]uint8
@@ -135,11 +169,20 @@ type EgressTicket struct {
 	Retransmits uint32
 }
 
+type EgressTraffic struct {
+	_       structs.HostLayout
+	Packets uint64
+	Bytes   uint64
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	EgressMapAdmitted        = "admitted"
 	EgressMapContainers      = "containers"
+	EgressMapDevices         = "devices"
+	EgressMapMails           = "mails"
 	EgressMapPorts           = "ports"
 	EgressMapRules           = "rules"
 	EgressMapTickets         = "tickets"
@@ -155,6 +198,7 @@ const (
 	EgressVarEnforce         = "enforce"
 	EgressVarHasCoarseClock  = "has_coarse_clock"
 	EgressVarHasExempt       = "has_exempt"
+	EgressVarHasHostSide     = "has_host_side"
 	EgressVarHasSetRetval    = "has_set_retval"
 	EgressVarOverLimitReject = "over_limit_reject"
 	EgressVarPolicedId       = "policed_id"
@@ -219,7 +263,10 @@ type EgressProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type EgressMapSpecs struct {
+	Admitted   *ebpf.MapSpec `ebpf:"admitted"`
 	Containers *ebpf.MapSpec `ebpf:"containers"`
+	Devices    *ebpf.MapSpec `ebpf:"devices"`
+	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Rules      *ebpf.MapSpec `ebpf:"rules"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
@@ -234,6 +281,7 @@ type EgressVariableSpecs struct {
 	Enforce         *ebpf.VariableSpec `ebpf:"enforce"`
 	HasCoarseClock  *ebpf.VariableSpec `ebpf:"has_coarse_clock"`
 	HasExempt       *ebpf.VariableSpec `ebpf:"has_exempt"`
+	HasHostSide     *ebpf.VariableSpec `ebpf:"has_host_side"`
 	HasSetRetval    *ebpf.VariableSpec `ebpf:"has_set_retval"`
 	OverLimitReject *ebpf.VariableSpec `ebpf:"over_limit_reject"`
 	PolicedId       *ebpf.VariableSpec `ebpf:"policed_id"`
@@ -263,7 +311,10 @@ func (o *EgressObjects) Close() error {
 //
 // It can be passed to LoadEgressObjects or ebpf.CollectionSpec.LoadAndAssign.
 type EgressMaps struct {
+	Admitted   *ebpf.Map `ebpf:"admitted"`
 	Containers *ebpf.Map `ebpf:"containers"`
+	Devices    *ebpf.Map `ebpf:"devices"`
+	Mails      *ebpf.Map `ebpf:"mails"`
 	Ports      *ebpf.Map `ebpf:"ports"`
 	Rules      *ebpf.Map `ebpf:"rules"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
@@ -272,7 +323,10 @@ type EgressMaps struct {
 
 func (m *EgressMaps) Close() error {
 	return _EgressClose(
+		m.Admitted,
 		m.Containers,
+		m.Devices,
+		m.Mails,
 		m.Ports,
 		m.Rules,
 		m.Tickets,
@@ -288,6 +342,7 @@ type EgressVariables struct {
 	Enforce         *ebpf.Variable `ebpf:"enforce"`
 	HasCoarseClock  *ebpf.Variable `ebpf:"has_coarse_clock"`
 	HasExempt       *ebpf.Variable `ebpf:"has_exempt"`
+	HasHostSide     *ebpf.Variable `ebpf:"has_host_side"`
 	HasSetRetval    *ebpf.Variable `ebpf:"has_set_retval"`
 	OverLimitReject *ebpf.Variable `ebpf:"over_limit_reject"`
 	PolicedId       *ebpf.Variable `ebpf:"policed_id"`

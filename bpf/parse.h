@@ -1,21 +1,13 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Reads any IP packet into a flow, or finds that it cannot be judged. Bytes
- * are loaded by helper: a packet may be nonlinear down to its IP header (what
- * conntrack has put together from fragments is).
- */
+/* Reads any IP packet into a flow, or finds that it cannot be judged. */
 #ifndef EGRESSBPF_PARSE_H
 #define EGRESSBPF_PARSE_H
 
-#include "types.h"
+#include "packet.h"
 
 #include <linux/in.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_helpers.h>
-
-#define ETH_P_IP 0x0800
-#define ETH_P_IPV6 0x86dd
 
 #define IP_OFFSET 0x1fff
 #define IP_MF 0x2000
@@ -68,7 +60,8 @@ struct flow {
 	union address dst;
 	__be16 sport;		/* 0 without has_ports */
 	__be16 dport;
-	__be32 seq;		/* of a syn */
+	__be32 seq;		/* of TCP */
+	__u32 transport;	/* offset of the transport header; 0 without one */
 	__u8 proto;
 	bool has_ports;		/* false too for later fragments */
 	bool syn;		/* TCP, SYN set and ACK clear */
@@ -105,15 +98,16 @@ static __always_inline bool syn_without_ack(__u8 flags)
 }
 
 /* The transport header of a whole packet or a first fragment, at offset off. */
-static __always_inline bool parse_transport(struct __sk_buff *skb, __u32 off, struct flow *f)
+static __always_inline bool parse_transport(const struct packet *p, __u32 off, struct flow *f)
 {
 	/* The header before it may have claimed more than there is. */
-	if (off > skb->len)
+	if (off > p->len)
 		return false;
+	f->transport = off;
 	if (f->proto == IPPROTO_TCP) {
 		struct tcp tcp;
 
-		if (bpf_skb_load_bytes(skb, off, &tcp, sizeof(tcp)))
+		if (load(p, off, &tcp, sizeof(tcp)))
 			return false;
 		f->sport = tcp.sport;
 		f->dport = tcp.dport;
@@ -124,7 +118,7 @@ static __always_inline bool parse_transport(struct __sk_buff *skb, __u32 off, st
 		/* Eight bytes: the whole of a UDP header. */
 		__be16 ports[4];
 
-		if (bpf_skb_load_bytes(skb, off, ports, sizeof(ports)))
+		if (load(p, off, ports, sizeof(ports)))
 			return false;
 		f->sport = ports[0];
 		f->dport = ports[1];
@@ -144,12 +138,12 @@ static __always_inline bool rewrites_tcp(__u8 proto, __u32 offset)
 /* The n bytes of options behind an IPv4 header: harmless as far as they can be
  * read. A source route would send the packet elsewhere than its header says.
  */
-static __always_inline bool parse_options4(struct __sk_buff *skb, __u32 n)
+static __always_inline bool parse_options4(const struct packet *p, __u32 n)
 {
 	__u8 opt[IP_MAX_OPTIONS + 1] = {};	/* past n, IPOPT_END */
 	__u8 skip = 0;
 
-	if (n == 0 || n > IP_MAX_OPTIONS || bpf_skb_load_bytes(skb, sizeof(struct iphdr), opt, n))
+	if (n == 0 || n > IP_MAX_OPTIONS || load(p, sizeof(struct iphdr), opt, n))
 		return false;
 	/* A step for each byte: the verifier then sees constant offsets only, and
 	 * soon that one step is like another.
@@ -202,7 +196,7 @@ static __always_inline bool parse_later_fragment(const struct flow *f, __u32 off
 }
 
 /* From the end of the IP header, where f->proto stands, to the ports. */
-static __always_inline bool parse_headers(struct __sk_buff *skb, __u32 off, struct flow *f, bool v6)
+static __always_inline bool parse_headers(const struct packet *p, __u32 off, struct flow *f, bool v6)
 {
 	/* Unrolled: 5.10 and 6.1 refuse the loop that clang makes of it. */
 	_Pragma("unroll")
@@ -216,8 +210,8 @@ static __always_inline bool parse_headers(struct __sk_buff *skb, __u32 off, stru
 		} ext;
 
 		if (!is_extension(f->proto, v6))
-			return parse_transport(skb, off, f);
-		if (i == MAX_EXTENSIONS || bpf_skb_load_bytes(skb, off, &ext, sizeof(ext)))
+			return parse_transport(p, off, f);
+		if (i == MAX_EXTENSIONS || load(p, off, &ext, sizeof(ext)))
 			return false;
 		switch (f->proto) {
 		case EXT_FRAGMENT:
@@ -242,52 +236,57 @@ static __always_inline bool parse_headers(struct __sk_buff *skb, __u32 off, stru
 	return false;
 }
 
-static __always_inline bool parse4(struct __sk_buff *skb, struct flow *f)
+/* The kernel writes the length that it sends; beyond 64 KiB (BIG TCP), 0. */
+static __always_inline bool true_length(__u32 length, __u32 actual)
 {
-	__u32 len = skb->len, header;
+	return length == (actual > 0xffff ? 0 : actual);
+}
+
+static __always_inline bool parse4(const struct packet *p, struct flow *f)
+{
+	__u32 len = p->len, header;
 	struct iphdr ip;
 
-	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
+	if (load(p, 0, &ip, sizeof(ip)))
 		return false;
 	header = ip.ihl * 4;
 	if (ip.version != 4 || header < sizeof(ip) || header > len)
 		return false;
-	/* The kernel writes the length that it sends; beyond 64 KiB (BIG TCP), 0. */
-	if (bpf_ntohs(ip.tot_len) != (len > 0xffff ? 0 : len))
+	if (!true_length(bpf_ntohs(ip.tot_len), len))
 		return false;
-	if (header > sizeof(ip) && !parse_options4(skb, header - sizeof(ip)))
+	if (header > sizeof(ip) && !parse_options4(p, header - sizeof(ip)))
 		return false;
 	map4(&f->src, ip.saddr);
 	map4(&f->dst, ip.daddr);
 	f->proto = ip.protocol;
 	if (ip.frag_off & bpf_htons(IP_OFFSET))
 		return parse_later_fragment(f, (bpf_ntohs(ip.frag_off) & IP_OFFSET) * 8, false);
-	return parse_headers(skb, header, f, false);
+	return parse_headers(p, header, f, false);
 }
 
-static __always_inline bool parse6(struct __sk_buff *skb, struct flow *f)
+static __always_inline bool parse6(const struct packet *p, struct flow *f)
 {
-	__u32 payload = skb->len - sizeof(struct ipv6hdr);
+	__u32 payload = p->len - sizeof(struct ipv6hdr);
 	struct ipv6hdr ip;
 
-	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
+	if (load(p, 0, &ip, sizeof(ip)))
 		return false;
-	if (ip.version != 6 || bpf_ntohs(ip.payload_len) != (payload > 0xffff ? 0 : payload))
+	if (ip.version != 6 || !true_length(bpf_ntohs(ip.payload_len), payload))
 		return false;
 	__builtin_memcpy(&f->src, &ip.saddr, sizeof(f->src));
 	__builtin_memcpy(&f->dst, &ip.daddr, sizeof(f->dst));
 	f->proto = ip.nexthdr;
-	return parse_headers(skb, sizeof(ip), f, true);
+	return parse_headers(p, sizeof(ip), f, true);
 }
 
 /* The packet as a flow; false if it cannot be judged. */
-static __always_inline bool parse(struct __sk_buff *skb, struct flow *f)
+static __always_inline bool parse(const struct packet *p, struct flow *f)
 {
-	switch (skb->protocol) {
+	switch (p->protocol) {
 	case bpf_htons(ETH_P_IP):
-		return parse4(skb, f);
+		return parse4(p, f);
 	case bpf_htons(ETH_P_IPV6):
-		return parse6(skb, f);
+		return parse6(p, f);
 	}
 	return false;
 }

@@ -3,8 +3,8 @@
 #ifndef EGRESSBPF_RULES_H
 #define EGRESSBPF_RULES_H
 
-#include "maps.h"
 #include "parse.h"
+#include "policy.h"
 
 static __always_inline bool suspect4(__be32 ip)
 {

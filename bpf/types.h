@@ -19,6 +19,11 @@ enum reason {
 	REASON_NONE = REASONS,	/* let through */
 };
 
+struct traffic {
+	__u64 packets;
+	__u64 bytes;		/* from the IP header on */
+};
+
 struct drops {
 	__u64 packets;
 	__u64 bytes;		/* from the IP header on */
@@ -28,6 +33,8 @@ struct drops {
 struct counters {
 	struct drops dropped[REASONS];
 	__u64 smtp_allowed;	/* mail connections that took a token */
+	__u64 families_denied;	/* sockets of families that are refused */
+	struct traffic host_side;	/* dropped on the host, whatever the reason */
 };
 
 /* count tokens a period, with up to burst at once. A token lasts
@@ -62,6 +69,51 @@ struct container {
 	struct bucket bucket;
 	struct limit limit;		/* its own */
 	struct counters counters;
+};
+
+/* What all containers behind one device of the host may send past the egress
+ * hook. Key: index of the device.
+ */
+struct device {
+	struct bpf_spin_lock lock;
+	__u32 reserved;
+	struct bucket bucket;
+};
+
+/* A mail SYN that the egress hook has let through, as it finds it again on the host:
+ * the container's own NAT may change its source on the way, and nothing else.
+ */
+struct syn_key {
+	__u8 dst[16];
+	__be32 seq;
+	__be16 dport;
+	__u16 reserved;
+};
+
+/* A mail connection as the host sees it. */
+struct mail_key {
+	__u8 src[16];
+	__u8 dst[16];
+	__be16 sport;
+	__be16 dport;
+};
+
+struct mail {
+	__be32 seq;		/* of its SYN */
+	__u32 answered;		/* 1: the container has sent more than a SYN */
+};
+
+/* Key of the devices trie: a name of network devices, or the beginning of names. */
+struct device_name {
+	__u32 len;		/* in bits; with its final NUL it is the whole name */
+	char name[16];		/* IFNAMSIZ */
+};
+
+/* A policed cgroup; its children are containers. */
+struct place {
+	__u64 id;
+	__u32 level;		/* depth below the root */
+	__u32 reserved;
 };
 
 /* Input of the program set_limit, behind an Ethernet header. */

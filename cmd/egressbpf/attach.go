@@ -111,10 +111,10 @@ func (o *attachOptions) readConfig(flags *pflag.FlagSet) (policy.Config, error) 
 
 // policyFlags are the policy's keys as flags.
 type policyFlags struct {
-	mode, overLimit, rate                      string
-	presets, block, allow, smtpPorts, exempted []string
-	allowDNS                                   bool
-	burst                                      uint32
+	mode, overLimit, rate, families, hostSide               string
+	presets, block, allow, smtpPorts, exempted, hostDevices []string
+	allowDNS                                                bool
+	burst                                                   uint32
 }
 
 func (p *policyFlags) register(flags *pflag.FlagSet) {
@@ -128,6 +128,9 @@ func (p *policyFlags) register(flags *pflag.FlagSet) {
 	flags.Uint32Var(&p.burst, "smtp-burst", def.SMTP.Burst, "how many of them at once")
 	flags.StringVar(&p.overLimit, "over-limit", string(def.SMTP.OverLimit), "what happens to the others: drop (they wait and repeat) or reject (they fail at once)")
 	flags.StringSliceVar(&p.exempted, "smtp-exempt", nil, "destinations to which mail is not limited: ADDR|CIDR")
+	flags.StringVar(&p.families, "socket-families", string(def.Families), "sockets that containers may make: restrict (those that the filter judges), any, or a list of families to add to restrict, such as vsock")
+	flags.StringVar(&p.hostSide, "host-side", string(def.HostSide), "on: what comes from containers' bridges is judged again on the host; off")
+	flags.StringSliceVar(&p.hostDevices, "host-devices", nil, "bridges and other devices of the host that lead to containers, beside those of Docker: NAME or NAME*")
 	flags.StringVar(&p.mode, "mode", string(def.Mode), "enforce, or audit: count and report, drop nothing")
 }
 
@@ -153,6 +156,9 @@ func (p *policyFlags) apply(flags *pflag.FlagSet, to *policy.Policy) error {
 		{"smtp-burst", func() error { to.SMTP.Burst = p.burst; return nil }},
 		{"over-limit", func() (err error) { to.SMTP.OverLimit, err = policy.ParseOverLimit(p.overLimit); return err }},
 		{"smtp-exempt", func() (err error) { to.SMTP.Exempt, err = parseAll(p.exempted, policy.ParsePrefix); return err }},
+		{"socket-families", func() (err error) { to.Families, err = policy.ParseFamilies(p.families); return err }},
+		{"host-side", func() (err error) { to.HostSide, err = policy.ParseSwitch(p.hostSide); return err }},
+		{"host-devices", func() (err error) { to.HostDevices, err = parseAll(p.hostDevices, policy.ParseDevice); return err }},
 		{"mode", func() (err error) { to.Mode, err = policy.ParseMode(p.mode); return err }},
 	} {
 		if !flags.Changed(f.name) {

@@ -36,6 +36,9 @@ that are gone.
   MAIL      mail connections let through
   LIMITED   mail connections dropped because the bucket was empty; repeats count
   NO-BUCKET mail connections dropped because there was no room for a bucket
+  SOCKETS   sockets refused, since they would send past the filter
+  HOST      packets dropped on the host that had come past the container's own
+            filter, of a container where it is known, else in the total alone
   TOKENS    mail connections that could be made at once now`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -95,19 +98,20 @@ func (o *statsOptions) show(w io.Writer, reader *stats.Reader) error {
 
 func printStats(w io.Writer, s *stats.Stats) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "CONTAINER\tBLOCKED\tREFUSED\tMALFORMED\tMAIL\tLIMITED\tNO-BUCKET\tTOKENS\tLIMIT")
-	row := func(name string, b stats.Blocked, malformed stats.Traffic, m stats.SMTP, tokens, limit string) {
-		fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t%d\t%d\t%s\t%s\n", name, b.Packets, b.Connects, malformed.Packets,
-			m.Allowed, m.RateLimited, m.NoBucket, tokens, limit)
+	fmt.Fprintln(tw, "CONTAINER\tBLOCKED\tREFUSED\tMALFORMED\tMAIL\tLIMITED\tNO-BUCKET\tSOCKETS\tHOST\tTOKENS\tLIMIT")
+	row := func(name string, t stats.Total, tokens, limit string) {
+		fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%s\t%s\n", name, t.Blocked.Packets, t.Blocked.Connects,
+			t.Malformed.Packets, t.SMTP.Allowed, t.SMTP.RateLimited, t.SMTP.NoBucket, t.Families.Denied, t.HostSide.Packets,
+			tokens, limit)
 	}
 	for _, c := range s.Containers {
 		tokens := "-"
 		if c.SMTP.Tokens != nil {
 			tokens = strconv.FormatFloat(*c.SMTP.Tokens, 'f', 1, 64)
 		}
-		row(title(c), c.Blocked, c.Malformed, c.SMTP.SMTP, tokens, fmt.Sprintf("%s, burst %d", c.SMTP.Rate, c.SMTP.Burst))
+		row(title(c), stats.Total{Blocked: c.Blocked, Malformed: c.Malformed, Families: c.Families, HostSide: c.HostSide, SMTP: c.SMTP.SMTP}, tokens, fmt.Sprintf("%s, burst %d", c.SMTP.Rate, c.SMTP.Burst))
 	}
-	row("TOTAL", s.Total.Blocked, s.Total.Malformed, s.Total.SMTP, "", "")
+	row("TOTAL", s.Total, "", "")
 	return tw.Flush()
 }
 

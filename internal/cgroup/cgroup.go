@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -264,4 +265,31 @@ func (r Root) Containers() ([]string, error) {
 		return fs.SkipDir
 	})
 	return found, err
+}
+
+// Processes calls fn for each process in the cgroup rel or below it. Those that come
+// and go meanwhile may be missed, or have ended.
+func (r Root) Processes(rel string, fn func(pid int)) error {
+	return filepath.WalkDir(r.Path(rel), func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+				return nil
+			}
+			return err
+		}
+		if !d.IsDir() {
+			return nil
+		}
+		// A threaded cgroup has no processes of its own (EOPNOTSUPP).
+		pids, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+		if err != nil {
+			return nil
+		}
+		for field := range strings.FieldsSeq(string(pids)) {
+			if pid, err := strconv.Atoi(field); err == nil && pid > 0 {
+				fn(pid)
+			}
+		}
+		return nil
+	})
 }

@@ -149,6 +149,11 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 		}
 		targets = append(targets, t)
 	}
+	var refuser *refuser
+	if p.Families != policy.AnyFamily {
+		// Without one the filter works, and Status tells that it is missing and why.
+		refuser, _ = findRefuser()
+	}
 	for _, t := range targets {
 		was := &policed{id: t.id, dir: filepath.Join(f.pins, fmt.Sprint(cgroupPrefix, t.id))}
 		if i := slices.IndexFunc(old, func(o *policed) bool { return o.id == t.id }); i >= 0 {
@@ -158,8 +163,17 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 			return fmt.Errorf("attach to %s: %w", f.root.Path(t.rel), err)
 		}
 	}
+	for _, t := range targets {
+		dir := filepath.Join(f.pins, fmt.Sprint(cgroupPrefix, t.id))
+		if err := f.attachFamilies(refuser, t, dir, p, state, &back); err != nil {
+			return fmt.Errorf("refuse sockets of %s: %w", f.root.Path(t.rel), err)
+		}
+	}
+	if err := f.attachHost(shared, state, targets, &back); err != nil {
+		return err
+	}
 	// The filter works without it, and Status tells that it is missing and why.
-	_ = f.attachRelease(state)
+	_ = f.attachRelease(state, &back)
 
 	for _, o := range old {
 		if o.gone {
@@ -303,29 +317,15 @@ func attachHook(h hook, t *target, pin string, back *undo) error {
 
 // attachRelease exchanges the program that forgets removed containers. Without
 // it the filter works; containers that are gone take room in the state.
-func (f *Filter) attachRelease(state *maps.State) error {
-	// Links of tracing programs cannot be updated. For a moment two programs
-	// forget the same containers.
-	pin := filepath.Join(f.pins, bpf.EgressProgRelease)
-	next := filepath.Join(f.pins, releaseNext)
-	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
+func (f *Filter) attachRelease(state *maps.State, back *undo) error {
 	prog, err := maps.LoadProgram(bpf.EgressProgRelease, state)
 	if err != nil {
 		return err
 	}
 	defer prog.Close()
-	l, err := link.AttachTracing(link.TracingOptions{Program: prog})
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	if err := f.step("pin release"); err != nil {
-		return err
-	}
-	if err := l.Pin(next); err != nil {
-		return err
-	}
-	return os.Rename(next, pin)
+	// Links of tracing programs cannot be updated. For a moment two programs
+	// forget the same containers.
+	return f.replaceLink(filepath.Join(f.pins, bpf.EgressProgRelease), back, func() (link.Link, error) {
+		return link.AttachTracing(link.TracingOptions{Program: prog})
+	})
 }

@@ -53,7 +53,16 @@ func TestAttach(t *testing.T) {
 			t.Errorf("got hook %+v, want it attached just now", row)
 		}
 	}
-	if want := append(loader.HookNames(), bpf.EgressProgRelease); !slices.Equal(names, want) {
+	want := append(loader.HookNames(), bpf.EgressProgRelease)
+	for _, d := range s.Defences {
+		switch {
+		case d.Active && d.Name == "socket_families":
+			want = append(want, loader.FamiliesHook)
+		case d.Active && d.Name == "host_side":
+			want = append(want, loader.HostHookNames()...)
+		}
+	}
+	if !slices.Equal(names, want) {
 		t.Errorf("got hooks %v, want %v", names, want)
 	}
 	for _, d := range s.Defences {
@@ -120,8 +129,8 @@ func TestSwap(t *testing.T) {
 	}
 	for i, row := range after.Hooks {
 		was := before.Hooks[i]
-		if row.Name == bpf.EgressProgRelease {
-			continue // its link cannot be updated
+		if row.Cgroup == "" || row.Name == loader.FamiliesHook {
+			continue // a link that cannot be updated
 		}
 		if row.Link != was.Link || row.Program == was.Program {
 			t.Errorf("got %+v, want another program at the same link as %+v", row, was)
@@ -493,6 +502,9 @@ func TestStatusShowsPolicy(t *testing.T) {
 			OverLimit: policy.Reject,
 			Exempt:    []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("::/0")},
 		},
+		Families:    "packet,vsock",
+		HostSide:    policy.On,
+		HostDevices: []policy.Device{"podman0", "cali*"},
 	}
 	if s := h.mustAttach(p, "a"); !reflect.DeepEqual(*s.Policy, p) {
 		t.Errorf("got %+v, want %+v", *s.Policy, p)

@@ -61,6 +61,11 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
 
 // removePoliced takes the filter off one cgroup.
 func (f *Filter) removePoliced(p *policed) error {
+	for _, name := range []string{familiesHook, familiesHook + nextSuffix} {
+		if err := removePin(filepath.Join(p.dir, name)); err != nil {
+			return err
+		}
+	}
 	// The boundary goes last, as it came first.
 	for _, h := range slices.Backward(hooks) {
 		if err := f.step("detach %s of %s", h.name, p.rel); err != nil {

@@ -17,6 +17,17 @@ func HookNames() (names []string) {
 	return names
 }
 
+// FamiliesHook is the name of the hook that refuses sockets.
+const FamiliesHook = familiesHook
+
+// HostHookNames are the names of the host side's hooks.
+func HostHookNames() (names []string) {
+	for _, h := range hostHooks {
+		names = append(names, h.name)
+	}
+	return names
+}
+
 // AttachTypes are where these hooks are.
 func AttachTypes() (types []ebpf.AttachType) {
 	for _, h := range hooks {

@@ -4,7 +4,9 @@
 // Below the pin path:
 //
 //	containers totals tickets   the state, kept from version to version
+//	admitted mails devices
 //	release                     the link that forgets removed containers
+//	host_*                      the links of the host side
 //	cgroup-<id>/<hook>          the links of a policed cgroup
 //
 // The policy is not pinned: it is loaded with the programs and gone with them.
@@ -150,6 +152,8 @@ type policed struct {
 	// detached, are missing.
 	links map[string]link.Link
 	info  map[string]*link.Info
+	// families is the link that refuses sockets; nil if there is none.
+	families *link.Info
 	// doc is read from the egress program; nil if that is missing.
 	doc *document
 	// since is when the egress program was loaded.
@@ -168,11 +172,15 @@ const cgroupPrefix = "cgroup-"
 
 // pinNames are what is pinned beside the policed cgroups.
 func pinNames() []string {
-	return append(maps.StateNames(), bpf.EgressProgRelease, releaseNext)
+	names := append(maps.StateNames(), bpf.EgressProgRelease, bpf.EgressProgRelease+nextSuffix)
+	for _, h := range hostHooks {
+		names = append(names, h.name, h.name+nextSuffix)
+	}
+	return names
 }
 
-// releaseNext is the release link until it takes the place of the one before.
-const releaseNext = bpf.EgressProgRelease + "-next"
+// nextSuffix is that of a link's pin until it takes the place of the one before.
+const nextSuffix = "-next"
 
 // installed reads all policed cgroups back from the kernel. The caller closes
 // them. The error wraps ErrOtherVersion if there are pins that this version does
@@ -211,6 +219,12 @@ func (f *Filter) installed() (_ []*policed, err error) {
 	}
 	slices.SortFunc(found, func(a, b *policed) int { return strings.Compare(a.rel, b.rel) })
 	return found, nil
+}
+
+// inForce says whether a link that is not one of the whole host is at the cgroup.
+func inForce(info *link.Info, id uint64) bool {
+	c := info.Cgroup()
+	return c == nil || c.CgroupId == id
 }
 
 func closeAll(all []*policed) {
@@ -255,6 +269,13 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 	}
 	for _, entry := range entries {
 		name := entry.Name()
+		if name == familiesHook || name == familiesHook+nextSuffix {
+			// While an exchange goes on, either is in force.
+			if info, err := pinnedInfo(filepath.Join(dir, familiesHook)); err == nil && inForce(info, id) {
+				p.families = info
+			}
+			continue
+		}
 		if !slices.ContainsFunc(hooks, func(h hook) bool { return h.name == name }) {
 			return nil, fmt.Errorf("pinned link %s: %w", filepath.Join(dir, name), ErrOtherVersion)
 		}

@@ -24,6 +24,8 @@ type document struct {
 	Version string        `json:"version"`
 	Cgroup  string        `json:"cgroup"`
 	Policy  policy.Policy `json:"policy"`
+	// Devices are those whose packets the host side judges, beside Docker's.
+	Devices []policy.Device `json:"devices,omitempty"`
 }
 
 // documentMap is the name of the map that holds a document.
@@ -177,39 +179,23 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 	if err != nil {
 		return nil, err
 	}
-	var smtpPorts maps.Words
-	for _, port := range l.policy.SMTP.Ports {
-		smtpPorts.Set(port)
-	}
 	setRetval, err := haveHelper(ebpf.CGroupSockAddr, asm.FnSetRetval)
 	if err != nil {
 		return nil, err
 	}
-	coarseClock, err := haveHelper(ebpf.CGroupSKB, asm.FnKtimeGetCoarseNs)
+	err = set(spec, map[string]any{
+		bpf.EgressVarOverLimitReject: l.policy.SMTP.OverLimit == policy.Reject,
+		bpf.EgressVarHasSetRetval:    setRetval,
+		bpf.EgressVarHasHostSide:     l.policy.HostSide == policy.On,
+		bpf.EgressVarPolicedId:       id,
+		bpf.EgressVarPolicedLevel:    cgroup.Level(rel),
+	})
 	if err != nil {
 		return nil, err
 	}
-	for name, value := range map[string]any{
-		bpf.EgressVarEnforce:         l.policy.Mode == policy.Enforce,
-		bpf.EgressVarOverLimitReject: l.policy.SMTP.OverLimit == policy.Reject,
-		bpf.EgressVarHasExempt:       len(l.policy.SMTP.Exempt) > 0,
-		bpf.EgressVarHasSetRetval:    setRetval,
-		bpf.EgressVarHasCoarseClock:  coarseClock,
-		bpf.EgressVarDefaultLimit:    maps.LimitOf(l.policy.SMTP.Limit()),
-		bpf.EgressVarPolicedId:       id,
-		bpf.EgressVarPolicedLevel:    cgroup.Level(rel),
-		bpf.EgressVarSuspects4:       l.rules.Suspects4,
-		bpf.EgressVarSuspects6:       l.rules.Suspects6,
-		bpf.EgressVarSmtpPorts:       smtpPorts,
-	} {
-		if err := spec.Variables[name].Set(value); err != nil {
-			return nil, fmt.Errorf("set constant %s: %w", name, err)
-		}
-	}
-	shared := state.ByName()
-	for name, m := range l.maps {
-		spec.Maps[name].MaxEntries = m.MaxEntries()
-		shared[name] = m
+	shared, err := l.share(spec, state)
+	if err != nil {
+		return nil, err
 	}
 	var progs struct {
 		Egress   *ebpf.Program `ebpf:"egress"`
@@ -236,6 +222,46 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 		return nil, err
 	}
 	return p, nil
+}
+
+func set(spec *ebpf.CollectionSpec, constants map[string]any) error {
+	for name, value := range constants {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set constant %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// share sets the constants of bpf/policy.h, and returns the maps that the programs
+// of spec find in place.
+func (l *loaded) share(spec *ebpf.CollectionSpec, state *maps.State) (map[string]*ebpf.Map, error) {
+	var smtpPorts maps.Words
+	for _, port := range l.policy.SMTP.Ports {
+		smtpPorts.Set(port)
+	}
+	coarseClock, err := haveHelper(ebpf.CGroupSKB, asm.FnKtimeGetCoarseNs)
+	if err != nil {
+		return nil, err
+	}
+	err = set(spec, map[string]any{
+		bpf.EgressVarEnforce:        l.policy.Mode == policy.Enforce,
+		bpf.EgressVarHasExempt:      len(l.policy.SMTP.Exempt) > 0,
+		bpf.EgressVarHasCoarseClock: coarseClock,
+		bpf.EgressVarDefaultLimit:   maps.LimitOf(l.policy.SMTP.Limit()),
+		bpf.EgressVarSuspects4:      l.rules.Suspects4,
+		bpf.EgressVarSuspects6:      l.rules.Suspects6,
+		bpf.EgressVarSmtpPorts:      smtpPorts,
+	})
+	if err != nil {
+		return nil, err
+	}
+	shared := state.ByName()
+	for name, m := range l.maps {
+		spec.Maps[name].MaxEntries = m.MaxEntries()
+		shared[name] = m
+	}
+	return shared, nil
 }
 
 // haveHelper says whether the kernel has a helper for a type of program.

@@ -30,10 +30,13 @@ type Status struct {
 	// Policy is that of the first policed cgroup; nil if there is none.
 	Policy *policy.Policy `json:"policy,omitempty"`
 	// Version is that of the programs, which may not be this build's.
-	Version   string      `json:"version,omitempty"`
-	Hooks     []Hook      `json:"hooks"`
-	Defences  []Defence   `json:"defences"`
-	Uncovered []Uncovered `json:"uncovered"`
+	Version string `json:"version,omitempty"`
+	// HostDevices are those whose packets the host side judges, beside Docker's
+	// bridges.
+	HostDevices []policy.Device `json:"host_devices,omitempty"`
+	Hooks       []Hook          `json:"hooks"`
+	Defences    []Defence       `json:"defences"`
+	Uncovered   []Uncovered     `json:"uncovered"`
 }
 
 // Hook is a place in the kernel where a program of the filter should run.
@@ -59,6 +62,12 @@ type Defence struct {
 	Reason string `json:"reason"`
 }
 
+// The names of the defences.
+const (
+	socketFamilies = "socket_families"
+	hostSide       = "host_side"
+)
+
 // Uncovered is a running Docker container outside of the policed cgroups.
 type Uncovered struct {
 	ID     string `json:"id"`
@@ -79,18 +88,10 @@ func (f *Filter) Status() (*Status, error) {
 	}
 	defer closeAll(all)
 	s := &Status{
-		Cgroups: []string{},
-		Hooks:   []Hook{},
-		Defences: []Defence{
-			{Name: "socket_families", Reason: "not part of this version: packet sockets, which need CAP_NET_RAW, send past the filter"},
-			{Name: "host_side", Reason: "not part of this version: what does not come from a container's own IP socket passes"},
-		},
+		Cgroups:   []string{},
+		Hooks:     []Hook{},
+		Defences:  []Defence{},
 		Uncovered: []Uncovered{},
-	}
-	if gap, err := socketIdentityGap(); err != nil {
-		return nil, err
-	} else if gap != "" {
-		s.Defences = append(s.Defences, Defence{Name: "socket_identity", Reason: gap})
 	}
 	s.Enforcing = true
 	for _, p := range all {
@@ -99,6 +100,15 @@ func (f *Filter) Status() (*Status, error) {
 	s.Enforcing = s.Enforcing && len(s.Cgroups) > 0
 	if len(s.Cgroups) > 0 {
 		s.Hooks = append(s.Hooks, f.releaseHook())
+		s.Defences = append(s.Defences, f.familiesStatus(s, all), f.hostStatus(s, all))
+	} else {
+		const reason = "nothing is attached"
+		s.Defences = append(s.Defences, Defence{Name: socketFamilies, Reason: reason}, Defence{Name: hostSide, Reason: reason})
+	}
+	if gap, err := socketIdentityGap(); err != nil {
+		return nil, err
+	} else if gap != "" {
+		s.Defences = append(s.Defences, Defence{Name: "socket_identity", Reason: gap})
 	}
 	return s, s.findUncovered(f, all)
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
@@ -23,27 +24,31 @@ type Container = bpf.EgressContainer
 // State holds the maps that outlive the programs: they are pinned, and each
 // version of the programs is handed those of the version before.
 type State struct {
-	containers, totals, tickets *ebpf.Map
+	containers, totals *ebpf.Map
+	byName             map[string]*ebpf.Map
 }
 
 // StateNames are the names of the State's maps, also as pins.
 func StateNames() []string {
-	return []string{bpf.EgressMapContainers, bpf.EgressMapTotals, bpf.EgressMapTickets}
+	return []string{
+		bpf.EgressMapContainers, bpf.EgressMapTotals, bpf.EgressMapTickets,
+		bpf.EgressMapAdmitted, bpf.EgressMapMails, bpf.EgressMapDevices,
+	}
 }
 
 // NewState wraps the maps of StateNames, which it then owns.
 func NewState(byName map[string]*ebpf.Map) *State {
-	return &State{
-		containers: byName[bpf.EgressMapContainers],
-		totals:     byName[bpf.EgressMapTotals],
-		tickets:    byName[bpf.EgressMapTickets],
-	}
+	return &State{byName[bpf.EgressMapContainers], byName[bpf.EgressMapTotals], byName}
 }
 
 // CreateState makes the maps, empty and pinned nowhere.
 func CreateState() (*State, error) {
 	spec, err := bpf.LoadEgress()
 	if err != nil {
+		return nil, err
+	}
+	// Kernels before 5.11 charge maps to it.
+	if err := rlimit.RemoveMemlock(); err != nil {
 		return nil, err
 	}
 	made := map[string]*ebpf.Map{}
@@ -62,16 +67,16 @@ func CreateState() (*State, error) {
 
 // ByName returns the maps by their names. They stay the State's.
 func (s *State) ByName() map[string]*ebpf.Map {
-	return map[string]*ebpf.Map{
-		bpf.EgressMapContainers: s.containers,
-		bpf.EgressMapTotals:     s.totals,
-		bpf.EgressMapTickets:    s.tickets,
-	}
+	return maps.Clone(s.byName)
 }
 
 // Close closes the maps; the kernel keeps them while they are pinned or used.
 func (s *State) Close() error {
-	return errors.Join(s.containers.Close(), s.totals.Close(), s.tickets.Close())
+	var errs []error
+	for _, m := range s.byName {
+		errs = append(errs, m.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // Containers returns the containers that something was counted for, by the ids
@@ -115,6 +120,9 @@ func (s *State) Totals() (Counters, error) {
 			sum.Dropped[r].Connects += c.Dropped[r].Connects
 		}
 		sum.SmtpAllowed += c.SmtpAllowed
+		sum.FamiliesDenied += c.FamiliesDenied
+		sum.HostSide.Packets += c.HostSide.Packets
+		sum.HostSide.Bytes += c.HostSide.Bytes
 	}
 	return sum, nil
 }

@@ -53,6 +53,9 @@ func ParseConfig(name string, data []byte) (Config, error) {
 		{"block", list(&cfg.Block, ParseRule, distinct)},
 		{"allow", list(&cfg.Allow, ParseRule, distinct)},
 		{"allow_dns", value(&cfg.AllowDNS, parseBool)},
+		{"socket_families", value(&cfg.Families, ParseFamilies)},
+		{"host_side", value(&cfg.HostSide, ParseSwitch)},
+		{"host_devices", list(&cfg.HostDevices, ParseDevice, distinct)},
 		{"smtp", func(at place, n *yaml.Node) error {
 			if err := limit.set(at, n); err != nil {
 				return err

@@ -21,6 +21,7 @@ func TestParseConfig(t *testing.T) {
 				Ports: []uint16{25, 2525}, Rate: Rate{120, time.Hour}, Burst: 30, OverLimit: Reject,
 				Exempt: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32"), netip.MustParsePrefix("2001:db8::/32")},
 			},
+			Families: "packet,vsock", HostSide: Off, HostDevices: []Device{"podman0", "cali*"},
 		},
 	}
 	with := func(change func(*Config)) Config {
@@ -61,6 +62,9 @@ smtp:
     - 192.0.2.1
     - ::ffff:192.0.2.1
     - 2001:db8::/32
+socket_families: vsock, packet,vsock
+host_side: off
+host_devices: [podman0, "cali*", podman0]
 `, full},
 		{"order does not matter", "smtp: {burst: 7}\nmode: audit\n", with(func(c *Config) { c.Mode = Audit; c.SMTP.Burst = 7 })},
 		{"JSON is YAML", `{"smtp":{"rate":"1/day","burst":36500}}`, with(func(c *Config) { c.SMTP.Rate, c.SMTP.Burst = Rate{1, 24 * time.Hour}, 36500 })},
@@ -134,8 +138,14 @@ func TestParseConfigRefused(t *testing.T) {
 		{"block: &x [10.0.0.0/8,\n  10.0.0.1/8]\nallow: *x\n", "2: block: "},
 
 		// Keys.
-		{"mode: enforce\nmodes: audit\n", `2: modes: unknown key (did you mean "mode"?); want mode, cgroups, presets, block, allow, allow_dns, smtp`},
-		{"socket_families: restrict\n", "1: socket_families: unknown key; want mode"},
+		{"mode: enforce\nmodes: audit\n", `2: modes: unknown key (did you mean "mode"?); want mode, cgroups, presets, block, allow, allow_dns, socket_families, host_side, host_devices, smtp`},
+		{"socket_families: restrict,vsock\n", `1: socket_families: "restrict": no such family`},
+		{"socket_families: vsok\n", `1: socket_families: "vsok": no such family (did you mean "vsock"?)`},
+		{"socket_families: ''\n", `1: socket_families: "": no such family`},
+		{"host_side: no\n", `1: host_side: "no": want on or off`},
+		{"host_devices: [br0, '*']\n", `1: host_devices: "*": want the name of a network device`},
+		{"host_devices: [a-name-of-16-bytes]\n", `1: host_devices: "a-name-of-16-bytes": want`},
+		{"containers: []\n", "1: containers: unknown key; want mode"},
 		{"containers: []\n", "1: containers: unknown key; want mode"},
 		{"Mode: audit\n", `1: Mode: unknown key (did you mean "mode"?)`},
 		{"policy: {mode: audit}\n", "1: policy: unknown key"},

@@ -136,6 +136,13 @@ type Policy struct {
 	Allow    []Rule   `json:"allow" yaml:"allow"` // wins over Block and Presets
 	AllowDNS bool     `json:"allow_dns" yaml:"allow_dns"`
 	SMTP     SMTP     `json:"smtp" yaml:"smtp"`
+
+	// Families are the sockets that containers may make.
+	Families Families `json:"socket_families" yaml:"socket_families"`
+	// HostSide is the second judge, on the host, of what comes from the
+	// bridges of Docker and from HostDevices.
+	HostSide    Switch   `json:"host_side" yaml:"host_side"`
+	HostDevices []Device `json:"host_devices" yaml:"host_devices"`
 }
 
 // Default returns what is in force where nothing else is said: metadata blocked,
@@ -153,6 +160,9 @@ func Default() Policy {
 			OverLimit: Drop,
 			Exempt:    []netip.Prefix{},
 		},
+		Families:    Restrict,
+		HostSide:    On,
+		HostDevices: []Device{},
 	}
 }
 
@@ -177,6 +187,17 @@ func (p Policy) Validate() error {
 	}
 	if err := p.SMTP.Validate(); err != nil {
 		return fmt.Errorf("smtp.%w", err)
+	}
+	if _, err := ParseFamilies(string(p.Families)); err != nil {
+		return fmt.Errorf("socket_families: %w", err)
+	}
+	if _, err := ParseSwitch(string(p.HostSide)); err != nil {
+		return fmt.Errorf("host_side: %w", err)
+	}
+	for _, d := range p.HostDevices {
+		if _, err := ParseDevice(string(d)); err != nil {
+			return fmt.Errorf("host_devices: %w", err)
+		}
 	}
 	return nil
 }

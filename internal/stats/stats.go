@@ -101,6 +101,8 @@ func total(c maps.Counters) Total {
 			Connects: c.Dropped[bpf.EgressReasonREASON_BLOCKED].Connects,
 		},
 		Malformed: dropped(bpf.EgressReasonREASON_MALFORMED),
+		Families:  Denied{c.FamiliesDenied},
+		HostSide:  Traffic{Packets: c.HostSide.Packets, Bytes: c.HostSide.Bytes},
 		SMTP: SMTP{
 			Allowed:     c.SmtpAllowed,
 			RateLimited: attempts(bpf.EgressReasonREASON_RATE_LIMITED),

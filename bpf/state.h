@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* What is kept about containers, and how it changes. */
+#ifndef EGRESSBPF_STATE_H
+#define EGRESSBPF_STATE_H
+
+#include "maps.h"
+
+static const struct container new_container;
+
+/* NULL if the map is full. */
+static __always_inline struct container *state_of(__u64 id)
+{
+	struct container *c = bpf_map_lookup_elem(&containers, &id);
+
+	if (c)
+		return c;
+	/* Another CPU may do the same: whoever is second finds the entry. */
+	bpf_map_update_elem(&containers, &id, &new_container, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&containers, &id);
+}
+
+static __always_inline struct counters *total(void)
+{
+	__u32 key = 0;
+
+	return bpf_map_lookup_elem(&totals, &key);
+}
+
+/* The sum is shared with programs that interrupt this one, so it needs atomic
+ * additions as well.
+ */
+static __always_inline void count_drop(struct container *c, enum reason reason, __u64 bytes)
+{
+	struct counters *sum = total();
+
+	if (c) {
+		__sync_fetch_and_add(&c->counters.dropped[reason].packets, 1);
+		__sync_fetch_and_add(&c->counters.dropped[reason].bytes, bytes);
+	}
+	if (sum) {
+		__sync_fetch_and_add(&sum->dropped[reason].packets, 1);
+		__sync_fetch_and_add(&sum->dropped[reason].bytes, bytes);
+	}
+}
+
+static __always_inline void count_allowed(struct container *c)
+{
+	struct counters *sum = total();
+
+	__sync_fetch_and_add(&c->counters.smtp_allowed, 1);
+	if (sum)
+		__sync_fetch_and_add(&sum->smtp_allowed, 1);
+}
+
+#endif

@@ -1,0 +1,348 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	statemaps "github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// hostHook is a place in the host's network stack where packets from containers are
+// judged again.
+type hostHook struct {
+	name    string // also of the pin
+	program string
+	pf      link.NetfilterProtocolFamily
+	hook    link.NetfilterInetHook
+}
+
+var hostHooks = []hostHook{
+	{"host_forward4", bpf.HostProgHostForward, link.NetfilterProtoIPv4, link.NetfilterInetPreRouting},
+	{"host_forward6", bpf.HostProgHostForward, link.NetfilterProtoIPv6, link.NetfilterInetPreRouting},
+	{"host_deliver4", bpf.HostProgHostDeliver, link.NetfilterProtoIPv4, link.NetfilterInetLocalIn},
+	{"host_deliver6", bpf.HostProgHostDeliver, link.NetfilterProtoIPv6, link.NetfilterInetLocalIn},
+}
+
+// hostPriority is before the kernel puts fragments together and tracks connections
+// (NF_IP_PRI_CONNTRACK_DEFRAG is -400). No two BPF programs may have the same, so an
+// exchange needs another one for its new program, and so does another instance: the
+// next before it that is free.
+const (
+	hostPriority   = -450
+	hostPriorities = 32
+)
+
+// hostPrograms are the programs of the host side, loaded and not attached.
+type hostPrograms struct {
+	Forward *ebpf.Program `ebpf:"host_forward"`
+	Deliver *ebpf.Program `ebpf:"host_deliver"`
+}
+
+func (p *hostPrograms) close() {
+	p.Forward.Close()
+	p.Deliver.Close()
+}
+
+// hostSide loads the programs of the host side. They need netfilter programs and
+// bpf_dynptr_from_skb(), both of 6.4.
+func (l *loaded) hostSide(state *statemaps.State, targets []*target, devices []policy.Device) (*hostPrograms, error) {
+	spec, err := bpf.LoadHost()
+	if err != nil {
+		return nil, err
+	}
+	shared, err := l.share(spec, state)
+	if err != nil {
+		return nil, err
+	}
+	var places [8]bpf.HostPlace // MAX_PLACES
+	for i, t := range targets[:min(len(targets), len(places))] {
+		places[i] = bpf.HostPlace{Id: t.id, Level: cgroup.Level(t.rel)}
+	}
+	err = set(spec, map[string]any{
+		bpf.HostVarPlaces:         places,
+		bpf.HostVarHasDeviceNames: len(devices) > 0,
+		bpf.HostVarHasCoarseClock: false, // not for programs of this type
+	})
+	if err != nil {
+		return nil, err
+	}
+	names := spec.Maps[bpf.HostMapDeviceNames]
+	names.MaxEntries = uint32(max(len(devices), 1))
+	for _, d := range devices {
+		names.Contents = append(names.Contents, ebpf.MapKV{Key: deviceName(d), Value: uint32(1)})
+	}
+	progs := new(hostPrograms)
+	if err := spec.LoadAndAssign(progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
+		return nil, fmt.Errorf("load programs of the host side: %w", err)
+	}
+	err = bindDocument(progs.Forward, document{Version: Version(), Policy: l.policy, Devices: devices})
+	if err != nil {
+		progs.close()
+		return nil, err
+	}
+	return progs, nil
+}
+
+// deviceName returns d as a key of the trie of names.
+func deviceName(d policy.Device) bpf.HostDeviceName {
+	name, begin := strings.CutSuffix(string(d), "*")
+	var key bpf.HostDeviceName
+	for i := range len(name) {
+		key.Name[i] = int8(name[i])
+	}
+	key.Len = uint32(8 * len(name))
+	if !begin {
+		key.Len += 8 // its NUL
+	}
+	return key
+}
+
+// attachHost puts the host side in force in the network namespace of this process.
+// Where the kernel cannot have its programs, the filter works without it, and Status
+// tells that it is missing and why.
+func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*target, back *undo) error {
+	if shared.policy.HostSide == policy.Off {
+		return f.detachHost(back)
+	}
+	found, err := f.findDevices(targets)
+	if err != nil {
+		return err
+	}
+	devices := slices.Clone(shared.policy.HostDevices)
+	for _, name := range found {
+		if d := policy.Device(name); !coversDevice(devices, name) {
+			devices = append(devices, d)
+		}
+	}
+	progs, err := shared.hostSide(state, targets, devices)
+	if err != nil {
+		// Status tries again, and tells.
+		return f.detachHost(back)
+	}
+	defer progs.close()
+	for _, h := range hostHooks {
+		if err := f.attachHostHook(h, progs, back); err != nil {
+			return fmt.Errorf("hook %s: %w", h.name, err)
+		}
+	}
+	return nil
+}
+
+func (f *Filter) attachHostHook(h hostHook, progs *hostPrograms, back *undo) error {
+	pin := filepath.Join(f.pins, h.name)
+	return f.replaceLink(pin, back, func() (link.Link, error) {
+		prog := progs.Forward
+		if h.program == bpf.HostProgHostDeliver {
+			prog = progs.Deliver
+		}
+		var l link.Link
+		err := error(unix.EBUSY)
+		for i := int32(0); i < hostPriorities && errors.Is(err, unix.EBUSY); i++ {
+			l, err = link.AttachNetfilter(link.NetfilterOptions{
+				Program: prog, ProtocolFamily: h.pf, Hook: h.hook, Priority: hostPriority - i,
+			})
+		}
+		return l, err
+	})
+}
+
+func (f *Filter) detachHost(back *undo) error {
+	for _, h := range hostHooks {
+		if err := f.dropLink(filepath.Join(f.pins, h.name), back); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func pinnedInfo(pin string) (*link.Info, error) {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer l.Close()
+	return l.Info()
+}
+
+// dockerDevice matches what the programs take for a bridge of Docker's without being
+// told (from_containers in bpf/host.bpf.c).
+var dockerDevice = regexp.MustCompile(`^(?:docker0|docker_gwbridge|br-[0-9a-f]{12})$`)
+
+func coversDevice(devices []policy.Device, name string) bool {
+	return dockerDevice.MatchString(name) || slices.ContainsFunc(devices, func(d policy.Device) bool { return d.Matches(name) })
+}
+
+// findDevices returns the devices of this network namespace through which containers
+// of the policed cgroups reach the host: the other ends of their veths, or the bridges
+// that these belong to.
+func (f *Filter) findDevices(targets []*target) ([]string, error) {
+	ids := map[int]bool{}
+	seen := map[string]bool{}
+	for _, t := range targets {
+		err := f.root.Processes(t.rel, func(pid int) {
+			ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid))
+			if err != nil || seen[ns] {
+				return // it has ended
+			}
+			seen[ns] = true
+			if id, err := netlink.GetNetNsIdByPid(pid); err == nil && id >= 0 {
+				ids[id] = true
+			}
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	if len(ids) == 0 {
+		return nil, nil
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list network devices: %w", err)
+	}
+	names, found := map[int]string{}, map[string]bool{}
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+	}
+	for _, l := range links {
+		a := l.Attrs()
+		if l.Type() != "veth" || !ids[a.NetNsID] {
+			continue
+		}
+		if master, ok := names[a.MasterIndex]; ok {
+			found[master] = true
+		} else {
+			found[a.Name] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(found)), nil
+}
+
+// hostStatus reads the host side back.
+func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
+	d := Defence{Name: hostSide, Active: true}
+	var doc *document
+	for _, h := range hostHooks {
+		row := Hook{Name: h.name}
+		info, err := pinnedInfo(filepath.Join(f.pins, h.name))
+		if err == nil {
+			row.Attached, row.Program, row.Link = true, uint32(info.Program), uint32(info.ID)
+			if h.program == bpf.HostProgHostForward {
+				doc, row.Since, err = readDocument(info.Program)
+			} else {
+				_, row.Since, err = readDocument(info.Program)
+			}
+		}
+		if err != nil {
+			d.Active = false
+			if !errors.Is(err, fs.ErrNotExist) {
+				d.Reason = err.Error()
+			}
+			continue
+		}
+		s.Hooks = append(s.Hooks, row)
+	}
+	if !d.Active || doc == nil {
+		d.Active = false
+		if d.Reason == "" {
+			d.Reason = f.whyNoHostSide(s)
+		}
+		return d
+	}
+	s.HostDevices = doc.Devices
+	var targets []*target
+	for _, p := range all {
+		if !p.gone && p.rel != "" {
+			targets = append(targets, &target{rel: p.rel})
+		}
+	}
+	found, err := f.findDevices(targets)
+	if err != nil {
+		d.Active, d.Reason = false, err.Error()
+	}
+	for _, name := range found {
+		if !coversDevice(doc.Devices, name) {
+			d.Active = false
+			d.Reason = fmt.Sprintf("containers reach the host through %s, which is not judged: attach again, or name it with --host-devices", strconv.Quote(name))
+		}
+	}
+	return d
+}
+
+func (f *Filter) whyNoHostSide(s *Status) string {
+	const open = ": what does not come from a container's own IP socket passes"
+	if s.Policy != nil && s.Policy.HostSide == policy.Off {
+		return "turned off by the policy" + open
+	}
+	state, err := statemaps.CreateState()
+	if err != nil {
+		return err.Error()
+	}
+	defer state.Close()
+	l, err := loadPolicy(policy.Default())
+	if err != nil {
+		return err.Error()
+	}
+	defer l.close()
+	progs, err := l.hostSide(state, nil, nil)
+	if err != nil {
+		if errors.Is(err, ebpf.ErrNotSupported) {
+			return "this kernel has no BPF netfilter programs, which came with 6.4" + open
+		}
+		return firstLine(err) + open
+	}
+	progs.close()
+	return "an attach was interrupted; attach again"
+}
+
+func firstLine(err error) string {
+	line, _, _ := strings.Cut(err.Error(), "\n")
+	return line
+}
+
+func (f *Filter) familiesStatus(s *Status, all []*policed) Defence {
+	d := Defence{Name: socketFamilies, Active: len(s.Cgroups) > 0}
+	for _, p := range all {
+		if p.rel == "" {
+			continue
+		}
+		if p.families == nil {
+			d.Active = false
+			continue
+		}
+		s.Hooks = append(s.Hooks, Hook{
+			Name: familiesHook, Attached: true, Cgroup: f.root.Path(p.rel),
+			Program: uint32(p.families.Program), Link: uint32(p.families.ID), Since: p.since,
+		})
+	}
+	if d.Active {
+		return d
+	}
+	const open = ": with CAP_NET_RAW, containers can send by packet sockets, past the filter; where nothing needs them, run containers with --cap-drop=NET_RAW"
+	if s.Policy != nil && s.Policy.Families == policy.AnyFamily {
+		d.Reason = "turned off by the policy" + open
+		return d
+	}
+	if _, err := findRefuser(); err != nil {
+		d.Reason = "this kernel refuses no sockets for us (" + strings.ReplaceAll(err.Error(), "\n", "; ") + ")" + open
+	} else {
+		d.Reason = "an attach was interrupted; attach again"
+	}
+	return d
+}
