@@ -12,6 +12,8 @@
 #include "rules.h"
 #include "state.h"
 
+#include <stddef.h>
+
 #include <bpf/bpf_core_read.h>
 
 #define NF_DROP 0
@@ -398,9 +400,11 @@ static __always_inline bool address6(const struct packet *p, struct flow *f)
 }
 
 #define INSIDE_BLOCKED 1
+#define INSIDE_MAIL 2
 
 /* The packet at off within that of ctx: INSIDE_BLOCKED, if it goes where containers
- * may not, else where its transport header is, behind its protocol; 0 if it has none.
+ * may not, INSIDE_MAIL, if it opens a mail connection, else where its transport header
+ * is, behind its protocol; 0 if it has none.
  * Read less closely than packets that are judged for themselves: only what a tunnel
  * of this host takes for a packet matters. This and the next are functions of their
  * own for the verifier's sake, which would else follow each path of the one with each
@@ -412,6 +416,7 @@ __noinline __u64 look_inside(struct bpf_nf_ctx *ctx, __u32 off, __u32 protocol)
 	struct packet p = {};
 	struct flow f = {};
 	__be16 ports[2];
+	__u8 flags = 0;
 
 	if (!open_packet(ctx, &data, &p))
 		return INSIDE_BLOCKED;
@@ -431,6 +436,9 @@ __noinline __u64 look_inside(struct bpf_nf_ctx *ctx, __u32 off, __u32 protocol)
 	}
 	if (off && (blocked_destination(&f) || blocked_source(&f)))
 		return INSIDE_BLOCKED;
+	if (off && f.proto == IPPROTO_TCP && f.has_ports && smtp_ports[f.dport] && !exempt(&f) &&
+	    !load(&p, f.transport + offsetof(struct tcp, flags), &flags, 1) && syn_without_ack(flags))
+		return INSIDE_MAIL;
 	return f.transport ? (__u64)(off + f.transport) << 8 | f.proto : 0;
 }
 
@@ -459,9 +467,10 @@ int host_deliver(struct bpf_nf_ctx *ctx)
 	for (__u32 i = 0; i < MAX_INNER && i < all.n; i++) {
 		__u64 transport = look_inside(ctx, all.list[i].off, all.list[i].protocol);
 
-		if (transport == INSIDE_BLOCKED)
+		if (transport == INSIDE_BLOCKED ||
+		    (transport == INSIDE_MAIL && !take_device_token(in->ifindex)))
 			return drop(ctx->skb, ctx->skb->len);
-		if (transport)
+		if (transport > INSIDE_MAIL)
 			unpack(ctx, transport, &all);
 	}
 	return NF_ACCEPT;

@@ -174,7 +174,7 @@ func remedyFor(err error) string {
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},
 		{loader.ErrBusy, "try again; if it persists, see who holds the directory with `fuser -v`"},
 		{loader.ErrOtherVersion, "run `egressbpf detach` of that version, or remove the pins with `rm -r`, then attach again; counters and buckets start anew"},
-		{fs.ErrPermission, "this needs root (or CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"},
+		{fs.ErrPermission, "this needs root (or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"},
 	} {
 		if errors.Is(err, r.err) {
 			return r.remedy

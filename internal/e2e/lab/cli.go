@@ -123,6 +123,7 @@ var buildBinary = sync.OnceValues(func() (string, error) {
 	}
 	path := filepath.Join(os.TempDir(), "egressbpf") // Main removes it
 	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", path, "github.com/egressbpf/egressbpf/cmd/egressbpf")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%s: %w\n%s", cmd, err, out)
 	}

@@ -1,0 +1,46 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// needed are the capabilities that the commands use: to load, attach and read BPF
+// objects (the first four), to find a cgroup by its id, to make one below the root,
+// which nobody may write to by its mode, to raise the limit of locked memory before
+// 5.11, and to see which network namespace a process is in.
+const needed = 1<<unix.CAP_BPF | 1<<unix.CAP_PERFMON | 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_SYS_ADMIN |
+	1<<unix.CAP_DAC_READ_SEARCH | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_SYS_RESOURCE | 1<<unix.CAP_SYS_PTRACE
+
+// confine gives up all other capabilities, for good and in every thread, before
+// anything is read that somebody else has written.
+func confine() error {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var caps [2]unix.CapUserData
+	if err := unix.Capget(&header, &caps[0]); err != nil {
+		return fmt.Errorf("read capabilities: %w", err)
+	}
+	for i := range caps {
+		keep := uint32(uint64(needed) >> (32 * i))
+		caps[i].Permitted &= keep
+		caps[i].Effective &= keep
+		caps[i].Inheritable = 0
+	}
+	for _, call := range [][4]uintptr{
+		{unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0},
+		{unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0},
+		{unix.SYS_CAPSET, uintptr(unsafe.Pointer(&header)), uintptr(unsafe.Pointer(&caps[0])), 0},
+	} {
+		// In a build with cgo there may be threads that Go does not know of, and
+		// this does nothing.
+		_, _, errno := syscall.AllThreadsSyscall6(call[0], call[1], call[2], call[3], 0, 0, 0)
+		if errno != 0 && !errors.Is(errno, unix.ENOTSUP) {
+			return fmt.Errorf("drop capabilities: %w", errno)
+		}
+	}
+	return nil
+}
