@@ -48,20 +48,32 @@ const (
 	hostPriorities = 32
 )
 
-// hostPrograms are the programs of the host side, loaded and not attached.
-type hostPrograms struct {
+// HostPrograms are the programs of the host side, loaded and not attached.
+type HostPrograms struct {
+	// Forward judges whatever comes from a container's device, Deliver what is
+	// within packets to the host itself.
 	Forward *ebpf.Program `ebpf:"host_forward"`
 	Deliver *ebpf.Program `ebpf:"host_deliver"`
 }
 
-func (p *hostPrograms) close() {
-	p.Forward.Close()
-	p.Deliver.Close()
+// Close closes the programs; the kernel keeps them while they are attached.
+func (p *HostPrograms) Close() error { return errors.Join(p.Forward.Close(), p.Deliver.Close()) }
+
+// LoadHost loads the programs of the host side for a policy and its devices, with
+// state as their memory, and attaches nothing. The error wraps ebpf.ErrNotSupported
+// before 6.4. The caller closes the programs.
+func LoadHost(p policy.Policy, state *statemaps.State) (*HostPrograms, error) {
+	l, err := loadPolicy(p)
+	if err != nil {
+		return nil, err
+	}
+	defer l.close()
+	return l.hostSide(state, nil, p.HostDevices)
 }
 
 // hostSide loads the programs of the host side. They need netfilter programs and
 // bpf_dynptr_from_skb(), both of 6.4.
-func (l *loaded) hostSide(state *statemaps.State, targets []*target, devices []policy.Device) (*hostPrograms, error) {
+func (l *loaded) hostSide(state *statemaps.State, targets []*target, devices []policy.Device) (*HostPrograms, error) {
 	spec, err := bpf.LoadHost()
 	if err != nil {
 		return nil, err
@@ -87,13 +99,13 @@ func (l *loaded) hostSide(state *statemaps.State, targets []*target, devices []p
 	for _, d := range devices {
 		names.Contents = append(names.Contents, ebpf.MapKV{Key: deviceName(d), Value: uint32(1)})
 	}
-	progs := new(hostPrograms)
+	progs := new(HostPrograms)
 	if err := spec.LoadAndAssign(progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		return nil, fmt.Errorf("load programs of the host side: %w", err)
 	}
 	err = bindDocument(progs.Forward, document{Version: Version(), Policy: l.policy, Devices: devices})
 	if err != nil {
-		progs.close()
+		progs.Close()
 		return nil, err
 	}
 	return progs, nil
@@ -135,7 +147,7 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 		// Status tries again, and tells.
 		return f.detachHost(back)
 	}
-	defer progs.close()
+	defer progs.Close()
 	for _, h := range hostHooks {
 		if err := f.attachHostHook(h, progs, back); err != nil {
 			return fmt.Errorf("hook %s: %w", h.name, err)
@@ -144,7 +156,7 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 	return nil
 }
 
-func (f *Filter) attachHostHook(h hostHook, progs *hostPrograms, back *undo) error {
+func (f *Filter) attachHostHook(h hostHook, progs *HostPrograms, back *undo) error {
 	pin := filepath.Join(f.pins, h.name)
 	return f.replaceLink(pin, back, func() (link.Link, error) {
 		prog := progs.Forward
@@ -295,19 +307,14 @@ func (f *Filter) whyNoHostSide(s *Status) string {
 		return err.Error()
 	}
 	defer state.Close()
-	l, err := loadPolicy(policy.Default())
-	if err != nil {
-		return err.Error()
-	}
-	defer l.close()
-	progs, err := l.hostSide(state, nil, nil)
+	progs, err := LoadHost(policy.Default(), state)
 	if err != nil {
 		if errors.Is(err, ebpf.ErrNotSupported) {
 			return "this kernel has no BPF netfilter programs, which came with 6.4" + open
 		}
 		return firstLine(err) + open
 	}
-	progs.close()
+	progs.Close()
 	return "an attach was interrupted; attach again"
 }
 

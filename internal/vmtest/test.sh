@@ -21,15 +21,35 @@ trap 'rm -rf "$dir"' EXIT
 for ((i = 0; i < ${#tests[@]}; i += 2)); do
     CGO_ENABLED=0 go test -c -o "$dir/${tests[i]##*/}" "./${tests[i]}"
 done
+# guest NAME KERNEL RUN.SH-ARGUMENT... once more if no result came back: emulation
+# can fail by itself.
+guest() {
+    local name=$1 kernel=$2 from=$SECONDS code=0
+    shift 2
+    for _ in 1 2; do
+        code=0
+        internal/vmtest/run.sh "$@" >"$dir/out" 2>&1 || code=$?
+        [ "$code" = 125 ] || break
+    done
+    if [ "$code" != 0 ]; then
+        cat "$dir/out"
+        echo "kernel $kernel: $name failed"
+        exit "$code"
+    fi
+    echo "ok   $name on kernel $kernel, $((SECONDS - from)) s"
+}
+
 for kernel in "${kernels[@]}"; do
     for ((i = 0; i < ${#tests[@]}; i += 2)); do
-        from=$SECONDS
-        internal/vmtest/run.sh --timeout 900 "$kernel" "$dir/${tests[i]##*/}" -test.short -test.run "${tests[i + 1]}" >"$dir/out" || {
-            code=$?
-            cat "$dir/out"
-            echo "kernel $kernel: ${tests[i]} failed"
-            exit "$code"
-        }
-        echo "ok   ${tests[i]} on kernel $kernel, $((SECONDS - from)) s"
+        guest "${tests[i]}" "$kernel" --timeout 900 "$kernel" "$dir/${tests[i]##*/}" -test.short -test.run "${tests[i + 1]}"
     done
+done
+
+# The attacks, where sockets are refused: this machine's own kernel may not be able to.
+CGO_ENABLED=0 go test -c -o "$dir/dockertest" ./internal/dockertest
+CGO_ENABLED=0 go build -buildvcs=false -o "$dir/egressbpf" ./cmd/egressbpf
+for kernel in "${kernels[@]}"; do
+    [ "$kernel" != 5.10 ] || continue # its dockertest differs in what connect() says
+    guest internal/dockertest "$kernel" --root --timeout 900 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
+        "$kernel" "$dir/dockertest" -test.run '^TestAttacks$'
 done

@@ -149,10 +149,13 @@ func parse(frame []byte) (Packet, bool) {
 	if len(frame) < 14 {
 		return Packet{}, false
 	}
-	b := frame[14:]
+	etherType, b := binary.BigEndian.Uint16(frame[12:]), frame[14:]
+	for (etherType == unix.ETH_P_8021Q || etherType == unix.ETH_P_8021AD) && len(b) >= 4 {
+		etherType, b = binary.BigEndian.Uint16(b[2:]), b[4:]
+	}
 	p := Packet{Len: len(b)}
 	var src, dst netip.Addr
-	switch etherType := binary.BigEndian.Uint16(frame[12:]); {
+	switch {
 	case etherType == unix.ETH_P_IP && len(b) >= 20:
 		src, dst = netip.AddrFrom4([4]byte(b[12:])), netip.AddrFrom4([4]byte(b[16:]))
 		p.Proto = b[9]
