@@ -83,10 +83,12 @@ func newNeighbourhood(t *testing.T) *neighbourhood {
 	n.seen = n.Capture(t)
 	n.serve(t)
 	n.Host.Sysctl(t, "ipv4/ping_group_range", "0 2147483647")
-	if err := os.MkdirAll(cgroups+outside, 0o755); err != nil {
+	// Docker may have made a parent of containers of the one above.
+	host := cgroups + outside + "/host"
+	if err := os.MkdirAll(host, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	n.host, n.server = n.Host.Agent(t, cgroups+outside), n.Server.Agent(t, cgroups+outside)
+	n.host, n.server = n.Host.Agent(t, host), n.Server.Agent(t, host)
 	n.docker(t, "network", "create", "--subnet", "172.31.0.0/24", "other")
 	t.Cleanup(func() { n.docker(t, "network", "rm", "other") })
 	n.plain = n.run(t, "plain", "--sysctl", pingSockets)
