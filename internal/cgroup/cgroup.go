@@ -239,21 +239,28 @@ func ContainerID(rel string) string {
 	return m[1]
 }
 
+// walk calls fn for the directories of all cgroups at or below path, until it returns
+// an error; fs.SkipDir leaves out those below. Cgroups come and go while they are
+// listed, which is no error.
+func walk(path string, fn func(path string) error) error {
+	return filepath.WalkDir(path, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV):
+			return nil
+		case err != nil:
+			return err
+		case !d.IsDir():
+			return nil
+		}
+		return fn(path)
+	})
+}
+
 // Containers returns the cgroups of all running Docker containers, by their
 // names.
 func (r Root) Containers() ([]string, error) {
 	var found []string
-	err := filepath.WalkDir(string(r), func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			// Cgroups come and go while they are listed.
-			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-				return nil
-			}
-			return err
-		}
-		if !d.IsDir() {
-			return nil
-		}
+	err := walk(string(r), func(path string) error {
 		rel := strings.TrimPrefix(path, string(r))
 		if ContainerID(rel) == "" {
 			return nil
@@ -270,16 +277,7 @@ func (r Root) Containers() ([]string, error) {
 // Processes calls fn for each process in the cgroup rel or below it. Those that come
 // and go meanwhile may be missed, or have ended.
 func (r Root) Processes(rel string, fn func(pid int)) error {
-	return filepath.WalkDir(r.Path(rel), func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-				return nil
-			}
-			return err
-		}
-		if !d.IsDir() {
-			return nil
-		}
+	return walk(r.Path(rel), func(path string) error {
 		// A threaded cgroup has no processes of its own (EOPNOTSUPP).
 		pids, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
 		if err != nil {
