@@ -5,17 +5,13 @@
  * waiting for an answer that will not come.
  */
 #include "limit.h"
+#include "owner.h"
 #include "parse.h"
 #include "rules.h"
-#include "state.h"
 
 const volatile bool over_limit_reject;	/* refuse in connect() what has no token */
 const volatile bool has_set_retval;	/* bpf_set_retval(), 5.18 */
 const volatile bool has_host_side;	/* which wants to know what was let through */
-
-/* The cgroup that this instance polices, and its depth below the root. */
-const volatile __u64 policed_id;
-const volatile __u32 policed_level;
 
 #define LOOPBACK_IFINDEX 1
 #define SOCK_STREAM 1
@@ -32,14 +28,15 @@ static __noinline void count_connect(struct container *c, enum reason reason)
 		__sync_fetch_and_add(&sum->dropped[reason].connects, 1);
 }
 
-/* The container that owns the packet's socket, however deep below it the socket
- * was made; the policed cgroup itself for sockets of no container.
- */
-static __always_inline __u64 packet_owner(struct __sk_buff *skb)
+static __always_inline __u64 above_packet(void *skb, __u32 level)
 {
-	__u64 id = bpf_skb_ancestor_cgroup_id(skb, policed_level + 1);
+	return bpf_skb_ancestor_cgroup_id(skb, level);
+}
 
-	return id ? id : policed_id;
+/* The container whose socket it is, however deep below it the socket was made. */
+static __always_inline bool sent_by_container(struct __sk_buff *skb, struct container **c)
+{
+	return find_container(above_packet, skb, c);
 }
 
 /* Takes a token for a SYN, unless a TCP socket repeats one that it has paid for:
@@ -110,9 +107,8 @@ static __always_inline int judge_mail_syn(struct __sk_buff *skb, const struct fl
 {
 	struct container *c;
 
-	if (skb->ifindex == LOOPBACK_IFINDEX || exempt(f))
+	if (skb->ifindex == LOOPBACK_IFINDEX || exempt(f) || !sent_by_container(skb, &c))
 		return 1;
-	c = state_of(packet_owner(skb));
 	if (!c || !admit_syn(skb, f, c)) {
 		if (!enforce)
 			announce(f);
@@ -129,12 +125,14 @@ static __always_inline int judge_mail_syn(struct __sk_buff *skb, const struct fl
 static __always_inline int judge_mail_data(struct __sk_buff *skb, const struct flow *f)
 {
 	struct bpf_sock *sk = skb->sk;
+	struct container *c;
 
 	if (sk)
 		sk = bpf_sk_fullsock(sk);
-	if (!sk || sk->type != SOCK_RAW || skb->ifindex == LOOPBACK_IFINDEX || exempt(f))
+	if (!sk || sk->type != SOCK_RAW || skb->ifindex == LOOPBACK_IFINDEX || exempt(f) ||
+	    !sent_by_container(skb, &c))
 		return 1;
-	return drop(skb, state_of(packet_owner(skb)), REASON_RATE_LIMITED);
+	return drop(skb, c, REASON_RATE_LIMITED);
 }
 
 static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *f)
@@ -145,6 +143,7 @@ static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *
 /* Out of line: the verdict on any packet. */
 static __noinline int judge(struct __sk_buff *skb)
 {
+	struct container *c;
 	enum reason reason;
 	struct flow f = {};
 	struct packet p = { .data = skb, .len = skb->len, .protocol = skb->protocol };
@@ -155,7 +154,7 @@ static __noinline int judge(struct __sk_buff *skb)
 		reason = REASON_BLOCKED;
 	else
 		return f.proto == IPPROTO_TCP && f.has_ports && smtp_ports[f.dport] ? judge_mail(skb, &f) : 1;
-	return drop(skb, state_of(packet_owner(skb)), reason);
+	return sent_by_container(skb, &c) ? drop(skb, c, reason) : 1;
 }
 
 /* What a glance at the headers, where they lie, tells of a packet. */
@@ -266,16 +265,21 @@ int egress(struct __sk_buff *skb)
 	return judge(skb);
 }
 
-/* The container of the process that asks. It may have been handed a socket from
- * elsewhere; then there is no container below the policed cgroup to charge.
+/* It may have been handed a socket from elsewhere; then there is no container below
+ * the policed cgroup to charge.
  */
-static __always_inline __u64 caller(void)
+static __always_inline __u64 above_caller(void *ctx, __u32 level)
 {
-	__u64 id = 0;
+	(void)ctx;
+	if (bpf_get_current_ancestor_cgroup_id(policed_level) != policed_id)
+		return 0;
+	return bpf_get_current_ancestor_cgroup_id(level);
+}
 
-	if (bpf_get_current_ancestor_cgroup_id(policed_level) == policed_id)
-		id = bpf_get_current_ancestor_cgroup_id(policed_level + 1);
-	return id ? id : policed_id;
+/* The container of the process that asks. */
+static __always_inline bool asked_by_container(struct container **c)
+{
+	return find_container(above_caller, NULL, c);
 }
 
 /* Where connect() leads to the loopback device whatever the routes say. */
@@ -314,22 +318,15 @@ static __always_inline bool own_listener(struct bpf_sock_addr *ctx, const struct
 static __always_inline enum reason judge_attempt(struct bpf_sock_addr *ctx, const struct flow *f,
 						 struct container **c)
 {
-	__u64 id;
-
-	if (blocked_destination(f)) {
-		*c = state_of(caller());
-		return REASON_BLOCKED;
-	}
+	if (blocked_destination(f))
+		return asked_by_container(c) ? REASON_BLOCKED : REASON_NONE;
 	/* Only looks: the token is the packet's to take, and to count if nothing is
 	 * refused.
 	 */
 	if (enforce && over_limit_reject && f->proto == IPPROTO_TCP && smtp_ports[f->dport] &&
-	    !loopback(&f->dst) && !exempt(f)) {
-		id = caller();
-		*c = bpf_map_lookup_elem(&containers, &id);
-		if (*c && surely_empty(&(*c)->bucket, limit_of(*c)) && !own_listener(ctx, f))
-			return REASON_RATE_LIMITED;
-	}
+	    !loopback(&f->dst) && !exempt(f) && asked_by_container(c) && *c &&
+	    surely_empty(&(*c)->bucket, limit_of(*c)) && !own_listener(ctx, f))
+		return REASON_RATE_LIMITED;
 	return REASON_NONE;
 }
 
@@ -394,33 +391,6 @@ SEC("cgroup/sendmsg6")
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
 	return attempt6(ctx);
-}
-
-struct kernfs_node {
-	__u64 id;
-} __attribute__((preserve_access_index));
-
-struct cgroup_root {
-	int hierarchy_id;
-} __attribute__((preserve_access_index));
-
-struct cgroup {
-	struct kernfs_node *kn;
-	struct cgroup_root *root;
-} __attribute__((preserve_access_index));
-
-/* Forgets a container once its cgroup is gone with the last of its sockets. */
-SEC("tp_btf/cgroup_release")
-int release(__u64 *ctx)
-{
-	struct cgroup *cgrp = (void *)ctx[0];
-	__u64 id;
-
-	if (cgrp->root->hierarchy_id)	/* cgroup v1 numbers its own */
-		return 0;
-	id = cgrp->kn->id;
-	bpf_map_delete_elem(&containers, &id);
-	return 0;
 }
 
 static __noinline int apply_limit(const struct limit_request *request)

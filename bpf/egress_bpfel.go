@@ -183,6 +183,7 @@ const (
 	EgressMapContainers      = "containers"
 	EgressMapDevices         = "devices"
 	EgressMapMails           = "mails"
+	EgressMapOverflow        = "overflow"
 	EgressMapPorts           = "ports"
 	EgressMapRules           = "rules"
 	EgressMapTickets         = "tickets"
@@ -190,7 +191,6 @@ const (
 	EgressProgConnect4       = "connect4"
 	EgressProgConnect6       = "connect6"
 	EgressProgEgress         = "egress"
-	EgressProgRelease        = "release"
 	EgressProgSendmsg4       = "sendmsg4"
 	EgressProgSendmsg6       = "sendmsg6"
 	EgressProgSetLimit       = "set_limit"
@@ -203,6 +203,7 @@ const (
 	EgressVarOverLimitReject = "over_limit_reject"
 	EgressVarPolicedId       = "policed_id"
 	EgressVarPolicedLevel    = "policed_level"
+	EgressVarRecognises      = "recognises"
 	EgressVarSmtpPorts       = "smtp_ports"
 	EgressVarSuspects4       = "suspects4"
 	EgressVarSuspects6       = "suspects6"
@@ -253,7 +254,6 @@ type EgressProgramSpecs struct {
 	Connect4 *ebpf.ProgramSpec `ebpf:"connect4"`
 	Connect6 *ebpf.ProgramSpec `ebpf:"connect6"`
 	Egress   *ebpf.ProgramSpec `ebpf:"egress"`
-	Release  *ebpf.ProgramSpec `ebpf:"release"`
 	Sendmsg4 *ebpf.ProgramSpec `ebpf:"sendmsg4"`
 	Sendmsg6 *ebpf.ProgramSpec `ebpf:"sendmsg6"`
 	SetLimit *ebpf.ProgramSpec `ebpf:"set_limit"`
@@ -267,6 +267,7 @@ type EgressMapSpecs struct {
 	Containers *ebpf.MapSpec `ebpf:"containers"`
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
+	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Rules      *ebpf.MapSpec `ebpf:"rules"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
@@ -286,6 +287,7 @@ type EgressVariableSpecs struct {
 	OverLimitReject *ebpf.VariableSpec `ebpf:"over_limit_reject"`
 	PolicedId       *ebpf.VariableSpec `ebpf:"policed_id"`
 	PolicedLevel    *ebpf.VariableSpec `ebpf:"policed_level"`
+	Recognises      *ebpf.VariableSpec `ebpf:"recognises"`
 	SmtpPorts       *ebpf.VariableSpec `ebpf:"smtp_ports"`
 	Suspects4       *ebpf.VariableSpec `ebpf:"suspects4"`
 	Suspects6       *ebpf.VariableSpec `ebpf:"suspects6"`
@@ -315,6 +317,7 @@ type EgressMaps struct {
 	Containers *ebpf.Map `ebpf:"containers"`
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
+	Overflow   *ebpf.Map `ebpf:"overflow"`
 	Ports      *ebpf.Map `ebpf:"ports"`
 	Rules      *ebpf.Map `ebpf:"rules"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
@@ -327,6 +330,7 @@ func (m *EgressMaps) Close() error {
 		m.Containers,
 		m.Devices,
 		m.Mails,
+		m.Overflow,
 		m.Ports,
 		m.Rules,
 		m.Tickets,
@@ -347,6 +351,7 @@ type EgressVariables struct {
 	OverLimitReject *ebpf.Variable `ebpf:"over_limit_reject"`
 	PolicedId       *ebpf.Variable `ebpf:"policed_id"`
 	PolicedLevel    *ebpf.Variable `ebpf:"policed_level"`
+	Recognises      *ebpf.Variable `ebpf:"recognises"`
 	SmtpPorts       *ebpf.Variable `ebpf:"smtp_ports"`
 	Suspects4       *ebpf.Variable `ebpf:"suspects4"`
 	Suspects6       *ebpf.Variable `ebpf:"suspects6"`
@@ -359,7 +364,6 @@ type EgressPrograms struct {
 	Connect4 *ebpf.Program `ebpf:"connect4"`
 	Connect6 *ebpf.Program `ebpf:"connect6"`
 	Egress   *ebpf.Program `ebpf:"egress"`
-	Release  *ebpf.Program `ebpf:"release"`
 	Sendmsg4 *ebpf.Program `ebpf:"sendmsg4"`
 	Sendmsg6 *ebpf.Program `ebpf:"sendmsg6"`
 	SetLimit *ebpf.Program `ebpf:"set_limit"`
@@ -370,7 +374,6 @@ func (p *EgressPrograms) Close() error {
 		p.Connect4,
 		p.Connect6,
 		p.Egress,
-		p.Release,
 		p.Sendmsg4,
 		p.Sendmsg6,
 		p.SetLimit,

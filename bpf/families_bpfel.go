@@ -20,6 +20,7 @@ const (
 	FamiliesMapContainers        = "containers"
 	FamiliesMapDevices           = "devices"
 	FamiliesMapMails             = "mails"
+	FamiliesMapOverflow          = "overflow"
 	FamiliesMapTickets           = "tickets"
 	FamiliesMapTotals            = "totals"
 	FamiliesProgFamiliesFmod     = "families_fmod"
@@ -30,6 +31,7 @@ const (
 	FamiliesVarPolicedId         = "policed_id"
 	FamiliesVarPolicedLevel      = "policed_level"
 	FamiliesVarProbeProtocol     = "probe_protocol"
+	FamiliesVarRecognises        = "recognises"
 )
 
 // LoadFamilies returns the embedded CollectionSpec for Families.
@@ -86,6 +88,7 @@ type FamiliesMapSpecs struct {
 	Containers *ebpf.MapSpec `ebpf:"containers"`
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
+	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 }
@@ -100,6 +103,7 @@ type FamiliesVariableSpecs struct {
 	PolicedId         *ebpf.VariableSpec `ebpf:"policed_id"`
 	PolicedLevel      *ebpf.VariableSpec `ebpf:"policed_level"`
 	ProbeProtocol     *ebpf.VariableSpec `ebpf:"probe_protocol"`
+	Recognises        *ebpf.VariableSpec `ebpf:"recognises"`
 }
 
 // FamiliesObjects contains all objects after they have been loaded into the kernel.
@@ -126,6 +130,7 @@ type FamiliesMaps struct {
 	Containers *ebpf.Map `ebpf:"containers"`
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
+	Overflow   *ebpf.Map `ebpf:"overflow"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 }
@@ -136,6 +141,7 @@ func (m *FamiliesMaps) Close() error {
 		m.Containers,
 		m.Devices,
 		m.Mails,
+		m.Overflow,
 		m.Tickets,
 		m.Totals,
 	)
@@ -151,6 +157,7 @@ type FamiliesVariables struct {
 	PolicedId         *ebpf.Variable `ebpf:"policed_id"`
 	PolicedLevel      *ebpf.Variable `ebpf:"policed_level"`
 	ProbeProtocol     *ebpf.Variable `ebpf:"probe_protocol"`
+	Recognises        *ebpf.Variable `ebpf:"recognises"`
 }
 
 // FamiliesPrograms contains all programs after they have been loaded into the kernel.

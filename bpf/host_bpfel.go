@@ -20,10 +20,10 @@ type HostDeviceName struct {
 }
 
 type HostPlace struct {
-	_        structs.HostLayout
-	Id       uint64
-	Level    uint32
-	Reserved uint32
+	_          structs.HostLayout
+	Id         uint64
+	Level      uint32
+	Recognises uint32
 }
 
 // Names of all BPF objects in the ELF.
@@ -35,6 +35,7 @@ const (
 	HostMapDeviceNames    = "device_names"
 	HostMapDevices        = "devices"
 	HostMapMails          = "mails"
+	HostMapOverflow       = "overflow"
 	HostMapPorts          = "ports"
 	HostMapRules          = "rules"
 	HostMapTickets        = "tickets"
@@ -107,6 +108,7 @@ type HostMapSpecs struct {
 	DeviceNames *ebpf.MapSpec `ebpf:"device_names"`
 	Devices     *ebpf.MapSpec `ebpf:"devices"`
 	Mails       *ebpf.MapSpec `ebpf:"mails"`
+	Overflow    *ebpf.MapSpec `ebpf:"overflow"`
 	Ports       *ebpf.MapSpec `ebpf:"ports"`
 	Rules       *ebpf.MapSpec `ebpf:"rules"`
 	Tickets     *ebpf.MapSpec `ebpf:"tickets"`
@@ -153,6 +155,7 @@ type HostMaps struct {
 	DeviceNames *ebpf.Map `ebpf:"device_names"`
 	Devices     *ebpf.Map `ebpf:"devices"`
 	Mails       *ebpf.Map `ebpf:"mails"`
+	Overflow    *ebpf.Map `ebpf:"overflow"`
 	Ports       *ebpf.Map `ebpf:"ports"`
 	Rules       *ebpf.Map `ebpf:"rules"`
 	Tickets     *ebpf.Map `ebpf:"tickets"`
@@ -166,6 +169,7 @@ func (m *HostMaps) Close() error {
 		m.DeviceNames,
 		m.Devices,
 		m.Mails,
+		m.Overflow,
 		m.Ports,
 		m.Rules,
 		m.Tickets,

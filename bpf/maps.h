@@ -15,6 +15,16 @@ struct {
 	__type(value, struct container);
 } containers SEC(".maps");
 
+/* The id of the first container that was recognised and found no room; 0 if there is
+ * none. From there on, whatever is new counts as a container.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} overflow SEC(".maps");
+
 /* Sums over all containers, those that are gone or never got state included. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

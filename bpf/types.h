@@ -109,11 +109,36 @@ struct device_name {
 	char name[16];		/* IFNAMSIZ */
 };
 
-/* A policed cgroup; its children are containers. */
+/* A policed cgroup. */
 struct place {
 	__u64 id;
 	__u32 level;		/* depth below the root */
-	__u32 reserved;
+	__u32 recognises;	/* 0: its children are containers; 1: what is recognised is */
+};
+
+/* How deep below a policed cgroup a container is recognised. */
+#define MAX_DEPTH 16
+
+/* The hexadecimal digits of a container's id. */
+#define CONTAINER_ID 64
+
+#define SCOPE_PREFIX 96
+#define SCOPE_SUFFIX 16
+
+/* What the cgroups of containers are called. */
+enum scope_kind {
+	SCOPE_ID,		/* prefix, id, suffix */
+	SCOPE_ANY,		/* prefix, at least one character, suffix */
+	SCOPE_CHILD,		/* any name, in the directory prefix, which ends with a slash */
+};
+
+struct scope {
+	enum scope_kind kind;
+	__u32 prefix_len;
+	__u32 suffix_len;
+	__u32 level;		/* SCOPE_CHILD: below the root */
+	char prefix[SCOPE_PREFIX];
+	char suffix[SCOPE_SUFFIX];
 };
 
 /* Input of the program set_limit, behind an Ethernet header. */

@@ -54,7 +54,7 @@ A flag overrides the same key of the config file; lists are replaced, not added 
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringArrayVar(&o.cgroups, "cgroup", nil, "directory of a cgroup whose children are containers; may be repeated (default: docker below the cgroup2 mount)")
+	flags.StringArrayVar(&o.cgroups, "cgroup", nil, "policed cgroup, by its directory; may be repeated (default: what is policed already, or the root)")
 	flags.StringVar(&o.config, "config", "", "YAML file with the policy")
 	o.policy.register(flags)
 	o.output = outputFlag(cmd)
@@ -66,12 +66,9 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err != nil {
 		return usageError{err}
 	}
-	filter, root, err := o.filter()
+	filter, _, err := o.filter()
 	if err != nil {
 		return err
-	}
-	if len(config.Cgroups) == 0 {
-		config.Cgroups = []string{root.Path("/docker")}
 	}
 	ctx, cancel := context.WithTimeout(ctx, lockPatience)
 	defer cancel()
@@ -111,10 +108,10 @@ func (o *attachOptions) readConfig(flags *pflag.FlagSet) (policy.Config, error) 
 
 // policyFlags are the policy's keys as flags.
 type policyFlags struct {
-	mode, overLimit, rate, families, hostSide               string
-	presets, block, allow, smtpPorts, exempted, hostDevices []string
-	allowDNS                                                bool
-	burst                                                   uint32
+	mode, overLimit, rate, families, hostSide                       string
+	presets, block, allow, smtpPorts, exempted, hostDevices, scopes []string
+	allowDNS                                                        bool
+	burst                                                           uint32
 }
 
 func (p *policyFlags) register(flags *pflag.FlagSet) {
@@ -131,6 +128,7 @@ func (p *policyFlags) register(flags *pflag.FlagSet) {
 	flags.StringVar(&p.families, "socket-families", string(def.Families), "sockets that containers may make: restrict (those that the filter judges), any, or a list of families to add to restrict, such as vsock")
 	flags.StringVar(&p.hostSide, "host-side", string(def.HostSide), "on: what comes from containers' bridges is judged again on the host; off")
 	flags.StringSliceVar(&p.hostDevices, "host-devices", nil, "bridges and other devices of the host that lead to containers, beside those of Docker: NAME or NAME*")
+	flags.StringSliceVar(&p.scopes, "scopes", strings.Fields(join(def.Scopes)), "names of containers' cgroups, where a policed cgroup holds other things too; any: each child is a container")
 	flags.StringVar(&p.mode, "mode", string(def.Mode), "enforce, or audit: count and report, drop nothing")
 }
 
@@ -158,6 +156,7 @@ func (p *policyFlags) apply(flags *pflag.FlagSet, to *policy.Policy) error {
 		{"smtp-exempt", func() (err error) { to.SMTP.Exempt, err = parseAll(p.exempted, policy.ParsePrefix); return err }},
 		{"socket-families", func() (err error) { to.Families, err = policy.ParseFamilies(p.families); return err }},
 		{"host-side", func() (err error) { to.HostSide, err = policy.ParseSwitch(p.hostSide); return err }},
+		{"scopes", func() (err error) { to.Scopes, err = policy.ParseScopes(p.scopes); return err }},
 		{"host-devices", func() (err error) { to.HostDevices, err = parseAll(p.hostDevices, policy.ParseDevice); return err }},
 		{"mode", func() (err error) { to.Mode, err = policy.ParseMode(p.mode); return err }},
 	} {

@@ -80,7 +80,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case errors.Is(err, errNotInForce):
 		return exitNotInForce
 	case errors.As(err, &usage) || errors.Is(err, cgroup.ErrNotBelowRoot) ||
-		errors.Is(err, loader.ErrNested) || errors.Is(err, loader.ErrPinPath):
+		errors.Is(err, loader.ErrNested) || errors.Is(err, loader.ErrPinPath) || errors.Is(err, loader.ErrWholeHost):
 		report(stderr, err, g.debug)
 		return exitUsage
 	}
@@ -167,8 +167,10 @@ func remedyFor(err error) string {
 		remedy string
 	}{
 		{cgroup.ErrNoCgroup2, "a cgroup v2 hierarchy is needed: boot with systemd.unified_cgroup_hierarchy=1, or mount one with `mount -t cgroup2 none DIR` and name it with --cgroup-root"},
-		{cgroup.ErrNotBelowRoot, "name a directory below the cgroup2 mount, such as its docker directory; the root itself holds the host's own services"},
+		{cgroup.ErrNotBelowRoot, "name a directory of the cgroup2 mount, such as its docker directory"},
 		{cgroup.ErrNotInitialNamespace, "run it on the host, outside of any container, or with `nsenter --target 1 --cgroup`"},
+		{loader.ErrWholeHost, "name the cgroup whose children are containers, or tell with --scopes what containers' cgroups are called"},
+		{loader.ErrCannotRecognise, "let Docker put its containers into a cgroup of their own, and name that with --cgroup: /sys/fs/cgroup/docker with its cgroupfs driver, or with its systemd driver a slice (\"cgroup-parent\": \"docker.slice\" in /etc/docker/daemon.json) and --scopes any"},
 		{loader.ErrNested, "name only the outer one, or detach the other first"},
 		{loader.ErrPinPath, "use a directory in a bpf filesystem as --pin-path (`mount -t bpf bpf DIR`, then DIR/egressbpf), or leave --pin-path out"},
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},

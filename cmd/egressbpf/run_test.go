@@ -105,7 +105,10 @@ func TestBadInput(t *testing.T) {
 		{"attach --config DIR/burst.yaml", "DIR/burst.yaml:1 smtp.burst at most 36500"},
 		{"attach --config DIR/outside.yaml", "/tmp below the cgroup2 mount"},
 		{"attach --cgroup CG/new --cgroup /tmp", "/tmp below the cgroup2 mount"},
-		{"attach --cgroup CG/new --cgroup ROOT", "ROOT below the cgroup2 mount"},
+		{"attach --cgroup CG/new --cgroup ROOT", "ROOT CG/new nested"},
+		{"attach --cgroup ROOT --scopes any", "ROOT host --scopes"},
+		{"attach --scopes docker", `--scopes "docker" docker-{id}.scope`},
+		{"attach --scopes any,a-*", "--scopes any alone"},
 		{"attach --cgroup CG/new --cgroup CG/../..", "below the cgroup2 mount"},
 		{"attach --cgroup CG/new --cgroup CG/new/er", "CG/new CG/new/er nested outer"},
 		{"attach --cgroup CG/new --cgroup CG/cgroup.procs", "CG/cgroup.procs"},
@@ -124,7 +127,6 @@ func TestBadInput(t *testing.T) {
 		{"detach --nonsense", "--nonsense egressbpf detach --help"},
 		{"detach extra", `"extra"`},
 		{"detach --cgroup /tmp", "/tmp below the cgroup2 mount"},
-		{"detach --cgroup ROOT", "ROOT below the cgroup2 mount"},
 		{"detach --cgroup-root DIR", "--cgroup-root DIR"},
 		{"status extra", `"extra"`},
 		{"status --output xml", "--output xml table json"},
@@ -224,18 +226,23 @@ func touchable(t *testing.T, base string) string {
 	return string(text)
 }
 
-// Without --cgroup it is Docker's. The policy stops nobody, since that may be
-// a real one.
+// Without --cgroup it is the root, or what is policed already. The policy stops nobody,
+// since there may be real containers.
 func TestDefaultCgroup(t *testing.T) {
 	lockHost(t)
-	docker := testenv.Root(t).Path("/docker")
-	if _, err := os.Stat(docker); errors.Is(err, fs.ErrNotExist) {
-		t.Cleanup(func() { _ = os.Remove(docker) })
-	}
-	newBase(t)
-	code, stdout, stderr := execute(t.Context(), "attach", "--mode", "audit", "--preset", "none", "--smtp-rate", "unlimited", "-o", "json")
-	if code != exitDone || !strings.Contains(stdout, `"cgroups":["`+docker+`"]`) {
-		t.Errorf("got exit code %d, stdout %s, stderr %s", code, stdout, stderr)
+	base := newBase(t)
+	harmless := []string{"attach", "--mode", "audit", "--preset", "none", "--smtp-rate", "unlimited", "-o", "json"}
+	for _, want := range []string{base + "/a", string(testenv.Root(t))} {
+		if want == base+"/a" {
+			attach(t, want)
+		}
+		code, stdout, stderr := execute(t.Context(), harmless...)
+		if code != exitDone || !strings.Contains(stdout, `"cgroups":["`+want+`"]`) {
+			t.Errorf("got exit code %d, stdout %s, stderr %s", code, stdout, stderr)
+		}
+		if code, _, stderr := execute(t.Context(), "detach"); code != exitDone {
+			t.Fatalf("detach: exit code %d: %s", code, stderr)
+		}
 	}
 }
 

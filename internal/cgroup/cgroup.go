@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -21,9 +22,9 @@ var (
 	// ErrNoCgroup2 means that no cgroup2 filesystem is mounted, or none that
 	// shows the whole hierarchy.
 	ErrNoCgroup2 = errors.New("no cgroup2 filesystem with the whole hierarchy is mounted")
-	// ErrNotBelowRoot means that a path is outside of the cgroup2 mount, is its
-	// root, or is no directory.
-	ErrNotBelowRoot = errors.New("not a directory below the cgroup2 mount")
+	// ErrNotBelowRoot means that a path is outside of the cgroup2 mount or is no
+	// directory.
+	ErrNotBelowRoot = errors.New("not a directory of the cgroup2 mount")
 	// ErrNotInitialNamespace means that the process sees a part of the
 	// hierarchy as if it were the whole.
 	ErrNotInitialNamespace = errors.New("not in the host's cgroup namespace")
@@ -127,7 +128,7 @@ func CheckNamespace() error {
 
 // Rel returns the path of a cgroup as the kernel writes it, from the root and
 // beginning with a slash. Symbolic links are resolved in the part that exists.
-// The error wraps ErrNotBelowRoot if path is not below the root.
+// The error wraps ErrNotBelowRoot if path is not in the mount.
 func (r Root) Rel(path string) (string, error) {
 	abs, err := filepath.Abs(path)
 	if err != nil {
@@ -142,7 +143,10 @@ func (r Root) Rel(path string) (string, error) {
 		return "", err
 	}
 	rel, err := filepath.Rel(root, abs)
-	if err != nil || rel == "." || rel == ".." || strings.HasPrefix(rel, "../") {
+	if err == nil && rel == "." {
+		return "/", nil
+	}
+	if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
 		return "", fmt.Errorf("%s: %w (%s)", path, ErrNotBelowRoot, r)
 	}
 	if info, err := os.Stat(abs); err == nil && !info.IsDir() {
@@ -171,7 +175,9 @@ func (r Root) Path(rel string) string { return filepath.Join(string(r), rel) }
 func Level(rel string) uint32 { return uint32(strings.Count(strings.TrimRight(rel, "/"), "/")) }
 
 // Within says whether the cgroup rel is at or below the cgroup of.
-func Within(rel, of string) bool { return rel == of || strings.HasPrefix(rel, of+"/") }
+func Within(rel, of string) bool {
+	return rel == of || of == "/" || strings.HasPrefix(rel, of+"/")
+}
 
 // Open opens the directory of a cgroup and returns its id: the number by which
 // BPF programs know it, unique until the next boot. The caller closes the file.
@@ -225,12 +231,12 @@ func (r Root) Find(id uint64) (string, error) {
 	return r.Rel(path)
 }
 
-// containerName matches the directories that Docker makes for containers, with
-// either cgroup driver.
-var containerName = regexp.MustCompile(`^(?:docker-)?([0-9a-f]{64})(?:\.scope)?$`)
+// containerName matches the directories that container engines make for containers,
+// with either cgroup driver.
+var containerName = regexp.MustCompile(`^(?:(?:docker|libpod|cri-containerd|nerdctl|crio)-)?([0-9a-f]{64})(?:\.scope)?$`)
 
-// ContainerID returns the id of the Docker container that a cgroup was made
-// for, by its name; "" if it has none.
+// ContainerID returns the id of the container that a cgroup was made for, by its
+// name; "" if it has none.
 func ContainerID(rel string) string {
 	m := containerName.FindStringSubmatch(filepath.Base(rel))
 	if m == nil {
@@ -256,22 +262,28 @@ func walk(path string, fn func(path string) error) error {
 	})
 }
 
-// Containers returns the cgroups of all running Docker containers, by their
-// names.
-func (r Root) Containers() ([]string, error) {
+// Outermost returns the cgroups below rel that is says yes to, and that are not below
+// another one of these.
+func (r Root) Outermost(rel string, is func(rel string) bool) ([]string, error) {
 	var found []string
-	err := walk(string(r), func(path string) error {
-		rel := strings.TrimPrefix(path, string(r))
-		if ContainerID(rel) == "" {
+	err := walk(r.Path(rel), func(path string) error {
+		below := strings.TrimPrefix(path, strings.TrimRight(string(r), "/"))
+		if below == "" || below == rel || !is(below) {
 			return nil
 		}
-		events, err := os.ReadFile(filepath.Join(path, "cgroup.events"))
-		if err == nil && strings.Contains(string(events), "populated 1") {
-			found = append(found, rel)
-		}
+		found = append(found, below)
 		return fs.SkipDir
 	})
 	return found, err
+}
+
+// Containers returns the cgroups of all running containers, by their names.
+func (r Root) Containers() ([]string, error) {
+	all, err := r.Outermost("/", func(rel string) bool { return ContainerID(rel) != "" })
+	return slices.DeleteFunc(all, func(rel string) bool {
+		events, err := os.ReadFile(filepath.Join(r.Path(rel), "cgroup.events"))
+		return err != nil || !strings.Contains(string(events), "populated 1")
+	}), err
 }
 
 // Processes calls fn for each process in the cgroup rel or below it. Those that come

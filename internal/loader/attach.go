@@ -44,13 +44,14 @@ func (u *undo) close() {
 }
 
 // Attach puts the policy in force for the cgroups, given by path, and for those
-// that are policed already. Directories that do not exist are made. Where the
+// that are policed already; for the root, if there are none of either. Directories
+// that do not exist are made. Where the
 // filter is in force, programs and policy are exchanged through its links: there
 // is no moment without a filter, and state is kept.
 //
 // On an error, what was in force before is in force again. Besides errors of the
-// kernel and those of package cgroup, the error can wrap ErrBusy, ErrNested,
-// ErrOtherVersion and ErrPinPath.
+// kernel and those of package cgroup, the error can wrap ErrBusy, ErrCannotRecognise,
+// ErrNested, ErrOtherVersion, ErrPinPath and ErrWholeHost.
 //
 // A process that was killed while it attached leaves each hook of each cgroup
 // either as it was before or as it should be; the next Attach completes it.
@@ -63,6 +64,9 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 		rel, err := f.root.Rel(path)
 		if err != nil {
 			return err
+		}
+		if rel == "/" && !p.Recognises(rel) {
+			return fmt.Errorf("%s: %w", path, ErrWholeHost)
 		}
 		wanted = append(wanted, rel)
 	}
@@ -119,6 +123,12 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 			wanted = append(wanted, o.rel)
 		}
 	}
+	if len(wanted) == 0 {
+		if !p.Recognises("/") {
+			return fmt.Errorf("%s: %w", f.root, ErrWholeHost)
+		}
+		wanted = []string{"/"}
+	}
 	slices.Sort(wanted)
 	wanted = slices.Compact(wanted)
 	if err := f.checkNested(wanted); err != nil {
@@ -128,7 +138,7 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	if err != nil {
 		return err
 	}
-	defer state.Close()
+	back.held = append(back.held, state)
 	shared, err := loadPolicy(p)
 	if err != nil {
 		return err
@@ -148,6 +158,9 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 			return err
 		}
 		targets = append(targets, t)
+	}
+	if err := f.attachRecognise(targets, p, state, &back); err != nil {
+		return err
 	}
 	var refuser *refuser
 	if p.Families != policy.AnyFamily {
@@ -175,6 +188,9 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	// The filter works without it, and Status tells that it is missing and why.
 	_ = f.attachRelease(state, &back)
 
+	if err := f.forgetOthers(targets, p, state); err != nil {
+		return err
+	}
 	for _, o := range old {
 		if o.gone {
 			// Nothing can be in force there.
@@ -203,6 +219,8 @@ type target struct {
 	dir   *os.File
 	id    uint64
 	progs *Programs
+	// recognises is whether its containers are told by their names.
+	recognises bool
 }
 
 func (t *target) close() {
@@ -217,7 +235,7 @@ func (f *Filter) prepare(rel string, shared *loaded, state *maps.State, back *un
 	if err := f.makeCgroup(rel, back); err != nil {
 		return nil, err
 	}
-	t := &target{rel: rel}
+	t := &target{rel: rel, recognises: shared.policy.Recognises(rel)}
 	if t.dir, t.id, err = f.root.Open(rel); err != nil {
 		return nil, err
 	}
@@ -318,14 +336,14 @@ func attachHook(h hook, t *target, pin string, back *undo) error {
 // attachRelease exchanges the program that forgets removed containers. Without
 // it the filter works; containers that are gone take room in the state.
 func (f *Filter) attachRelease(state *maps.State, back *undo) error {
-	prog, err := maps.LoadProgram(bpf.EgressProgRelease, state)
+	prog, err := loadCgroups(bpf.CgroupsProgRelease, state, nil)
 	if err != nil {
 		return err
 	}
 	defer prog.Close()
 	// Links of tracing programs cannot be updated. For a moment two programs
 	// forget the same containers.
-	return f.replaceLink(filepath.Join(f.pins, bpf.EgressProgRelease), back, func() (link.Link, error) {
+	return f.replaceLink(filepath.Join(f.pins, bpf.CgroupsProgRelease), back, func() (link.Link, error) {
 		return link.AttachTracing(link.TracingOptions{Program: prog})
 	})
 }

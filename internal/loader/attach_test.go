@@ -53,7 +53,7 @@ func TestAttach(t *testing.T) {
 			t.Errorf("got hook %+v, want it attached just now", row)
 		}
 	}
-	want := append(loader.HookNames(), bpf.EgressProgRelease)
+	want := append(loader.HookNames(), bpf.CgroupsProgRelease)
 	for _, d := range s.Defences {
 		switch {
 		case d.Active && d.Name == "socket_families":
@@ -372,10 +372,10 @@ func TestNothingKnownOfRemovedCgroup(t *testing.T) {
 
 func TestDetachedByOthers(t *testing.T) {
 	h := newHost(t)
-	for _, name := range append(loader.HookNames(), bpf.EgressProgRelease) {
+	for _, name := range append(loader.HookNames(), bpf.CgroupsProgRelease) {
 		h.mustAttach(withBurst(5), "a", "b")
 		cgroup := "b"
-		if name == bpf.EgressProgRelease {
+		if name == bpf.CgroupsProgRelease {
 			cgroup = ""
 			check(t, os.Remove(filepath.Join(h.pins, name)))
 		} else {
@@ -386,7 +386,7 @@ func TestDetachedByOthers(t *testing.T) {
 			t.Errorf("got %+v, want that it is detached, and what to do", row)
 		}
 		s := h.status()
-		if s.Enforcing != (name == bpf.EgressProgRelease) {
+		if s.Enforcing != (name == bpf.CgroupsProgRelease) {
 			t.Errorf("%s is detached: got enforcing %v", name, s.Enforcing)
 		}
 		for _, other := range s.Hooks {

@@ -263,6 +263,7 @@ func (f *Filter) attachFamilies(r *refuser, t *target, dir string, p policy.Poli
 		bpf.FamiliesVarFamilies:     p.Families.Mask(),
 		bpf.FamiliesVarPolicedId:    t.id,
 		bpf.FamiliesVarPolicedLevel: cgroup.Level(t.rel),
+		bpf.FamiliesVarRecognises:   t.recognises,
 	})
 	if err != nil {
 		return err

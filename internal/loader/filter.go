@@ -3,9 +3,9 @@
 //
 // Below the pin path:
 //
-//	containers totals tickets   the state, kept from version to version
-//	admitted mails devices
-//	release                     the link that forgets removed containers
+//	containers overflow totals  the state, kept from version to version
+//	tickets admitted mails devices
+//	recognise release           the links that follow containers as they come and go
 //	host_*                      the links of the host side
 //	cgroup-<id>/<hook>          the links of a policed cgroup
 //
@@ -47,6 +47,8 @@ var (
 	// ErrPinPath means that the pin path is not a directory below the root of a
 	// bpf filesystem, and not at the usual place of one, where it could be mounted.
 	ErrPinPath = errors.New("not a directory in a bpf filesystem")
+	// ErrWholeHost means that every process of the host would be a container's.
+	ErrWholeHost = errors.New("each cgroup of the host would be a container")
 	// ErrNested means that a cgroup to be policed lies within another one.
 	ErrNested = errors.New("policed cgroups cannot be nested")
 )
@@ -172,7 +174,10 @@ const cgroupPrefix = "cgroup-"
 
 // pinNames are what is pinned beside the policed cgroups.
 func pinNames() []string {
-	names := append(maps.StateNames(), bpf.EgressProgRelease, bpf.EgressProgRelease+nextSuffix)
+	names := maps.StateNames()
+	for _, name := range []string{bpf.CgroupsProgRecognise, bpf.CgroupsProgRelease} {
+		names = append(names, name, name+nextSuffix)
+	}
 	for _, h := range hostHooks {
 		names = append(names, h.name, h.name+nextSuffix)
 	}

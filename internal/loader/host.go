@@ -132,7 +132,7 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 	if shared.policy.HostSide == policy.Off {
 		return f.detachHost(back)
 	}
-	found, err := f.findDevices(targets)
+	found, err := f.findDevices(targets, shared.policy)
 	if err != nil {
 		return err
 	}
@@ -203,11 +203,23 @@ func coversDevice(devices []policy.Device, name string) bool {
 // findDevices returns the devices of this network namespace through which containers
 // of the policed cgroups reach the host: the other ends of their veths, or the bridges
 // that these belong to.
-func (f *Filter) findDevices(targets []*target) ([]string, error) {
+func (f *Filter) findDevices(targets []*target, p policy.Policy) ([]string, error) {
+	var rels []string
+	for _, t := range targets {
+		if !t.recognises {
+			rels = append(rels, t.rel)
+			continue
+		}
+		found, err := f.root.Outermost(t.rel, p.IsContainer)
+		if err != nil {
+			return nil, err
+		}
+		rels = append(rels, found...)
+	}
 	ids := map[int]bool{}
 	seen := map[string]bool{}
-	for _, t := range targets {
-		err := f.root.Processes(t.rel, func(pid int) {
+	for _, rel := range rels {
+		err := f.root.Processes(rel, func(pid int) {
 			ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid))
 			if err != nil || seen[ns] {
 				return // it has ended
@@ -281,10 +293,10 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 	var targets []*target
 	for _, p := range all {
 		if !p.gone && p.rel != "" {
-			targets = append(targets, &target{rel: p.rel})
+			targets = append(targets, &target{rel: p.rel, recognises: doc.Policy.Recognises(p.rel)})
 		}
 	}
-	found, err := f.findDevices(targets)
+	found, err := f.findDevices(targets, doc.Policy)
 	if err != nil {
 		d.Active, d.Reason = false, err.Error()
 	}

@@ -404,7 +404,7 @@ func second[T any](_ T, err error) error { return err }
 func TestLeftoverRelease(t *testing.T) {
 	h := newHost(t)
 	h.mustAttach(withBurst(5), "a")
-	pin := filepath.Join(h.pins, bpf.EgressProgRelease)
+	pin := filepath.Join(h.pins, bpf.CgroupsProgRelease)
 	leave := func() {
 		t.Helper()
 		check(t, os.Rename(pin, pin+"-next"))

@@ -189,6 +189,7 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 		bpf.EgressVarHasHostSide:     l.policy.HostSide == policy.On,
 		bpf.EgressVarPolicedId:       id,
 		bpf.EgressVarPolicedLevel:    cgroup.Level(rel),
+		bpf.EgressVarRecognises:      l.policy.Recognises(rel),
 	})
 	if err != nil {
 		return nil, err

@@ -4,13 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"path"
 	"path/filepath"
 	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/link"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
@@ -99,7 +99,12 @@ func (f *Filter) Status() (*Status, error) {
 	}
 	s.Enforcing = s.Enforcing && len(s.Cgroups) > 0
 	if len(s.Cgroups) > 0 {
-		s.Hooks = append(s.Hooks, f.releaseHook())
+		if s.Policy != nil && slices.ContainsFunc(all, func(p *policed) bool { return p.rel != "" && s.Policy.Recognises(p.rel) }) {
+			row := f.cgroupsHook(bpf.CgroupsProgRecognise)
+			s.Hooks = append(s.Hooks, row)
+			s.Enforcing = s.Enforcing && row.Attached
+		}
+		s.Hooks = append(s.Hooks, f.cgroupsHook(bpf.CgroupsProgRelease))
 		s.Defences = append(s.Defences, f.familiesStatus(s, all), f.hostStatus(s, all))
 	} else {
 		const reason = "nothing is attached"
@@ -160,18 +165,12 @@ func socketIdentityGap() (string, error) {
 	return "a cgroup v1 hierarchy with net_cls or net_prio is mounted: once that is used, this kernel takes new sockets of containers for the host's, and they pass; unmount it", nil
 }
 
-// releaseHook describes the hook that forgets removed containers.
-func (f *Filter) releaseHook() Hook {
-	row := Hook{Name: bpf.EgressProgRelease}
-	l, err := link.LoadPinnedLink(filepath.Join(f.pins, row.Name), nil)
+// cgroupsHook describes a hook that follows containers as they come and go.
+func (f *Filter) cgroupsHook(name string) Hook {
+	row := Hook{Name: name}
+	info, err := pinnedInfo(filepath.Join(f.pins, name))
 	if err != nil {
-		row.Reason = f.whyNoRelease(err).Error()
-		return row
-	}
-	defer l.Close()
-	info, err := l.Info()
-	if err != nil {
-		row.Reason = err.Error()
+		row.Reason = f.whyNoCgroups(name, err).Error()
 		return row
 	}
 	row.Attached, row.Program, row.Link = true, uint32(info.Program), uint32(info.ID)
@@ -181,7 +180,7 @@ func (f *Filter) releaseHook() Hook {
 	return row
 }
 
-func (f *Filter) whyNoRelease(err error) error {
+func (f *Filter) whyNoCgroups(name string, err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -190,7 +189,7 @@ func (f *Filter) whyNoRelease(err error) error {
 		return err
 	}
 	defer state.Close()
-	prog, err := maps.LoadProgram(bpf.EgressProgRelease, state)
+	prog, err := loadCgroups(name, state, nil)
 	if err != nil {
 		return err
 	}
@@ -198,16 +197,58 @@ func (f *Filter) whyNoRelease(err error) error {
 	return errors.New("an attach was interrupted; attach again")
 }
 
+// findUncovered looks for running containers that are not policed. The names of their
+// cgroups tell, in any place.
 func (s *Status) findUncovered(f *Filter, all []*policed) error {
 	containers, err := f.root.Containers()
 	if err != nil {
 		return fmt.Errorf("look for containers: %w", err)
 	}
+	if len(containers) == 0 {
+		return nil
+	}
+	state, err := f.State()
+	if errors.Is(err, ErrNotAttached) {
+		state = nil
+	} else if err != nil {
+		return err
+	} else {
+		defer state.Close()
+	}
 	for _, rel := range containers {
-		covered := slices.ContainsFunc(all, func(p *policed) bool { return !p.gone && cgroup.Within(rel, p.rel) })
+		covered, err := f.covers(all, state, rel)
+		if err != nil {
+			return err
+		}
 		if !covered {
 			s.Uncovered = append(s.Uncovered, Uncovered{ID: cgroup.ContainerID(rel), Cgroup: rel})
 		}
 	}
 	return nil
+}
+
+// covers says whether the cgroup of a container is policed.
+func (f *Filter) covers(all []*policed, state *maps.State, rel string) (bool, error) {
+	for _, p := range all {
+		if p.gone || p.rel == "" || !cgroup.Within(rel, p.rel) {
+			continue
+		}
+		if p.doc == nil || !p.doc.Policy.Recognises(p.rel) {
+			return true, nil
+		}
+		// It, or one that it is nested in.
+		for at := rel; at != p.rel && at != "/"; at = path.Dir(at) {
+			id, err := f.root.ID(at)
+			if errors.Is(err, fs.ErrNotExist) {
+				return true, nil // it has ended
+			}
+			if err != nil {
+				return false, err
+			}
+			if known, err := state.Enrolled(id); known || err != nil {
+				return known, err
+			}
+		}
+	}
+	return false, nil
 }

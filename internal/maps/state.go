@@ -31,7 +31,7 @@ type State struct {
 // StateNames are the names of the State's maps, also as pins.
 func StateNames() []string {
 	return []string{
-		bpf.EgressMapContainers, bpf.EgressMapTotals, bpf.EgressMapTickets,
+		bpf.EgressMapContainers, bpf.EgressMapOverflow, bpf.EgressMapTotals, bpf.EgressMapTickets,
 		bpf.EgressMapAdmitted, bpf.EgressMapMails, bpf.EgressMapDevices,
 	}
 }
@@ -177,6 +177,50 @@ func LoadProgram(name string, s *State) (*ebpf.Program, error) {
 		return nil, fmt.Errorf("load program %s: %w", name, err)
 	}
 	return loaded.Program, nil
+}
+
+// Enrol makes room for the container with a cgroup id, which it may have already. It
+// says whether it had none.
+func (s *State) Enrol(id uint64) (bool, error) {
+	err := s.containers.Update(id, Container{}, ebpf.UpdateNoExist)
+	if errors.Is(err, ebpf.ErrKeyExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("write map %s: %w", bpf.EgressMapContainers, err)
+	}
+	return true, nil
+}
+
+// Enrolled says whether anything is kept about the container with a cgroup id.
+func (s *State) Enrolled(id uint64) (bool, error) {
+	var c Container
+	err := s.containers.Lookup(id, &c)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read map %s: %w", bpf.EgressMapContainers, err)
+	}
+	return true, nil
+}
+
+// Overflow returns the id of the first cgroup that was recognised as a container's and
+// found no room in the map; 0 if there is none.
+func (s *State) Overflow() (uint64, error) {
+	var id uint64
+	if err := s.byName[bpf.EgressMapOverflow].Lookup(uint32(0), &id); err != nil {
+		return 0, fmt.Errorf("read map %s: %w", bpf.EgressMapOverflow, err)
+	}
+	return id, nil
+}
+
+// ResetOverflow forgets the overflow: all containers have room now.
+func (s *State) ResetOverflow() error {
+	if err := s.byName[bpf.EgressMapOverflow].Put(uint32(0), uint64(0)); err != nil {
+		return fmt.Errorf("write map %s: %w", bpf.EgressMapOverflow, err)
+	}
+	return nil
 }
 
 // Forget removes what is kept about the container with a cgroup id; the totals

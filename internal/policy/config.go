@@ -15,8 +15,8 @@ import (
 
 // Config is what the config file holds.
 type Config struct {
-	// Cgroups are the absolute paths of the cgroups to police. Empty: those
-	// in which the host's Docker puts its containers.
+	// Cgroups are the absolute paths of the cgroups to police. Empty: the root, or
+	// what is policed already.
 	Cgroups []string `json:"cgroups" yaml:"cgroups"`
 	Policy  `yaml:",inline"`
 }
@@ -56,6 +56,7 @@ func ParseConfig(name string, data []byte) (Config, error) {
 		{"socket_families", value(&cfg.Families, ParseFamilies)},
 		{"host_side", value(&cfg.HostSide, ParseSwitch)},
 		{"host_devices", list(&cfg.HostDevices, ParseDevice, distinct)},
+		{"scopes", list(&cfg.Scopes, ParseScope, finishScopes)},
 		{"smtp", func(at place, n *yaml.Node) error {
 			if err := limit.set(at, n); err != nil {
 				return err

@@ -22,6 +22,7 @@ func TestParseConfig(t *testing.T) {
 				Exempt: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32"), netip.MustParsePrefix("2001:db8::/32")},
 			},
 			Families: "packet,vsock", HostSide: Off, HostDevices: []Device{"podman0", "cali*"},
+			Scopes: []Scope{"docker-{id}.scope", "/ci/*"},
 		},
 	}
 	with := func(change func(*Config)) Config {
@@ -65,6 +66,7 @@ smtp:
 socket_families: vsock, packet,vsock
 host_side: off
 host_devices: [podman0, "cali*", podman0]
+scopes: ["docker-{id}.scope", /ci/*]
 `, full},
 		{"order does not matter", "smtp: {burst: 7}\nmode: audit\n", with(func(c *Config) { c.Mode = Audit; c.SMTP.Burst = 7 })},
 		{"JSON is YAML", `{"smtp":{"rate":"1/day","burst":36500}}`, with(func(c *Config) { c.SMTP.Rate, c.SMTP.Burst = Rate{1, 24 * time.Hour}, 36500 })},
@@ -138,7 +140,7 @@ func TestParseConfigRefused(t *testing.T) {
 		{"block: &x [10.0.0.0/8,\n  10.0.0.1/8]\nallow: *x\n", "2: block: "},
 
 		// Keys.
-		{"mode: enforce\nmodes: audit\n", `2: modes: unknown key (did you mean "mode"?); want mode, cgroups, presets, block, allow, allow_dns, socket_families, host_side, host_devices, smtp`},
+		{"mode: enforce\nmodes: audit\n", `2: modes: unknown key (did you mean "mode"?); want mode, cgroups, presets, block, allow, allow_dns, socket_families, host_side, host_devices, scopes, smtp`},
 		{"socket_families: restrict,vsock\n", `1: socket_families: "restrict": no such family`},
 		{"socket_families: vsok\n", `1: socket_families: "vsok": no such family (did you mean "vsock"?)`},
 		{"socket_families: ''\n", `1: socket_families: "": no such family`},

@@ -143,6 +143,9 @@ type Policy struct {
 	// bridges of Docker and from HostDevices.
 	HostSide    Switch   `json:"host_side" yaml:"host_side"`
 	HostDevices []Device `json:"host_devices" yaml:"host_devices"`
+
+	// Scopes are how containers are told from what is beside them.
+	Scopes []Scope `json:"scopes" yaml:"scopes"`
 }
 
 // Default returns what is in force where nothing else is said: metadata blocked,
@@ -163,6 +166,7 @@ func Default() Policy {
 		Families:    Restrict,
 		HostSide:    On,
 		HostDevices: []Device{},
+		Scopes:      DefaultScopes(),
 	}
 }
 
@@ -198,6 +202,14 @@ func (p Policy) Validate() error {
 		if _, err := ParseDevice(string(d)); err != nil {
 			return fmt.Errorf("host_devices: %w", err)
 		}
+	}
+	for _, s := range p.Scopes {
+		if _, err := ParseScope(string(s)); err != nil {
+			return fmt.Errorf("scopes: %w", err)
+		}
+	}
+	if _, err := finishScopes(p.Scopes); err != nil {
+		return fmt.Errorf("scopes: %w", err)
 	}
 	return nil
 }

@@ -24,6 +24,10 @@ func TestDefault(t *testing.T) {
 			OverLimit: "drop", Exempt: []netip.Prefix{},
 		},
 		Families: "restrict", HostSide: "on", HostDevices: []Device{},
+		Scopes: []Scope{
+			"docker-{id}.scope", "{id}", "/docker/*", "libpod-{id}.scope", "libpod-{id}",
+			"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "crio-{id}.scope",
+		},
 	}
 	if !reflect.DeepEqual(p, want) {
 		t.Errorf("got %+v, want %+v", p, want)
@@ -44,6 +48,7 @@ func TestMarshal(t *testing.T) {
 	p.AllowDNS = true
 	p.Mode = Audit
 	p.Families, p.HostSide, p.HostDevices = "packet,vsock", Off, []Device{"podman0", "cali*"}
+	p.Scopes = []Scope{"docker-{id}.scope", "/ci/*"}
 	p.SMTP.OverLimit = Reject
 	p.SMTP.Exempt = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
 	cfg := Config{Cgroups: []string{"/sys/fs/cgroup/docker"}, Policy: p}
@@ -51,7 +56,7 @@ func TestMarshal(t *testing.T) {
 	const want = `{"cgroups":["/sys/fs/cgroup/docker"],"mode":"audit","presets":["metadata"],` +
 		`"block":["[2001:db8::1]:80/tcp","10.0.0.0/8"],"allow":["10.0.0.1:53/udp"],"allow_dns":true,` +
 		`"smtp":{"ports":[25,465,587],"rate":"5/minute","burst":5,"over_limit":"reject","exempt":["192.0.2.0/24"]},` +
-		`"socket_families":"packet,vsock","host_side":"off","host_devices":["podman0","cali*"]}`
+		`"socket_families":"packet,vsock","host_side":"off","host_devices":["podman0","cali*"],"scopes":["docker-{id}.scope","/ci/*"]}`
 	text, err := json.Marshal(cfg)
 	if err != nil || string(text) != want {
 		t.Errorf("JSON: got %s, %v, want %s", text, err, want)

@@ -149,7 +149,7 @@ func (r *Reader) Read() (*Stats, error) {
 		return nil, err
 	}
 	for _, path := range status.Cgroups {
-		if err := r.addIdle(known, path); err != nil {
+		if err := r.addIdle(known, path, status.Policy); err != nil {
 			return nil, err
 		}
 	}
@@ -174,16 +174,20 @@ func (r *Reader) Read() (*Stats, error) {
 	return s, nil
 }
 
-// addIdle adds the containers below a policed cgroup that have no state.
-func (r *Reader) addIdle(known map[uint64]maps.Container, path string) error {
+// addIdle adds the containers below a policed cgroup that have no state. Those that are
+// recognised have some from the beginning.
+func (r *Reader) addIdle(known map[uint64]maps.Container, path string, p *policy.Policy) error {
+	parent, err := r.root.Rel(path)
+	if err != nil {
+		return err
+	}
+	if p != nil && p.Recognises(parent) {
+		return nil
+	}
 	entries, err := os.ReadDir(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	parent, err := r.root.Rel(path)
 	if err != nil {
 		return err
 	}

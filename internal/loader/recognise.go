@@ -1,0 +1,188 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// ErrCannotRecognise means that this kernel runs no program when a cgroup is made, so
+// that containers cannot be told from what is beside them.
+var ErrCannotRecognise = errors.New("this kernel cannot tell containers from what else is in there")
+
+const (
+	maxPlaces = 8  // MAX_PLACES
+	maxDepth  = 16 // MAX_DEPTH
+)
+
+// loadCgroups loads one of the programs that follow cgroups. The caller closes it.
+func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebpf.Program, error) {
+	spec, err := bpf.LoadCgroups()
+	if err != nil {
+		return nil, err
+	}
+	if err := set(spec, constants); err != nil {
+		return nil, err
+	}
+	spec.Programs = map[string]*ebpf.ProgramSpec{"program": spec.Programs[name]}
+	// Kernels before 5.11 charge maps to it.
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return nil, err
+	}
+	var loaded struct {
+		Program *ebpf.Program `ebpf:"program"`
+	}
+	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: state.ByName()}); err != nil {
+		return nil, fmt.Errorf("load program %s: %w", name, err)
+	}
+	return loaded.Program, nil
+}
+
+func scopesOf(p policy.Policy) (scopes [16]bpf.CgroupsScope, n uint32) { // MAX_SCOPES
+	for i, s := range p.Scopes {
+		parts := s.Parts()
+		scope := bpf.CgroupsScope{
+			Kind:      bpf.CgroupsScopeKind(parts.Kind),
+			PrefixLen: uint32(len(parts.Prefix)),
+			SuffixLen: uint32(len(parts.Suffix)),
+			Level:     uint32(parts.Level),
+		}
+		for i := range len(parts.Prefix) {
+			scope.Prefix[i] = int8(parts.Prefix[i])
+		}
+		for i := range len(parts.Suffix) {
+			scope.Suffix[i] = int8(parts.Suffix[i])
+		}
+		scopes[i] = scope
+	}
+	return scopes, uint32(len(p.Scopes))
+}
+
+func placesOf(targets []*target) (places [maxPlaces]bpf.CgroupsPlace, n int) {
+	for _, t := range targets {
+		if !t.recognises {
+			continue
+		}
+		if n < maxPlaces {
+			places[n] = bpf.CgroupsPlace{Id: t.id, Level: cgroup.Level(t.rel)}
+		}
+		n++
+	}
+	return places, n
+}
+
+// attachRecognise has the containers of the targets enrolled, those that exist and
+// those to come, where they are told by their names.
+func (f *Filter) attachRecognise(targets []*target, p policy.Policy, state *maps.State, back *undo) error {
+	pin := filepath.Join(f.pins, bpf.CgroupsProgRecognise)
+	places, n := placesOf(targets)
+	if n == 0 {
+		return f.dropLink(pin, back)
+	}
+	if n > maxPlaces {
+		return fmt.Errorf("%d policed slices: want at most %d, or one above them", n, maxPlaces)
+	}
+	prog, err := loadRecognise(places, p, state)
+	if err != nil {
+		return fmt.Errorf("%s: %w: %w", f.root.Path(targets[0].rel), ErrCannotRecognise, err)
+	}
+	defer prog.Close()
+	// First the program, for what is made from now on; then what exists.
+	err = f.replaceLink(pin, back, func() (link.Link, error) {
+		return link.AttachTracing(link.TracingOptions{Program: prog})
+	})
+	if err != nil {
+		return fmt.Errorf("%s: %w: %w", f.root.Path(targets[0].rel), ErrCannotRecognise, err)
+	}
+	overflow, err := state.Overflow()
+	if err != nil {
+		return err
+	}
+	if err := f.enrol(targets, p, state, back); err != nil || overflow == 0 {
+		return err
+	}
+	if err := state.ResetOverflow(); err != nil {
+		return err
+	}
+	return f.enrol(targets, p, state, back)
+}
+
+func loadRecognise(places [maxPlaces]bpf.CgroupsPlace, p policy.Policy, state *maps.State) (*ebpf.Program, error) {
+	scopes, n := scopesOf(p)
+	return loadCgroups(bpf.CgroupsProgRecognise, state, map[string]any{
+		bpf.CgroupsVarPlaces: places, bpf.CgroupsVarScopes: scopes, bpf.CgroupsVarN_scopes: n,
+	})
+}
+
+// enrol gives state to the containers that exist.
+func (f *Filter) enrol(targets []*target, p policy.Policy, state *maps.State, back *undo) error {
+	for _, t := range targets {
+		if !t.recognises {
+			continue
+		}
+		found, err := f.root.Outermost(t.rel, p.IsContainer)
+		if err != nil {
+			return fmt.Errorf("look for containers below %s: %w", f.root.Path(t.rel), err)
+		}
+		for _, rel := range found {
+			id, err := f.root.ID(rel)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			added, err := state.Enrol(id)
+			if err != nil {
+				return err
+			}
+			if !added {
+				continue
+			}
+			if now, err := f.root.ID(rel); err != nil || now != id {
+				// It went, perhaps before there was an entry to remove.
+				if err := state.Forget(id); err != nil {
+					return err
+				}
+				continue
+			}
+			back.add(func() error { return state.Forget(id) })
+		}
+	}
+	return nil
+}
+
+// forgetOthers removes the state of what the policy takes for a container no more.
+func (f *Filter) forgetOthers(targets []*target, p policy.Policy, state *maps.State) error {
+	known, err := state.Containers()
+	if err != nil {
+		return err
+	}
+	for id := range known {
+		rel, err := f.root.Find(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // its last sockets are still counted
+		}
+		if err != nil {
+			return err
+		}
+		for _, t := range targets {
+			if t.recognises && cgroup.Within(rel, t.rel) && !p.IsContainer(rel) {
+				if err := state.Forget(id); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}

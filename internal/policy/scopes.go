@@ -1,0 +1,148 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+)
+
+// Scope is what the cgroups of containers are called, where a policed cgroup holds
+// other things too: a name with {id}, which stands for the 64 hexadecimal digits of a
+// container's id, or with one *, which stands for anything, at any depth, such as
+// docker-{id}.scope; or all that is in one directory, such as /docker/*.
+type Scope string
+
+// AnyScope, alone, means that every child of a policed cgroup is a container.
+const AnyScope Scope = "any"
+
+const (
+	scopeID = "{id}"
+	// The lengths of bpf/types.h.
+	maxScopePrefix, maxScopeSuffix, maxScopes = 96, 16, 16
+	containerID                               = 64
+)
+
+// DefaultScopes are those of Docker, with either cgroup driver, its builder included,
+// and of Podman, containerd and CRI-O.
+func DefaultScopes() []Scope {
+	return []Scope{
+		"docker-{id}.scope", "{id}", "/docker/*",
+		"libpod-{id}.scope", "libpod-{id}",
+		"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "crio-{id}.scope",
+	}
+}
+
+// ScopeKind is the form of a [Scope].
+type ScopeKind int
+
+const (
+	ScopeID    ScopeKind = iota // prefix, id, suffix
+	ScopeAny                    // prefix, one character or more, suffix
+	ScopeChild                  // any name, in the directory prefix
+)
+
+// ScopeParts are a [Scope] taken apart.
+type ScopeParts struct {
+	Kind           ScopeKind
+	Prefix, Suffix string
+	// Level is the depth below the root, for ScopeChild.
+	Level int
+}
+
+// Parts takes apart what [ParseScope] has accepted.
+func (s Scope) Parts() ScopeParts {
+	if dir, ok := strings.CutSuffix(string(s), "*"); ok && strings.HasPrefix(dir, "/") {
+		return ScopeParts{Kind: ScopeChild, Prefix: dir, Level: strings.Count(dir, "/")}
+	}
+	if prefix, suffix, ok := strings.Cut(string(s), scopeID); ok {
+		return ScopeParts{Kind: ScopeID, Prefix: prefix, Suffix: suffix}
+	}
+	prefix, suffix, _ := strings.Cut(string(s), "*")
+	return ScopeParts{Kind: ScopeAny, Prefix: prefix, Suffix: suffix}
+}
+
+// ParseScope reads a Scope, or any.
+func ParseScope(text string) (Scope, error) {
+	s := Scope(text)
+	if s == AnyScope {
+		return s, nil
+	}
+	bad := func(why string) (Scope, error) {
+		return "", fmt.Errorf("%q: %s; want a name such as docker-{id}.scope or build-*, a directory such as /docker/*, or any", text, why)
+	}
+	if strings.Count(text, scopeID)+strings.Count(text, "*") != 1 {
+		return bad("it needs {id} or * once")
+	}
+	p := s.Parts()
+	switch {
+	case p.Kind == ScopeChild && (p.Prefix == "/" || path.Clean(p.Prefix)+"/" != p.Prefix):
+		return bad("not a directory below the root")
+	case p.Kind != ScopeChild && strings.Contains(text, "/"):
+		return bad("a name has no slash")
+	case p.Kind == ScopeAny && p.Prefix == "":
+		return bad("it would match almost every cgroup")
+	case len(p.Prefix) > maxScopePrefix || len(p.Suffix) > maxScopeSuffix:
+		return bad(fmt.Sprintf("longer than %d characters before, or %d behind, the variable part", maxScopePrefix, maxScopeSuffix))
+	case strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' }):
+		return bad("not a printable name")
+	}
+	return s, nil
+}
+
+// ParseScopes reads all of a policy's scopes.
+func ParseScopes(texts []string) ([]Scope, error) {
+	var scopes []Scope
+	for _, text := range texts {
+		s, err := ParseScope(text)
+		if err != nil {
+			return nil, err
+		}
+		scopes = append(scopes, s)
+	}
+	return finishScopes(scopes)
+}
+
+func finishScopes(scopes []Scope) ([]Scope, error) {
+	scopes = unique(scopes)
+	switch {
+	case len(scopes) == 0:
+		return nil, errors.New("want at least one, or any")
+	case len(scopes) > 1 && slices.Contains(scopes, AnyScope):
+		return nil, errors.New("any stands alone")
+	case len(scopes) > maxScopes:
+		return nil, fmt.Errorf("%d of them: want at most %d", len(scopes), maxScopes)
+	}
+	return scopes, nil
+}
+
+// UnmarshalText is [ParseScope].
+func (s *Scope) UnmarshalText(text []byte) (err error) {
+	*s, err = ParseScope(string(text))
+	return err
+}
+
+// Matches says whether the cgroup at a path, from the root on, is one of the scope's.
+func (s Scope) Matches(cgroup string) bool {
+	p, name := s.Parts(), path.Base(cgroup)
+	if p.Kind == ScopeChild {
+		return strings.Count(cgroup, "/") == p.Level && strings.HasPrefix(cgroup, p.Prefix)
+	}
+	if !strings.HasPrefix(name, p.Prefix) || !strings.HasSuffix(name, p.Suffix) || len(name) <= len(p.Prefix)+len(p.Suffix) {
+		return false
+	}
+	middle := name[len(p.Prefix) : len(name)-len(p.Suffix)]
+	return p.Kind == ScopeAny || len(middle) == containerID && strings.Trim(middle, "0123456789abcdef") == ""
+}
+
+// Recognises says whether containers below the policed cgroup rel are known by their
+// names: where systemd puts its units, and in the root. Elsewhere each child is one.
+func (p Policy) Recognises(rel string) bool {
+	return (rel == "/" || strings.HasSuffix(rel, ".slice")) && !slices.Contains(p.Scopes, AnyScope)
+}
+
+// IsContainer says whether the cgroup at a path is a container's by its name.
+func (p Policy) IsContainer(cgroup string) bool {
+	return slices.ContainsFunc(p.Scopes, func(s Scope) bool { return s.Matches(cgroup) })
+}
