@@ -41,6 +41,9 @@ func Main(m *testing.M, prepare func() error, cgroups ...string) {
 	if len(os.Args) > 1 && os.Args[1] == AgentArg {
 		serveAgent()
 	}
+	if len(os.Args) > 2 && os.Args[1] == firstArg {
+		sendFirst(os.Args[2:])
+	}
 	if os.Getenv(baseVar) == "" {
 		code, err := supervise(cgroups)
 		if err != nil {
