@@ -505,6 +505,7 @@ func TestStatusShowsPolicy(t *testing.T) {
 		Families:    "packet,vsock",
 		HostSide:    policy.On,
 		HostDevices: []policy.Device{"podman0", "cali*"},
+		Scopes:      []policy.Scope{"docker-{id}.scope", "/ci/*"},
 	}
 	if s := h.mustAttach(p, "a"); !reflect.DeepEqual(*s.Policy, p) {
 		t.Errorf("got %+v, want %+v", *s.Policy, p)

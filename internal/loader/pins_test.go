@@ -48,7 +48,8 @@ func TestRefused(t *testing.T) {
 			refused("nested", attach(ok, new, new+"/b"), loader.ErrNested)
 			refused("nested, inner first", attach(ok, new+"/b/c", new), loader.ErrNested)
 			refused("nested among others", attach(ok, new, new+"-b", new+"/c"), loader.ErrNested)
-			refused("root", attach(ok, new, root), cgroup.ErrNotBelowRoot)
+			refused("nested in the root", attach(ok, new, root), loader.ErrNested)
+			refused("each cgroup of the root", attach(withAnyScope(ok), root), loader.ErrWholeHost)
 			refused("outside", attach(ok, new, t.TempDir()), cgroup.ErrNotBelowRoot)
 			refused("outside by dots", attach(ok, new, new+"/../../../x"), cgroup.ErrNotBelowRoot)
 			refused("file", attach(ok, new, h.base+"/cgroup.procs"), nil)
@@ -58,7 +59,6 @@ func TestRefused(t *testing.T) {
 			if inForce {
 				refused("inside of a policed one", attach(ok, new, h.base+"/a/b"), loader.ErrNested)
 				refused("around a policed one", attach(ok, h.base), loader.ErrNested)
-				refused("detach the root", h.Detach(t.Context(), []string{root}), cgroup.ErrNotBelowRoot)
 				refused("detach what is outside", h.Detach(t.Context(), []string{"/tmp"}), cgroup.ErrNotBelowRoot)
 			}
 		})

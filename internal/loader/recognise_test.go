@@ -126,6 +126,11 @@ func TestRecognise(t *testing.T) {
 	})
 }
 
+func withAnyScope(p policy.Policy) policy.Policy {
+	p.Scopes = []policy.Scope{policy.AnyScope}
+	return p
+}
+
 // removeAll removes a cgroup and those below it.
 func removeAll(path string) error {
 	entries, err := os.ReadDir(path)
@@ -171,8 +176,7 @@ func TestRecogniseOtherScopes(t *testing.T) {
 	if got := h.enrolled(); len(got) != 2 || !got["own.slice/job-1"] || !got["own.slice/job-2"] {
 		t.Errorf("got containers %v, want the jobs", got)
 	}
-	other.Scopes = []policy.Scope{policy.AnyScope}
-	h.mustAttach(other, "own.slice")
+	h.mustAttach(withAnyScope(other), "own.slice")
 	if _, err := os.Stat(filepath.Join(h.pins, bpf.CgroupsProgRecognise)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("nothing is recognised, and the program for it is still there: %v", err)
 	}
