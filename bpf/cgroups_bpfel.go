@@ -47,6 +47,7 @@ const (
 	CgroupsMapDevices    = "devices"
 	CgroupsMapMails      = "mails"
 	CgroupsMapOverflow   = "overflow"
+	CgroupsMapPermitted  = "permitted"
 	CgroupsMapTickets    = "tickets"
 	CgroupsMapTotals     = "totals"
 	CgroupsProgRecognise = "recognise"
@@ -111,6 +112,7 @@ type CgroupsMapSpecs struct {
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
+	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 }
@@ -149,6 +151,7 @@ type CgroupsMaps struct {
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Overflow   *ebpf.Map `ebpf:"overflow"`
+	Permitted  *ebpf.Map `ebpf:"permitted"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 }
@@ -160,6 +163,7 @@ func (m *CgroupsMaps) Close() error {
 		m.Devices,
 		m.Mails,
 		m.Overflow,
+		m.Permitted,
 		m.Tickets,
 		m.Totals,
 	)

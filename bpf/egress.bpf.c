@@ -96,6 +96,32 @@ static __always_inline void announce(const struct flow *f)
 	bpf_map_update_elem(&admitted, &key, &one, BPF_ANY);
 }
 
+/* Whether a blocked destination is open to this container. */
+static __always_inline bool permits(const struct container *c, __u32 blocked)
+{
+	return c && c->flags & CONTAINER_METADATA && blocked == RULE_METADATA;
+}
+
+/* Tells the host side that one more packet of the flow may pass. */
+static __always_inline void announce_permitted(const struct flow *f)
+{
+	struct flow_key key = { .sport = f->sport, .dport = f->dport, .proto = f->proto };
+	const __u32 none = 0;
+	__u32 *n;
+
+	if (!has_host_side)
+		return;
+	__builtin_memcpy(key.src, &f->src, sizeof(key.src));
+	__builtin_memcpy(key.dst, &f->dst, sizeof(key.dst));
+	n = bpf_map_lookup_elem(&permitted, &key);
+	if (!n) {
+		bpf_map_update_elem(&permitted, &key, &none, BPF_NOEXIST);
+		n = bpf_map_lookup_elem(&permitted, &key);
+	}
+	if (n)
+		__sync_fetch_and_add(n, 1);
+}
+
 static __always_inline int drop(struct __sk_buff *skb, struct container *c, enum reason reason)
 {
 	count_drop(c, reason, skb->len);
@@ -144,17 +170,23 @@ static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *
 static __noinline int judge(struct __sk_buff *skb)
 {
 	struct container *c;
-	enum reason reason;
+	__u32 blocked;
+	bool forged;
 	struct flow f = {};
 	struct packet p = { .data = skb, .len = skb->len, .protocol = skb->protocol };
 
 	if (!parse(&p, &f))
-		reason = REASON_MALFORMED;
-	else if (blocked_destination(&f) || blocked_source(&f))
-		reason = REASON_BLOCKED;
-	else
-		return f.proto == IPPROTO_TCP && f.has_ports && smtp_ports[f.dport] ? judge_mail(skb, &f) : 1;
-	return sent_by_container(skb, &c) ? drop(skb, c, reason) : 1;
+		return sent_by_container(skb, &c) ? drop(skb, c, REASON_MALFORMED) : 1;
+	blocked = blocked_destination(&f);
+	forged = blocked_source(&f);
+	if (blocked || forged) {
+		if (!sent_by_container(skb, &c))
+			return 1;
+		if (forged || !permits(c, blocked))
+			return drop(skb, c, REASON_BLOCKED);
+		announce_permitted(&f);
+	}
+	return f.proto == IPPROTO_TCP && f.has_ports && smtp_ports[f.dport] ? judge_mail(skb, &f) : 1;
 }
 
 /* What a glance at the headers, where they lie, tells of a packet. */
@@ -318,8 +350,10 @@ static __always_inline bool own_listener(struct bpf_sock_addr *ctx, const struct
 static __always_inline enum reason judge_attempt(struct bpf_sock_addr *ctx, const struct flow *f,
 						 struct container **c)
 {
-	if (blocked_destination(f))
-		return asked_by_container(c) ? REASON_BLOCKED : REASON_NONE;
+	__u32 blocked = blocked_destination(f);
+
+	if (blocked && asked_by_container(c) && !permits(*c, blocked))
+		return REASON_BLOCKED;
 	/* Only looks: the token is the packet's to take, and to count if nothing is
 	 * refused.
 	 */
@@ -393,32 +427,34 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 	return attempt6(ctx);
 }
 
-static __noinline int apply_limit(const struct limit_request *request)
+static __noinline int apply(const struct request *r)
 {
-	struct container *c = state_of(request->id);
+	struct container *c = state_of(r->id);
 	__u64 now = bpf_ktime_get_ns();
 
 	if (!c)
 		return 0;
 	bpf_spin_lock(&c->lock);
-	c->limit = request->limit;
-	bucket_adopt(&c->bucket, &c->limit, now);
+	c->flags = (c->flags & ~r->mask) | (r->flags & r->mask);
+	if (!r->keep_limit) {
+		c->limit = r->limit;
+		bucket_adopt(&c->bucket, &c->limit, now);
+	}
 	bpf_spin_unlock(&c->lock);
 	return 1;
 }
 
-/* Never attached: the controller runs it to change a container's limit, which
- * only a program can do without losing what is counted meanwhile. Returns 1 if
- * it did.
+/* Never attached: the controller runs it to change what holds for a container, which
+ * only a program can do without losing what is counted meanwhile. Returns 1 if it did.
  */
 SEC("cgroup_skb/egress")
-int set_limit(struct __sk_buff *skb)
+int configure(struct __sk_buff *skb)
 {
-	struct limit_request request;
+	struct request r;
 
-	if (bpf_skb_load_bytes(skb, 0, &request, sizeof(request)))
+	if (bpf_skb_load_bytes(skb, 0, &r, sizeof(r)))
 		return 0;
-	return apply_limit(&request);
+	return apply(&r);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -29,9 +29,9 @@ type EgressContainer struct {
 		_   structs.HostLayout
 		Val uint32
 	}
-	Reserved uint32
-	Bucket   EgressBucket
-	Limit    struct {
+	Flags  EgressContainerFlag
+	Bucket EgressBucket
+	Limit  struct {
 		_         structs.HostLayout
 		Interval  uint64
 		Tolerance uint64
@@ -42,6 +42,13 @@ type EgressContainer struct {
 	}
 	Counters EgressCounters
 }
+
+type EgressContainerFlag uint32
+
+const (
+	EgressContainerFlagCONTAINER_METADATA  EgressContainerFlag = 1
+	EgressContainerFlagCONTAINER_LIMIT_SET EgressContainerFlag = 2
+)
 
 type EgressCounters struct {
 	_              structs.HostLayout
@@ -68,6 +75,15 @@ type EgressDrops struct {
 	Connects uint64
 }
 
+type EgressFlowKey struct {
+	_     structs.HostLayout
+	Src   [16]uint8
+	Dst   [16]uint8
+	Sport uint16
+	Dport uint16
+	Proto uint32
+}
+
 type EgressLimit struct {
 	_         structs.HostLayout
 	Interval  uint64
@@ -76,20 +92,6 @@ type EgressLimit struct {
 	Rest      uint32
 	Burst     uint32
 	Period    uint32
-}
-
-type EgressLimitRequest struct {
-	_     structs.HostLayout
-	Id    uint64
-	Limit struct {
-		_         structs.HostLayout
-		Interval  uint64
-		Tolerance uint64
-		Count     uint32
-		Rest      uint32
-		Burst     uint32
-		Period    uint32
-	}
 }
 
 type EgressMail struct {
@@ -131,6 +133,24 @@ const (
 	EgressReasonREASON_NONE         EgressReason = 4
 )
 
+type EgressRequest struct {
+	_         structs.HostLayout
+	Id        uint64
+	Mask      EgressContainerFlag
+	Flags     EgressContainerFlag
+	KeepLimit uint32
+	Reserved  uint32
+	Limit     struct {
+		_         structs.HostLayout
+		Interval  uint64
+		Tolerance uint64
+		Count     uint32
+		Rest      uint32
+		Burst     uint32
+		Period    uint32
+	}
+}
+
 type EgressRule struct {
 	_     structs.HostLayout
 	Group uint32
@@ -144,6 +164,7 @@ const (
 	EgressRuleFlagRULE_BLOCK        EgressRuleFlag = 2
 	EgressRuleFlagRULE_BLOCK_SOURCE EgressRuleFlag = 4
 	EgressRuleFlagRULE_EXEMPT       EgressRuleFlag = 8
+	EgressRuleFlagRULE_METADATA     EgressRuleFlag = 16
 )
 
 type EgressSuspects struct {
@@ -184,16 +205,17 @@ const (
 	EgressMapDevices         = "devices"
 	EgressMapMails           = "mails"
 	EgressMapOverflow        = "overflow"
+	EgressMapPermitted       = "permitted"
 	EgressMapPorts           = "ports"
 	EgressMapRules           = "rules"
 	EgressMapTickets         = "tickets"
 	EgressMapTotals          = "totals"
+	EgressProgConfigure      = "configure"
 	EgressProgConnect4       = "connect4"
 	EgressProgConnect6       = "connect6"
 	EgressProgEgress         = "egress"
 	EgressProgSendmsg4       = "sendmsg4"
 	EgressProgSendmsg6       = "sendmsg6"
-	EgressProgSetLimit       = "set_limit"
 	EgressVarDefaultLimit    = "default_limit"
 	EgressVarEnforce         = "enforce"
 	EgressVarHasCoarseClock  = "has_coarse_clock"
@@ -251,12 +273,12 @@ type EgressSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type EgressProgramSpecs struct {
-	Connect4 *ebpf.ProgramSpec `ebpf:"connect4"`
-	Connect6 *ebpf.ProgramSpec `ebpf:"connect6"`
-	Egress   *ebpf.ProgramSpec `ebpf:"egress"`
-	Sendmsg4 *ebpf.ProgramSpec `ebpf:"sendmsg4"`
-	Sendmsg6 *ebpf.ProgramSpec `ebpf:"sendmsg6"`
-	SetLimit *ebpf.ProgramSpec `ebpf:"set_limit"`
+	Configure *ebpf.ProgramSpec `ebpf:"configure"`
+	Connect4  *ebpf.ProgramSpec `ebpf:"connect4"`
+	Connect6  *ebpf.ProgramSpec `ebpf:"connect6"`
+	Egress    *ebpf.ProgramSpec `ebpf:"egress"`
+	Sendmsg4  *ebpf.ProgramSpec `ebpf:"sendmsg4"`
+	Sendmsg6  *ebpf.ProgramSpec `ebpf:"sendmsg6"`
 }
 
 // EgressMapSpecs contains maps before they are loaded into the kernel.
@@ -268,6 +290,7 @@ type EgressMapSpecs struct {
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
+	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Rules      *ebpf.MapSpec `ebpf:"rules"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
@@ -318,6 +341,7 @@ type EgressMaps struct {
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Overflow   *ebpf.Map `ebpf:"overflow"`
+	Permitted  *ebpf.Map `ebpf:"permitted"`
 	Ports      *ebpf.Map `ebpf:"ports"`
 	Rules      *ebpf.Map `ebpf:"rules"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
@@ -331,6 +355,7 @@ func (m *EgressMaps) Close() error {
 		m.Devices,
 		m.Mails,
 		m.Overflow,
+		m.Permitted,
 		m.Ports,
 		m.Rules,
 		m.Tickets,
@@ -361,22 +386,22 @@ type EgressVariables struct {
 //
 // It can be passed to LoadEgressObjects or ebpf.CollectionSpec.LoadAndAssign.
 type EgressPrograms struct {
-	Connect4 *ebpf.Program `ebpf:"connect4"`
-	Connect6 *ebpf.Program `ebpf:"connect6"`
-	Egress   *ebpf.Program `ebpf:"egress"`
-	Sendmsg4 *ebpf.Program `ebpf:"sendmsg4"`
-	Sendmsg6 *ebpf.Program `ebpf:"sendmsg6"`
-	SetLimit *ebpf.Program `ebpf:"set_limit"`
+	Configure *ebpf.Program `ebpf:"configure"`
+	Connect4  *ebpf.Program `ebpf:"connect4"`
+	Connect6  *ebpf.Program `ebpf:"connect6"`
+	Egress    *ebpf.Program `ebpf:"egress"`
+	Sendmsg4  *ebpf.Program `ebpf:"sendmsg4"`
+	Sendmsg6  *ebpf.Program `ebpf:"sendmsg6"`
 }
 
 func (p *EgressPrograms) Close() error {
 	return _EgressClose(
+		p.Configure,
 		p.Connect4,
 		p.Connect6,
 		p.Egress,
 		p.Sendmsg4,
 		p.Sendmsg6,
-		p.SetLimit,
 	)
 }
 

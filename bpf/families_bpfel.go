@@ -21,6 +21,7 @@ const (
 	FamiliesMapDevices           = "devices"
 	FamiliesMapMails             = "mails"
 	FamiliesMapOverflow          = "overflow"
+	FamiliesMapPermitted         = "permitted"
 	FamiliesMapTickets           = "tickets"
 	FamiliesMapTotals            = "totals"
 	FamiliesProgFamiliesFmod     = "families_fmod"
@@ -89,6 +90,7 @@ type FamiliesMapSpecs struct {
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
+	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 }
@@ -131,6 +133,7 @@ type FamiliesMaps struct {
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Overflow   *ebpf.Map `ebpf:"overflow"`
+	Permitted  *ebpf.Map `ebpf:"permitted"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 }
@@ -142,6 +145,7 @@ func (m *FamiliesMaps) Close() error {
 		m.Devices,
 		m.Mails,
 		m.Overflow,
+		m.Permitted,
 		m.Tickets,
 		m.Totals,
 	)

@@ -36,6 +36,7 @@ const (
 	HostMapDevices        = "devices"
 	HostMapMails          = "mails"
 	HostMapOverflow       = "overflow"
+	HostMapPermitted      = "permitted"
 	HostMapPorts          = "ports"
 	HostMapRules          = "rules"
 	HostMapTickets        = "tickets"
@@ -109,6 +110,7 @@ type HostMapSpecs struct {
 	Devices     *ebpf.MapSpec `ebpf:"devices"`
 	Mails       *ebpf.MapSpec `ebpf:"mails"`
 	Overflow    *ebpf.MapSpec `ebpf:"overflow"`
+	Permitted   *ebpf.MapSpec `ebpf:"permitted"`
 	Ports       *ebpf.MapSpec `ebpf:"ports"`
 	Rules       *ebpf.MapSpec `ebpf:"rules"`
 	Tickets     *ebpf.MapSpec `ebpf:"tickets"`
@@ -156,6 +158,7 @@ type HostMaps struct {
 	Devices     *ebpf.Map `ebpf:"devices"`
 	Mails       *ebpf.Map `ebpf:"mails"`
 	Overflow    *ebpf.Map `ebpf:"overflow"`
+	Permitted   *ebpf.Map `ebpf:"permitted"`
 	Ports       *ebpf.Map `ebpf:"ports"`
 	Rules       *ebpf.Map `ebpf:"rules"`
 	Tickets     *ebpf.Map `ebpf:"tickets"`
@@ -170,6 +173,7 @@ func (m *HostMaps) Close() error {
 		m.Devices,
 		m.Mails,
 		m.Overflow,
+		m.Permitted,
 		m.Ports,
 		m.Rules,
 		m.Tickets,

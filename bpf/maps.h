@@ -59,6 +59,16 @@ struct {
 	__type(value, __u32);
 } admitted SEC(".maps");
 
+/* Packets to metadata services on their way to the host: how many of each flow may
+ * still pass.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct flow_key);
+	__type(value, __u32);
+} permitted SEC(".maps");
+
 /* Mail connections that were let through on the host. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);

@@ -81,10 +81,15 @@ static __always_inline __u32 rule_flags(const union address *a, __u8 proto, bool
 	return flags;
 }
 
-static __always_inline bool blocked_destination(const struct flow *f)
+/* RULE_BLOCK and RULE_METADATA, as they hold for the destination. */
+static __always_inline __u32 blocked_destination(const struct flow *f)
 {
-	return suspect(&f->dst) &&
-	       (rule_flags(&f->dst, f->proto, f->has_ports, f->dport) & (RULE_ALLOW | RULE_BLOCK)) == RULE_BLOCK;
+	__u32 flags;
+
+	if (!suspect(&f->dst))
+		return 0;
+	flags = rule_flags(&f->dst, f->proto, f->has_ports, f->dport);
+	return flags & RULE_ALLOW ? 0 : flags & (RULE_BLOCK | RULE_METADATA);
 }
 
 /* Whoever answers a packet sent as the metadata service answers to it. */

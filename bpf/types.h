@@ -62,10 +62,16 @@ struct bucket {
 	__u32 reserved;
 };
 
+/* What holds for one container alone. */
+enum container_flag {
+	CONTAINER_METADATA = 1,		/* may reach what the presets block */
+	CONTAINER_LIMIT_SET = 2,	/* its limit was set by hand: no rule changes it */
+};
+
 /* Everything kept about a container. Key: id of its cgroup. */
 struct container {
-	struct bpf_spin_lock lock;	/* of bucket and limit; up here, where 5.10 looks for it */
-	__u32 reserved;
+	struct bpf_spin_lock lock;	/* of all but counters; up here, where 5.10 looks for it */
+	enum container_flag flags;
 	struct bucket bucket;
 	struct limit limit;		/* its own */
 	struct counters counters;
@@ -141,18 +147,36 @@ struct scope {
 	char suffix[SCOPE_SUFFIX];
 };
 
-/* Input of the program set_limit, behind an Ethernet header. */
-struct limit_request {
+/* Packets that the egress hook has let through to a metadata service, as the host
+ * finds them again.
+ */
+struct flow_key {
+	__u8 src[16];
+	__u8 dst[16];
+	__be16 sport;
+	__be16 dport;
+	__u32 proto;
+};
+
+/* Input of the program configure, behind an Ethernet header: the flags in mask become
+ * flags, and unless keep_limit is set the limit becomes limit.
+ */
+struct request {
 	__u64 id;
+	enum container_flag mask;
+	enum container_flag flags;
+	__u32 keep_limit;
+	__u32 reserved;
 	struct limit limit;
 };
 
 /* What the policy says of a destination. */
 enum rule_flag {
-	RULE_ALLOW = 1,		/* wins over the next two */
-	RULE_BLOCK = 2,		/* as a destination */
+	RULE_ALLOW = 1,		/* wins over all that block */
+	RULE_BLOCK = 2,		/* as a destination, for every container */
 	RULE_BLOCK_SOURCE = 4,	/* as a source */
 	RULE_EXEMPT = 8,	/* mail to it takes no token */
+	RULE_METADATA = 16,	/* as a destination, by a preset */
 };
 
 /* Key of the rules trie. IPv4 addresses are v4-mapped (::ffff:a.b.c.d) and

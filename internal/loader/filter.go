@@ -4,7 +4,7 @@
 // Below the pin path:
 //
 //	containers overflow totals  the state, kept from version to version
-//	tickets admitted mails devices
+//	tickets admitted permitted mails devices
 //	recognise release           the links that follow containers as they come and go
 //	host_*                      the links of the host side
 //	cgroup-<id>/<hook>          the links of a policed cgroup

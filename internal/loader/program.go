@@ -144,7 +144,7 @@ func loadPolicy(p policy.Policy) (_ *loaded, err error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &loaded{policy: p, rules: maps.CompileRules(p.Blocked(), p.Allowed(), p.SMTP.Exempt), maps: map[string]*ebpf.Map{}}
+	l := &loaded{policy: p, rules: maps.CompileRules(p.Metadata(), p.Block, p.Allowed(), p.SMTP.Exempt), maps: map[string]*ebpf.Map{}}
 	defer func() {
 		if err != nil {
 			l.close()

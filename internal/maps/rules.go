@@ -77,7 +77,7 @@ func covers(outer, inner bpf.EgressPrefix) bool {
 // CompileRules arranges the lists so that the longest matching prefix alone
 // tells what holds for an address: it takes over what holds for those around
 // it. IPv6 rules do not reach into the v4-mapped addresses.
-func CompileRules(blocked, allowed []policy.Rule, exempt []netip.Prefix) *Rules {
+func CompileRules(metadata, blocked, allowed []policy.Rule, exempt []netip.Prefix) *Rules {
 	own := map[bpf.EgressPrefix]flags{}
 	add := func(p netip.Prefix, s service, flag bpf.EgressRuleFlag) {
 		key := prefixOf(p)
@@ -90,16 +90,20 @@ func CompileRules(blocked, allowed []policy.Rule, exempt []netip.Prefix) *Rules 
 		Prefixes: map[bpf.EgressPrefix]bpf.EgressRule{},
 		Ports:    map[bpf.EgressPortKey]bpf.EgressRuleFlag{},
 	}
-	for _, rule := range blocked {
-		flag := bpf.EgressRuleFlagRULE_BLOCK
-		// A network may well hold the containers' own addresses; a single
-		// address that is blocked is somebody else.
-		if rule.Prefix.IsSingleIP() {
-			flag |= bpf.EgressRuleFlagRULE_BLOCK_SOURCE
+	block := func(rules []policy.Rule, flag bpf.EgressRuleFlag) {
+		for _, rule := range rules {
+			flag := flag
+			// A network may well hold the containers' own addresses; a single
+			// address that is blocked is somebody else.
+			if rule.Prefix.IsSingleIP() {
+				flag |= bpf.EgressRuleFlagRULE_BLOCK_SOURCE
+			}
+			add(rule.Prefix, service{rule.Proto, rule.Port}, flag)
+			r.suspect(prefixOf(rule.Prefix))
 		}
-		add(rule.Prefix, service{rule.Proto, rule.Port}, flag)
-		r.suspect(prefixOf(rule.Prefix))
 	}
+	block(metadata, bpf.EgressRuleFlagRULE_METADATA)
+	block(blocked, bpf.EgressRuleFlagRULE_BLOCK)
 	for _, rule := range allowed {
 		add(rule.Prefix, service{rule.Proto, rule.Port}, bpf.EgressRuleFlagRULE_ALLOW)
 	}

@@ -6,6 +6,7 @@ import (
 	"math/bits"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -17,11 +18,13 @@ import (
 
 // lists are what a policy says of destinations.
 type lists struct {
-	blocked, allowed []policy.Rule
-	exempt           []netip.Prefix
+	metadata, blocked, allowed []policy.Rule
+	exempt                     []netip.Prefix
 }
 
-func (l lists) compile() *maps.Rules { return maps.CompileRules(l.blocked, l.allowed, l.exempt) }
+func (l lists) compile() *maps.Rules {
+	return maps.CompileRules(l.metadata, l.blocked, l.allowed, l.exempt)
+}
 
 // flags is the plain answer: those of every rule that holds for the address. A
 // port of 0 means that the packet shows none.
@@ -30,11 +33,15 @@ func (l lists) flags(dst netip.Addr, proto uint8, port uint16) (flags bpf.Egress
 	holds := func(r policy.Rule) bool {
 		return r.Prefix.Contains(dst) && (r.Proto == 0 || r.Proto == proto) && (r.Port == 0 || r.Port == port)
 	}
-	for _, r := range l.blocked {
-		if holds(r) {
-			flags |= bpf.EgressRuleFlagRULE_BLOCK
-			if r.Prefix.IsSingleIP() {
-				flags |= bpf.EgressRuleFlagRULE_BLOCK_SOURCE
+	for flag, rules := range map[bpf.EgressRuleFlag][]policy.Rule{
+		bpf.EgressRuleFlagRULE_BLOCK: l.blocked, bpf.EgressRuleFlagRULE_METADATA: l.metadata,
+	} {
+		for _, r := range rules {
+			if holds(r) {
+				flags |= flag
+				if r.Prefix.IsSingleIP() {
+					flags |= bpf.EgressRuleFlagRULE_BLOCK_SOURCE
+				}
 			}
 		}
 	}
@@ -161,7 +168,7 @@ func (r *random) rules(t *testing.T) (rules []policy.Rule) {
 }
 
 func (r *random) lists(t *testing.T) lists {
-	l := lists{blocked: r.rules(t), allowed: r.rules(t)}
+	l := lists{metadata: r.rules(t), blocked: r.rules(t), allowed: r.rules(t)}
 	for range r.IntN(4) {
 		l.exempt = append(l.exempt, r.prefix(t))
 	}
@@ -170,7 +177,7 @@ func (r *random) lists(t *testing.T) lists {
 
 // near returns an address in or beside one of the rules.
 func (r *random) near(l lists) netip.Addr {
-	rules := append(append([]policy.Rule{}, l.blocked...), l.allowed...)
+	rules := slices.Concat(l.metadata, l.blocked, l.allowed)
 	if len(rules) == 0 || r.IntN(4) == 0 {
 		return r.addr()
 	}
@@ -215,7 +222,7 @@ func TestLoadRules(t *testing.T) {
 	var l lists
 	for len(l.blocked) < 500 {
 		next := r.lists(t)
-		l = lists{append(l.blocked, next.blocked...), append(l.allowed, next.allowed...), append(l.exempt, next.exempt...)}
+		l = lists{append(l.metadata, next.metadata...), append(l.blocked, next.blocked...), append(l.allowed, next.allowed...), append(l.exempt, next.exempt...)}
 	}
 	compiled := l.compile()
 	spec, err := bpf.LoadEgress()
@@ -274,11 +281,13 @@ func TestCompileRules(t *testing.T) {
 		block  = bpf.EgressRuleFlagRULE_BLOCK
 		source = bpf.EgressRuleFlagRULE_BLOCK_SOURCE
 		exempt = bpf.EgressRuleFlagRULE_EXEMPT
+		preset = bpf.EgressRuleFlagRULE_METADATA
 	)
 	l := lists{
-		blocked: parse(t, "::/0", "10.0.0.0/8", "10.1.2.3", "10.1.0.0/16:53/udp", "[fd00::/8]:80", "192.0.2.0/24/icmp"),
-		allowed: parse(t, "10.1.0.0/16", "10.1.2.3:443/tcp", "fd00::1"),
-		exempt:  []netip.Prefix{netip.MustParsePrefix("0.0.0.0/1"), netip.MustParsePrefix("fd00::/16")},
+		metadata: parse(t, "10.1.2.3", "10.2.0.0/16", "169.254.169.254"),
+		blocked:  parse(t, "::/0", "10.0.0.0/8", "10.1.2.3", "10.1.0.0/16:53/udp", "[fd00::/8]:80", "192.0.2.0/24/icmp"),
+		allowed:  parse(t, "10.1.0.0/16", "10.1.2.3:443/tcp", "fd00::1"),
+		exempt:   []netip.Prefix{netip.MustParsePrefix("0.0.0.0/1"), netip.MustParsePrefix("fd00::/16")},
 	}
 	rules, ports := inMemory(l.compile())
 	for _, tt := range []struct {
@@ -292,7 +301,9 @@ func TestCompileRules(t *testing.T) {
 		{"10.255.255.255", 0, 0, exempt | block},
 		{"11.0.0.0", 6, 80, exempt},
 		{"10.1.0.0", 6, 80, exempt | block | allow},
-		{"10.1.2.3", 6, 80, exempt | block | source | allow},
+		{"10.1.2.3", 6, 80, exempt | block | preset | source | allow},
+		{"10.2.3.4", 6, 80, exempt | block | preset},
+		{"169.254.169.254", 6, 80, preset | source},
 		{"127.255.255.255", 6, 25, exempt},
 		{"128.0.0.0", 6, 25, 0}, // not in ::/0
 		{"255.255.255.255", 6, 25, 0},

@@ -32,7 +32,7 @@ type State struct {
 func StateNames() []string {
 	return []string{
 		bpf.EgressMapContainers, bpf.EgressMapOverflow, bpf.EgressMapTotals, bpf.EgressMapTickets,
-		bpf.EgressMapAdmitted, bpf.EgressMapMails, bpf.EgressMapDevices,
+		bpf.EgressMapAdmitted, bpf.EgressMapPermitted, bpf.EgressMapMails, bpf.EgressMapDevices,
 	}
 }
 
@@ -127,35 +127,62 @@ func (s *State) Totals() (Counters, error) {
 	return sum, nil
 }
 
-// SetLimit gives the container with a cgroup id its own limit, from its next
-// mail connection on. The tokens that are missing from its bucket stay missing.
-func (s *State) SetLimit(id uint64, l policy.Limit) error { return s.setLimit(id, LimitOf(l)) }
+// Change is what [State.Configure] does to a container.
+type Change struct {
+	// Limit, if not nil, becomes the container's own; the zero value returns it to the
+	// policy's. The tokens that are missing from its bucket stay missing.
+	Limit *policy.Limit
+	// The flags in Mask become those in Flags.
+	Mask, Flags Flag
+}
 
-// UnsetLimit returns the container to the policy's limit; without a limit of
-// its own that is no error.
-func (s *State) UnsetLimit(id uint64) error { return s.setLimit(id, bpf.EgressLimit{}) }
+// Flag is what holds for one container alone.
+type Flag = bpf.EgressContainerFlag
 
-// setLimit has a program write the limit: the system call for it would write
-// the whole entry, and undo what is counted meanwhile.
-func (s *State) setLimit(id uint64, l bpf.EgressLimit) error {
-	prog, err := LoadProgram(bpf.EgressProgSetLimit, s)
+const (
+	// MayReachMetadata opens what the policy's presets block.
+	MayReachMetadata Flag = bpf.EgressContainerFlagCONTAINER_METADATA
+	// LimitSetByHand marks a limit that no rule changes.
+	LimitSetByHand Flag = bpf.EgressContainerFlagCONTAINER_LIMIT_SET
+)
+
+// Configure changes what holds for the container with a cgroup id, from its next packet
+// on. It has a program do so: the system call for it would write the whole entry, and
+// undo what is counted meanwhile.
+func (s *State) Configure(id uint64, c Change) error {
+	prog, err := LoadProgram(bpf.EgressProgConfigure, s)
 	if err != nil {
 		return err
 	}
 	defer prog.Close()
+	r := bpf.EgressRequest{Id: id, Mask: c.Mask, Flags: c.Flags, KeepLimit: 1}
+	if c.Limit != nil {
+		r.KeepLimit, r.Limit = 0, LimitOf(*c.Limit)
+	}
 	const ethernet = 14
-	request, err := binary.Append(make([]byte, ethernet), binary.NativeEndian, bpf.EgressLimitRequest{Id: id, Limit: l})
+	request, err := binary.Append(make([]byte, ethernet), binary.NativeEndian, r)
 	if err != nil {
 		return err
 	}
 	done, err := prog.Run(&ebpf.RunOptions{Data: request})
 	if err != nil {
-		return fmt.Errorf("set the limit of cgroup %d: %w", id, err)
+		return fmt.Errorf("configure the container with cgroup %d: %w", id, err)
 	}
 	if done != 1 {
-		return fmt.Errorf("set the limit of cgroup %d: map %s is full", id, bpf.EgressMapContainers)
+		return fmt.Errorf("configure the container with cgroup %d: map %s is full", id, bpf.EgressMapContainers)
 	}
 	return nil
+}
+
+// SetLimit gives the container with a cgroup id its own limit, as an operator does.
+func (s *State) SetLimit(id uint64, l policy.Limit) error {
+	return s.Configure(id, Change{Limit: &l, Mask: LimitSetByHand, Flags: LimitSetByHand})
+}
+
+// UnsetLimit returns the container to the policy's limit, and to the rules; without a
+// limit of its own that is no error.
+func (s *State) UnsetLimit(id uint64) error {
+	return s.Configure(id, Change{Limit: new(policy.Limit), Mask: LimitSetByHand})
 }
 
 // LoadProgram loads a program that uses the State's maps and no policy. The

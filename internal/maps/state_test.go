@@ -194,7 +194,7 @@ func TestFullState(t *testing.T) {
 
 func TestLoadProgram(t *testing.T) {
 	s := newState(t)
-	for _, name := range []string{bpf.EgressProgSetLimit} {
+	for _, name := range []string{bpf.EgressProgConfigure} {
 		prog, err := maps.LoadProgram(name, s)
 		if err != nil {
 			t.Fatal(err)

@@ -19,6 +19,8 @@ type Config struct {
 	// what is policed already.
 	Cgroups []string `json:"cgroups" yaml:"cgroups"`
 	Policy  `yaml:",inline"`
+	// Containers are exceptions for some containers; the first that matches holds.
+	Containers []ContainerRule `json:"containers,omitempty" yaml:"containers,omitempty"`
 }
 
 // ParseConfig reads the YAML of a config file over the defaults. A key that is
@@ -46,6 +48,8 @@ func ParseConfig(name string, data []byte) (Config, error) {
 		{"over_limit", value(&smtp.OverLimit, ParseOverLimit)},
 		{"exempt", list(&smtp.Exempt, ParsePrefix, distinct)},
 	}
+	// Their limits begin with what smtp says, wherever that stands.
+	containers := func() error { return nil }
 	err = fields{
 		{"mode", value(&cfg.Mode, ParseMode)},
 		{"cgroups", list(&cfg.Cgroups, parseCgroup, distinct)},
@@ -67,7 +71,14 @@ func ParseConfig(name string, data []byte) (Config, error) {
 			}
 			return nil
 		}},
+		{"containers", func(at place, n *yaml.Node) error {
+			containers = func() error { return containerRules(&cfg.Containers, smtp.Limit())(at, n) }
+			return nil
+		}},
 	}.set(at, docs[0])
+	if err == nil {
+		err = containers()
+	}
 	if err != nil {
 		return Config{}, err
 	}
@@ -253,18 +264,12 @@ func value[T any](dst *T, parse func(string) (T, error)) setter {
 // list stores a list, as a whole checked or put in order by finish.
 func list[T any](dst *[]T, parse func(string) (T, error), finish func([]T) ([]T, error)) setter {
 	return func(at place, n *yaml.Node) error {
-		n, err := at.resolve(n)
+		entries, err := at.sequence(n)
 		if err != nil {
 			return err
 		}
-		if n.ShortTag() == nullTag {
-			return at.errorf(n, "want a list: [] for an empty one, or leave the key out for the default")
-		}
-		if n.Kind != yaml.SequenceNode {
-			return at.errorf(n, "want a list, in brackets or with a dash before each entry")
-		}
-		values := make([]T, 0, len(n.Content))
-		for _, entry := range n.Content {
+		values := make([]T, 0, len(entries))
+		for _, entry := range entries {
 			v, err := scalar(at, entry, parse)
 			if err != nil {
 				return err
@@ -277,6 +282,21 @@ func list[T any](dst *[]T, parse func(string) (T, error), finish func([]T) ([]T,
 		*dst = values
 		return nil
 	}
+}
+
+// sequence returns the entries of the list n.
+func (at place) sequence(n *yaml.Node) ([]*yaml.Node, error) {
+	n, err := at.resolve(n)
+	if err != nil {
+		return nil, err
+	}
+	if n.ShortTag() == nullTag {
+		return nil, at.errorf(n, "want a list: [] for an empty one, or leave the key out for the default")
+	}
+	if n.Kind != yaml.SequenceNode {
+		return nil, at.errorf(n, "want a list, in brackets or with a dash before each entry")
+	}
+	return n.Content, nil
 }
 
 func scalar[T any](at place, n *yaml.Node, parse func(string) (T, error)) (v T, err error) {

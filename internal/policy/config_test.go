@@ -140,15 +140,13 @@ func TestParseConfigRefused(t *testing.T) {
 		{"block: &x [10.0.0.0/8,\n  10.0.0.1/8]\nallow: *x\n", "2: block: "},
 
 		// Keys.
-		{"mode: enforce\nmodes: audit\n", `2: modes: unknown key (did you mean "mode"?); want mode, cgroups, presets, block, allow, allow_dns, socket_families, host_side, host_devices, scopes, smtp`},
+		{"mode: enforce\nmodes: audit\n", `2: modes: unknown key (did you mean "mode"?); want mode, cgroups, presets, block, allow, allow_dns, socket_families, host_side, host_devices, scopes, smtp, containers`},
 		{"socket_families: restrict,vsock\n", `1: socket_families: "restrict": no such family`},
 		{"socket_families: vsok\n", `1: socket_families: "vsok": no such family (did you mean "vsock"?)`},
 		{"socket_families: ''\n", `1: socket_families: "": no such family`},
 		{"host_side: no\n", `1: host_side: "no": want on or off`},
 		{"host_devices: [br0, '*']\n", `1: host_devices: "*": want the name of a network device`},
 		{"host_devices: [a-name-of-16-bytes]\n", `1: host_devices: "a-name-of-16-bytes": want`},
-		{"containers: []\n", "1: containers: unknown key; want mode"},
-		{"containers: []\n", "1: containers: unknown key; want mode"},
 		{"Mode: audit\n", `1: Mode: unknown key (did you mean "mode"?)`},
 		{"policy: {mode: audit}\n", "1: policy: unknown key"},
 		{"smtp:\n  burts: 5\n", `2: smtp.burts: unknown key (did you mean "burst"?); want ports, rate, burst, over_limit, exempt`},

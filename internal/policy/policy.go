@@ -214,16 +214,19 @@ func (p Policy) Validate() error {
 	return nil
 }
 
-// Blocked returns the block list: the presets' rules, then Block, without
-// duplicates. Presets that [Policy.Validate] would refuse add nothing.
-func (p Policy) Blocked() []Rule {
+// Metadata returns what the presets block, without duplicates. Presets that
+// [Policy.Validate] would refuse add nothing.
+func (p Policy) Metadata() []Rule {
 	var rules []Rule
 	for _, name := range p.Presets {
 		preset, _ := Preset(name)
 		rules = append(rules, preset...)
 	}
-	return unique(append(rules, p.Block...))
+	return unique(rules)
 }
+
+// Blocked returns the block list: that of the presets, then Block, without duplicates.
+func (p Policy) Blocked() []Rule { return unique(append(p.Metadata(), p.Block...)) }
 
 // Allowed returns the allow list: Allow and, with AllowDNS, port 53 of every
 // blocked prefix over UDP and TCP, without duplicates.

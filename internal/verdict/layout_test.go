@@ -33,12 +33,13 @@ func loadSpec(t *testing.T) *ebpf.CollectionSpec {
 func TestLayout(t *testing.T) {
 	spec := loadSpec(t)
 	for name, value := range map[string]any{
-		"container":     maps.Container{},
-		"limit_request": bpf.EgressLimitRequest{},
-		"prefix":        bpf.EgressPrefix{},
-		"rule":          bpf.EgressRule{},
-		"port_key":      bpf.EgressPortKey{},
-		"ticket":        bpf.EgressTicket{},
+		"container": maps.Container{},
+		"request":   bpf.EgressRequest{},
+		"flow_key":  bpf.EgressFlowKey{},
+		"prefix":    bpf.EgressPrefix{},
+		"rule":      bpf.EgressRule{},
+		"port_key":  bpf.EgressPortKey{},
+		"ticket":    bpf.EgressTicket{},
 	} {
 		var typ *btf.Struct
 		if err := spec.Types.TypeByName(name, &typ); err != nil {
@@ -121,6 +122,11 @@ func TestEnums(t *testing.T) {
 			{Name: "RULE_BLOCK", Value: uint64(bpf.EgressRuleFlagRULE_BLOCK)},
 			{Name: "RULE_BLOCK_SOURCE", Value: uint64(bpf.EgressRuleFlagRULE_BLOCK_SOURCE)},
 			{Name: "RULE_EXEMPT", Value: uint64(bpf.EgressRuleFlagRULE_EXEMPT)},
+			{Name: "RULE_METADATA", Value: uint64(bpf.EgressRuleFlagRULE_METADATA)},
+		},
+		"container_flag": {
+			{Name: "CONTAINER_METADATA", Value: uint64(maps.MayReachMetadata)},
+			{Name: "CONTAINER_LIMIT_SET", Value: uint64(maps.LimitSetByHand)},
 		},
 	} {
 		var enum *btf.Enum

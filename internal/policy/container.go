@@ -1,0 +1,186 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// Access says whether something is open to a container.
+type Access string
+
+const (
+	Allowed Access = "allow"
+	Denied  Access = "block"
+)
+
+// ParseAccess reads allow or block.
+func ParseAccess(s string) (Access, error) { return oneOf(s, Allowed, Denied) }
+
+// ContainerRule is what holds for containers that are picked by their names, images or
+// labels, beside the policy. Whoever may start containers chooses these.
+type ContainerRule struct {
+	// Name, Image and Label pick the containers for which all that are not empty hold.
+	// A star stands for any characters, without a slash in Name. Label is KEY or
+	// KEY=VALUE.
+	Name  string `json:"name,omitempty" yaml:"name,omitempty"`
+	Image string `json:"image,omitempty" yaml:"image,omitempty"`
+	Label string `json:"label,omitempty" yaml:"label,omitempty"`
+
+	// SMTP is their limit; nil for the policy's.
+	SMTP *Limit `json:"smtp,omitempty" yaml:"smtp,omitempty"`
+	// Metadata is Allowed if what the presets block is open to them. What Block lists
+	// never is.
+	Metadata Access `json:"metadata,omitempty" yaml:"metadata,omitempty"`
+}
+
+// Subject is a container as rules see it.
+type Subject struct {
+	Names  []string
+	Image  string
+	Labels map[string]string
+}
+
+// Matches says whether the rule is for a container.
+func (r ContainerRule) Matches(s Subject) bool {
+	if r.Name != "" && !anyMatches(r.Name, s.Names) {
+		return false
+	}
+	if r.Image != "" && !glob(r.Image, s.Image) {
+		return false
+	}
+	if r.Label == "" {
+		return true
+	}
+	key, value, valued := strings.Cut(r.Label, "=")
+	have, ok := s.Labels[key]
+	return ok && (!valued || glob(value, have))
+}
+
+func anyMatches(pattern string, names []string) bool {
+	for _, name := range names {
+		if glob(pattern, name) {
+			return true
+		}
+	}
+	return false
+}
+
+// glob knows stars only, which stand for any characters.
+func glob(pattern, text string) bool {
+	parts := strings.Split(pattern, "*")
+	if len(parts) == 1 {
+		return pattern == text
+	}
+	first, last := parts[0], parts[len(parts)-1]
+	if !strings.HasPrefix(text, first) || len(text) < len(first)+len(last) || !strings.HasSuffix(text, last) {
+		return false
+	}
+	text = text[len(first) : len(text)-len(last)]
+	for _, part := range parts[1 : len(parts)-1] {
+		i := strings.Index(text, part)
+		if i < 0 {
+			return false
+		}
+		text = text[i+len(part):]
+	}
+	return true
+}
+
+// RuleFor returns the first rule that is for a container; the zero rule if none is.
+func RuleFor(rules []ContainerRule, s Subject) ContainerRule {
+	for _, r := range rules {
+		if r.Matches(s) {
+			return r
+		}
+	}
+	return ContainerRule{}
+}
+
+// Validate refuses what the parser could not have returned.
+func (r ContainerRule) Validate() error {
+	if r.Name == "" && r.Image == "" && r.Label == "" {
+		return errors.New("want a name, an image or a label to tell which containers it is for")
+	}
+	if r.SMTP == nil && r.Metadata == "" {
+		return errors.New("want smtp or metadata: what is to hold for them")
+	}
+	if r.SMTP != nil {
+		if err := r.SMTP.Validate(); err != nil {
+			return fmt.Errorf("smtp.%w", err)
+		}
+	}
+	return nil
+}
+
+func parsePattern(s string) (string, error) {
+	if s == "" {
+		return "", errors.New("want a pattern, such as mailer-*")
+	}
+	return s, nil
+}
+
+func parseNamePattern(s string) (string, error) {
+	if path.Base("/"+s) != s {
+		return "", fmt.Errorf("%q: want a container's name, in which a star stands for any characters", s)
+	}
+	return s, nil
+}
+
+func parseLabel(s string) (string, error) {
+	if key, _, _ := strings.Cut(s, "="); key == "" || strings.Contains(key, "*") {
+		return "", fmt.Errorf("%q: want KEY or KEY=VALUE, with stars in VALUE only", s)
+	}
+	return s, nil
+}
+
+// setContainer stores one entry of the list containers.
+func setContainer(r *ContainerRule, def Limit) setter {
+	return func(at place, n *yaml.Node) error {
+		limit := def
+		err := fields{
+			{"name", value(&r.Name, parseNamePattern)},
+			{"image", value(&r.Image, parsePattern)},
+			{"label", value(&r.Label, parseLabel)},
+			{"metadata", value(&r.Metadata, ParseAccess)},
+			{"smtp", func(at place, n *yaml.Node) error {
+				r.SMTP = &limit
+				if err := (fields{{"rate", value(&limit.Rate, ParseRate)}, {"burst", value(&limit.Burst, parseBurst)}}).set(at, n); err != nil {
+					return err
+				}
+				if err := limit.validateBurst(); err != nil {
+					return at.under("burst").errorf(lookup(n, "burst"), "%w", err)
+				}
+				return nil
+			}},
+		}.set(at, n)
+		if err != nil {
+			return err
+		}
+		if err := r.Validate(); err != nil {
+			return at.errorf(n, "%w", err)
+		}
+		return nil
+	}
+}
+
+// containerRules stores the list containers.
+func containerRules(dst *[]ContainerRule, def Limit) setter {
+	return func(at place, n *yaml.Node) error {
+		entries, err := at.sequence(n)
+		if err != nil {
+			return err
+		}
+		rules := make([]ContainerRule, len(entries))
+		for i, entry := range entries {
+			if err := setContainer(&rules[i], def)(at, entry); err != nil {
+				return err
+			}
+		}
+		*dst = rules
+		return nil
+	}
+}

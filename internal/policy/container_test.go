@@ -1,0 +1,101 @@
+package policy
+
+import (
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestContainerRuleMatches(t *testing.T) {
+	web := Subject{
+		Names: []string{"web", "shop-web-1"}, Image: "registry.example:5000/shop/web:1.2",
+		Labels: map[string]string{"com.example.metadata": "yes", "empty": ""},
+	}
+	for _, tt := range []struct {
+		rule ContainerRule
+		want bool
+	}{
+		{ContainerRule{Name: "web"}, true},
+		{ContainerRule{Name: "shop-*"}, true},
+		{ContainerRule{Name: "*-web-*"}, true},
+		{ContainerRule{Name: "*"}, true},
+		{ContainerRule{Name: "we"}, false},
+		{ContainerRule{Name: "web?"}, false},
+		{ContainerRule{Name: "[w]eb"}, false},
+		{ContainerRule{Name: "Web"}, false},
+		{ContainerRule{Name: "w*eb*b"}, false},
+		{ContainerRule{Image: "registry.example:5000/shop/*"}, true},
+		{ContainerRule{Image: "*/web:*"}, true},
+		{ContainerRule{Image: "shop/web"}, false},
+		{ContainerRule{Label: "com.example.metadata=yes"}, true},
+		{ContainerRule{Label: "com.example.metadata=y*"}, true},
+		{ContainerRule{Label: "com.example.metadata"}, true},
+		{ContainerRule{Label: "com.example.metadata="}, false},
+		{ContainerRule{Label: "com.example.metadata=no"}, false},
+		{ContainerRule{Label: "empty="}, true},
+		{ContainerRule{Label: "empty"}, true},
+		{ContainerRule{Label: "missing="}, false},
+		{ContainerRule{Name: "web", Image: "*", Label: "empty"}, true},
+		{ContainerRule{Name: "db", Image: "*"}, false},
+		{ContainerRule{Name: "*", Label: "missing"}, false},
+	} {
+		if got := tt.rule.Matches(web); got != tt.want {
+			t.Errorf("%+v: got %t", tt.rule, got)
+		}
+	}
+	first := ContainerRule{Name: "shop-*", Metadata: Allowed}
+	if got := RuleFor([]ContainerRule{{Name: "db"}, first, {Name: "*"}}, web); got != first {
+		t.Errorf("got %+v, want the first that matches", got)
+	}
+	if got := RuleFor([]ContainerRule{{Name: "db"}}, web); got != (ContainerRule{}) {
+		t.Errorf("got %+v, want none", got)
+	}
+}
+
+func TestParseContainerRules(t *testing.T) {
+	const text = `containers:
+  - name: "mailer-*"
+    smtp: {rate: 120/minute, burst: 30}
+  - label: "com.example.metadata=yes"
+    metadata: allow
+  - image: "bulk:*"
+    smtp: {rate: 50/hour}
+    metadata: block
+smtp: {burst: 7}
+`
+	got, err := ParseConfig("config.yaml", []byte(text))
+	want := []ContainerRule{
+		{Name: "mailer-*", SMTP: &Limit{Rate{120, time.Minute}, 30}},
+		{Label: "com.example.metadata=yes", Metadata: Allowed},
+		{Image: "bulk:*", SMTP: &Limit{Rate{50, time.Hour}, 7}, Metadata: Denied},
+	}
+	if err != nil || !reflect.DeepEqual(got.Containers, want) {
+		t.Fatalf("got %+v, %v, want %+v", got.Containers, err, want)
+	}
+
+	for _, tt := range []struct{ entry, want string }{
+		{"{smtp: {rate: 1/day}}", "config.yaml:2: containers: want a name, an image or a label"},
+		{"{name: a}", "config.yaml:2: containers: want smtp or metadata"},
+		{"", "config.yaml:2: containers: want a name"},
+		{"web", "config.yaml:2: containers: want keys and values: name, image, label, metadata, smtp"},
+		{"{name: a/b, metadata: allow}", `config.yaml:2: containers.name: "a/b"`},
+		{"{name: '', metadata: allow}", `config.yaml:2: containers.name: ""`},
+		{"{image: '', metadata: allow}", `config.yaml:2: containers.image: want a pattern`},
+		{"{label: =x, metadata: allow}", `config.yaml:2: containers.label: "=x"`},
+		{"{label: 'a*', metadata: allow}", `config.yaml:2: containers.label: "a*"`},
+		{"{name: a, metadata: yes}", `config.yaml:2: containers.metadata: "yes": want allow or block`},
+		{"{name: a, smtp: {rate: 5}}", `config.yaml:2: containers.smtp.rate: "5"`},
+		{"{name: a, smtp: {rate: 1/day, burst: 1000000}}", `config.yaml:2: containers.smtp.burst: `},
+		{"{name: a, smtp: {ports: [25]}}", `config.yaml:2: containers.smtp.ports: unknown key`},
+		{"{nam: a, metadata: allow}", `config.yaml:2: containers.nam: unknown key (did you mean "name"?)`},
+	} {
+		_, err := ParseConfig("config.yaml", []byte("containers:\n  - "+tt.entry+"\n"))
+		if err == nil || !strings.HasPrefix(err.Error(), tt.want) {
+			t.Errorf("%s: got %v, want %s…", tt.entry, err, tt.want)
+		}
+	}
+	if _, err := ParseConfig("config.yaml", []byte("containers: {name: a}\n")); err == nil || !strings.Contains(err.Error(), "want a list") {
+		t.Errorf("got %v, want a list asked for", err)
+	}
+}
