@@ -184,9 +184,12 @@ static __noinline int judge(struct __sk_buff *skb)
 			return 1;
 		if (forged || !permits(c, blocked))
 			return drop(skb, c, REASON_BLOCKED);
-		announce_permitted(&f);
 	}
-	return f.proto == IPPROTO_TCP && f.has_ports && smtp_ports[f.dport] ? judge_mail(skb, &f) : 1;
+	if (f.proto == IPPROTO_TCP && f.has_ports && smtp_ports[f.dport] && !judge_mail(skb, &f))
+		return 0;
+	if (blocked)
+		announce_permitted(&f);
+	return 1;
 }
 
 /* What a glance at the headers, where they lie, tells of a packet. */

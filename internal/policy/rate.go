@@ -112,8 +112,8 @@ func (r *Rate) UnmarshalText(text []byte) (err error) {
 // Limit is a token bucket: it holds Burst tokens (1 to 1,000,000) when full and
 // refills continuously at Rate. With an unlimited rate Burst has no effect.
 type Limit struct {
-	Rate  Rate
-	Burst uint32
+	Rate  Rate   `json:"rate" yaml:"rate"`
+	Burst uint32 `json:"burst" yaml:"burst"`
 }
 
 // Validate refuses a rate or burst out of range, and a pair of them that takes
