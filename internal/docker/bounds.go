@@ -1,0 +1,150 @@
+package docker
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+)
+
+var (
+	errTooLarge = errors.New("the answer is too large")
+	errNotEvent = errors.New("what should be an event is not JSON")
+)
+
+// bounds is a transport that bounds what the library, which reads whatever comes,
+// can be made to keep in memory.
+type bounds struct{ *http.Transport }
+
+// streamKey is the key of a func() in the context of a request for events, to be
+// called when the stream is open.
+type streamKey struct{}
+
+func (b bounds) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := b.Transport.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	opened, ok := req.Context().Value(streamKey{}).(func())
+	// Agreeing on a version comes with the same context.
+	if ok && resp.StatusCode == http.StatusOK && strings.HasSuffix(req.URL.Path, "/events") {
+		resp.Body = newLines(resp.Body)
+		opened()
+	} else {
+		resp.Body = &document{resp.Body, maxDocument}
+	}
+	return resp, nil
+}
+
+// maxDocument is what one answer may cost, in bytes of memory. It is enough for
+// some thousand containers with kilobytes of labels each.
+const maxDocument = 256 << 20
+
+// document is an answer of one JSON document, which is read whole before it is
+// decoded: into something that can be larger by orders of magnitude.
+type document struct {
+	io.ReadCloser
+	left int
+}
+
+func (d *document) Read(p []byte) (int, error) {
+	n, err := d.ReadCloser.Read(p)
+	for _, c := range p[:n] {
+		switch c {
+		case '{':
+			d.left -= 512 // as large as the library's structs
+		case ',', '[':
+			d.left -= 64 // an entry of a map
+		default:
+			d.left -= 8 // in buffers that grow by being copied
+		}
+	}
+	if d.left < 0 {
+		return 0, errTooLarge
+	}
+	return n, err
+}
+
+// maxLine is the size of the largest event, in bytes. An event has the container's
+// labels in it.
+const maxLine = 1 << 20
+
+// lines is a stream of JSON documents, a line each.
+type lines struct {
+	io.Closer
+	in   *bufio.Scanner
+	rest []byte
+}
+
+func newLines(body io.ReadCloser) *lines {
+	in := bufio.NewScanner(body)
+	in.Buffer(nil, maxLine)
+	return &lines{Closer: body, in: in}
+}
+
+// Read returns whole documents only: a decoder keeps what it has until its end.
+func (l *lines) Read(p []byte) (int, error) {
+	for len(l.rest) == 0 {
+		if !l.in.Scan() {
+			if err := l.in.Err(); err != nil {
+				return 0, err
+			}
+			return 0, io.EOF
+		}
+		line := bytes.Trim(l.in.Bytes(), " \t\r\x1e") // RFC 7464
+		if len(line) == 0 {
+			continue
+		}
+		if !json.Valid(line) {
+			return 0, errNotEvent
+		}
+		l.rest = append(line, '\n')
+	}
+	n := copy(p, l.rest)
+	l.rest = l.rest[n:]
+	return n, nil
+}
+
+// tame makes an error whose text the daemon can have written safe to show.
+func tame(err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		// The library's text has the address in it, escaped.
+		return fmt.Errorf("no answer in time: %w", context.DeadlineExceeded)
+	}
+	const shown = 300
+	text := strings.Map(func(r rune) rune {
+		if !strconv.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, err.Error())
+	if len(text) > shown {
+		text = strings.ToValidUTF8(text[:shown], "") + "…"
+	}
+	return &tamed{text, err}
+}
+
+type tamed struct {
+	text string
+	error
+}
+
+func (t *tamed) Error() string { return t.text }
+func (t *tamed) Unwrap() error { return t.error }
+
+// longestText is for names and the like, in bytes; the daemon's own have no limit.
+const longestText = 1024
+
+// printable returns s, or nothing if a terminal could obey it.
+func printable(s string) string {
+	if len(s) > longestText || strings.ContainsFunc(s, func(r rune) bool { return !strconv.IsPrint(r) }) {
+		return ""
+	}
+	return s
+}

@@ -1,0 +1,239 @@
+// Package docker asks Docker's daemon about its containers, and changes nothing.
+//
+// The daemon is believed when it says which container goes by which name, since
+// nobody else knows, and in nothing that could be checked: whatever it answers, or
+// does not, takes a bounded time and a bounded amount of memory, and what is not an
+// id or a name does not come out as one.
+package docker
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/docker/go-connections/tlsconfig"
+	"github.com/moby/moby/client"
+)
+
+// ErrHost means that a host is not one that Open knows how to reach.
+var ErrHost = errors.New("want unix:///PATH or tcp://HOST:PORT")
+
+// sockets are where the daemon listens if it is not told otherwise; the second is
+// for hosts whose /var/run is not /run.
+var sockets = []string{"/var/run/docker.sock", "/run/docker.sock"}
+
+// Client asks one daemon. Its methods may be called at the same time.
+type Client struct {
+	host string
+	tls  *tls.Config // nil without TLS
+	pace pace
+	// connection is exchanged when the daemon may have been, so that the version
+	// of the API is agreed upon anew.
+	connection atomic.Pointer[connection]
+}
+
+// connection is the library's client with the transport below it.
+type connection struct {
+	*client.Client
+	transport *http.Transport
+}
+
+// pace is how long a Client waits for what.
+type pace struct {
+	answer   time.Duration // to any question
+	ping     time.Duration // between two, to notice that a stream has stalled
+	retryMin time.Duration // before the first attempt to connect again
+	retryMax time.Duration // before any such
+	steady   time.Duration // that a stream has to last for the next wait to be the first again
+}
+
+var usualPace = pace{
+	answer:   10 * time.Second,
+	ping:     15 * time.Second,
+	retryMin: 100 * time.Millisecond,
+	retryMax: 5 * time.Second,
+	steady:   10 * time.Second,
+}
+
+// Open returns a Client of the daemon at host, unix:///PATH or tcp://HOST:PORT. It
+// connects when it is first asked something, so the daemon need not run.
+//
+// An empty host is that of DOCKER_HOST, or else the daemon's usual socket. As with
+// Docker's own client, DOCKER_CERT_PATH and DOCKER_TLS_VERIFY say whether to use TLS
+// over TCP, and DOCKER_API_VERSION replaces the version that both sides know. The
+// error can wrap ErrHost; it names the variable if it is about one.
+func Open(host string) (*Client, error) {
+	var prefix string
+	if host == "" {
+		if host = os.Getenv(client.EnvOverrideHost); host != "" {
+			prefix = client.EnvOverrideHost + ": "
+		} else {
+			host = "unix://" + usualSocket()
+		}
+	}
+	c := &Client{host: host, pace: usualPace}
+	proto, err := checkHost(host)
+	if err != nil {
+		return nil, fmt.Errorf("%s%w", prefix, err)
+	}
+	if proto == "tcp" {
+		if c.tls, err = tlsFromEnv(); err != nil {
+			return nil, err
+		}
+	}
+	return c, c.connect()
+}
+
+func usualSocket() string {
+	for _, path := range sockets {
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+	}
+	return sockets[0]
+}
+
+func checkHost(host string) (proto string, err error) {
+	u, err := url.Parse(host)
+	if err != nil || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return "", fmt.Errorf("%q: %w", host, ErrHost)
+	}
+	switch u.Scheme {
+	case "unix":
+		if u.Host == "" && filepath.IsAbs(u.Path) {
+			return u.Scheme, nil
+		}
+	case "tcp":
+		if port, err := strconv.ParseUint(u.Port(), 10, 16); err == nil && port > 0 && u.Hostname() != "" {
+			return u.Scheme, nil
+		}
+	case "ssh":
+		return "", fmt.Errorf("%q: %w: ssh is not supported, the containers are on this machine", host, ErrHost)
+	}
+	return "", fmt.Errorf("%q: %w", host, ErrHost)
+}
+
+// tlsFromEnv does what client.WithTLSClientConfigFromEnv does, but does not go
+// without TLS where it was to be verified.
+func tlsFromEnv() (*tls.Config, error) {
+	dir, verify := os.Getenv(client.EnvOverrideCertPath), os.Getenv(client.EnvTLSVerify)
+	if dir == "" {
+		if verify != "" {
+			return nil, fmt.Errorf("%s is set: name the directory of the certificates in %s", client.EnvTLSVerify, client.EnvOverrideCertPath)
+		}
+		return nil, nil
+	}
+	config, err := tlsconfig.Client(tlsconfig.Options{
+		CAFile:             filepath.Join(dir, "ca.pem"),
+		CertFile:           filepath.Join(dir, "cert.pem"),
+		KeyFile:            filepath.Join(dir, "key.pem"),
+		InsecureSkipVerify: verify == "",
+		MinVersion:         tls.VersionTLS12,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%s=%s: %w", client.EnvOverrideCertPath, dir, err)
+	}
+	return config, nil
+}
+
+// connect makes the connection that is used from now on. It sends nothing.
+func (c *Client) connect() error {
+	t := &http.Transport{
+		TLSClientConfig:        c.tls,
+		MaxIdleConns:           2,
+		IdleConnTimeout:        30 * time.Second,
+		DisableCompression:     true,
+		MaxResponseHeaderBytes: 64 << 10,
+	}
+	dialer := &net.Dialer{Timeout: c.pace.answer}
+	if path, ok := strings.CutPrefix(c.host, "unix://"); ok {
+		t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", path)
+		}
+	} else {
+		t.Proxy, t.DialContext = http.ProxyFromEnvironment, dialer.DialContext
+	}
+	scheme := "http"
+	if c.tls != nil {
+		scheme = "https"
+	}
+	// WithHost wants the library's own transport, and so comes first.
+	api, err := client.New(client.WithHost(c.host), client.WithAPIVersionFromEnv(), client.WithScheme(scheme),
+		client.WithHTTPClient(&http.Client{Transport: bounds{t}, CheckRedirect: client.CheckRedirect}))
+	if err != nil {
+		return err
+	}
+	if old := c.connection.Swap(&connection{api, t}); old != nil {
+		old.transport.CloseIdleConnections()
+	}
+	return nil
+}
+
+// Host returns where the daemon is.
+func (c *Client) Host() string { return c.host }
+
+// Close closes idle connections. It does not end what is under way.
+func (c *Client) Close() error {
+	c.connection.Load().transport.CloseIdleConnections()
+	return nil
+}
+
+// ask calls do with the time that an answer may take.
+func (c *Client) ask(ctx context.Context, what string, do func(context.Context, *client.Client) error) error {
+	ctx, cancel := context.WithTimeout(ctx, c.pace.answer)
+	defer cancel()
+	if err := do(ctx, c.connection.Load().Client); err != nil {
+		return fmt.Errorf("%s from Docker at %s: %w", what, c.host, tame(err))
+	}
+	return nil
+}
+
+// Info is what the daemon says of itself.
+//
+// It does not say where it puts containers that name no parent of their own: see
+// ReadConfig.
+type Info struct {
+	// Version is the daemon's, such as 29.1.3.
+	Version string
+	// CgroupDriver is cgroupfs, systemd or none.
+	CgroupDriver string
+	// CgroupVersion is 1 or 2; 0 if the daemon does not say.
+	CgroupVersion int
+	// Rootless daemons have their containers in cgroups of a user.
+	Rootless bool
+}
+
+// Info asks the daemon about itself.
+func (c *Client) Info(ctx context.Context) (Info, error) {
+	var info Info
+	err := c.ask(ctx, "information", func(ctx context.Context, api *client.Client) error {
+		answer, err := api.Info(ctx, client.InfoOptions{})
+		if err != nil {
+			return err
+		}
+		info = Info{
+			Version:      printable(answer.Info.ServerVersion),
+			CgroupDriver: printable(answer.Info.CgroupDriver),
+			Rootless:     slices.Contains(answer.Info.SecurityOptions, "name=rootless"),
+		}
+		switch answer.Info.CgroupVersion {
+		case "1":
+			info.CgroupVersion = 1
+		case "2":
+			info.CgroupVersion = 2
+		}
+		return nil
+	})
+	return info, err
+}

@@ -1,0 +1,92 @@
+package docker
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strings"
+)
+
+// ConfigFile is where the daemon's configuration is, unless it was told otherwise.
+const ConfigFile = "/etc/docker/daemon.json"
+
+// Config is what the daemon's configuration file says. What is on dockerd's command
+// line is not in it; the daemon refuses to start with both.
+type Config struct {
+	// CgroupParent is the parent of containers that name none: a path, or a slice
+	// of systemd; empty if it is the driver's own.
+	CgroupParent string
+	// CgroupDriver is cgroupfs or systemd; empty if the daemon chooses.
+	CgroupDriver string
+	// Hosts are where the daemon listens; empty if it is the usual socket, or said
+	// on the command line.
+	Hosts []string
+}
+
+// ReadConfig reads a configuration file of the daemon, whether or not it runs. A
+// missing file is an empty one, as for the daemon. Errors name the file.
+func ReadConfig(path string) (Config, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Config{}, nil
+	}
+	if err != nil {
+		return Config{}, err
+	}
+	defer f.Close()
+	const longest = 1 << 20
+	text, err := io.ReadAll(io.LimitReader(f, longest+1))
+	if err != nil {
+		return Config{}, err
+	}
+	if len(text) > longest {
+		return Config{}, fmt.Errorf("%s: more than %d bytes", path, longest)
+	}
+	c, err := parseConfig(text)
+	if err != nil {
+		return Config{}, fmt.Errorf("%s%w", path, err)
+	}
+	return c, nil
+}
+
+// parseConfig returns errors that begin with a colon, and the line where it is
+// known.
+func parseConfig(text []byte) (Config, error) {
+	text = bytes.TrimPrefix(text, []byte("\xef\xbb\xbf"))
+	if len(bytes.TrimSpace(text)) == 0 {
+		return Config{}, nil
+	}
+	var keys struct {
+		CgroupParent string   `json:"cgroup-parent"`
+		ExecOpts     []string `json:"exec-opts"`
+		Hosts        []string `json:"hosts"`
+	}
+	if err := json.Unmarshal(text, &keys); err != nil {
+		offset := int64(-1)
+		if e := (*json.SyntaxError)(nil); errors.As(err, &e) {
+			offset = e.Offset
+		} else if e := (*json.UnmarshalTypeError)(nil); errors.As(err, &e) {
+			offset = e.Offset
+		}
+		if offset < 0 || offset > int64(len(text)) {
+			return Config{}, fmt.Errorf(": %w", err)
+		}
+		return Config{}, fmt.Errorf(":%d: %w", 1+bytes.Count(text[:offset], []byte("\n")), err)
+	}
+	c := Config{CgroupParent: keys.CgroupParent, Hosts: keys.Hosts}
+	for _, option := range keys.ExecOpts {
+		key, value, ok := strings.Cut(option, "=")
+		if strings.EqualFold(strings.TrimSpace(key), "native.cgroupdriver") {
+			value = strings.TrimSpace(value)
+			if !ok || value != "cgroupfs" && value != "systemd" {
+				return Config{}, fmt.Errorf(": exec-opts: %q: want native.cgroupdriver=cgroupfs or systemd", option)
+			}
+			c.CgroupDriver = value
+		}
+	}
+	return c, nil
+}

@@ -1,0 +1,177 @@
+package docker
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/network"
+	"github.com/moby/moby/client"
+)
+
+// ErrNoContainer means that the daemon has no container with an id.
+var ErrNoContainer = errors.New("no such container")
+
+// Container is one of the daemon's containers. Whoever starts it chooses its name
+// and labels, but for what the daemon refuses.
+type Container struct {
+	// ID is 64 hexadecimal digits, as in the name of its cgroup.
+	ID string
+	// Name is the one that Docker shows, without a slash; empty if it has none, or
+	// one with characters that Docker allows in no name.
+	Name string
+	// Names are all names, links by other containers (web/db) among them.
+	Names []string
+	// Labels are as they were given: any characters, any length.
+	Labels map[string]string
+	// Image is the reference that it was started from, and ImageID what that was
+	// then.
+	Image, ImageID string
+	// Networks that it is in, by name.
+	Networks []Network
+
+	// Pid is its first process, as the daemon sees it; 0 if it does not run, and
+	// from Containers. The process can have ended since.
+	Pid int
+	// CgroupParent is what it was started with; empty if the daemon chose, and from
+	// Containers.
+	CgroupParent string
+}
+
+// Network is a network that a container is in.
+type Network struct {
+	Name string
+	// ID is the daemon's: the bridge of a network is called br- and the first 12
+	// digits, unless it was given another name. Empty if it is not known yet.
+	ID string
+}
+
+var (
+	hexID     = regexp.MustCompile(`^[0-9a-f]{64}$`)
+	plainName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
+	// Those of swarms are not hexadecimal.
+	networkID = regexp.MustCompile(`^[0-9a-z]{12,64}$`)
+)
+
+// Containers asks for all running containers.
+func (c *Client) Containers(ctx context.Context) ([]Container, error) {
+	var found []Container
+	err := c.ask(ctx, "containers", func(ctx context.Context, api *client.Client) error {
+		answer, err := api.ContainerList(ctx, client.ContainerListOptions{})
+		if err != nil {
+			return err
+		}
+		found = make([]Container, 0, len(answer.Items))
+		for i := range answer.Items {
+			s := &answer.Items[i]
+			if err := checkID(s.ID); err != nil {
+				return err
+			}
+			one := Container{ID: s.ID, Labels: s.Labels, Image: printable(s.Image), ImageID: printable(s.ImageID)}
+			one.setNames(s.Names)
+			if s.NetworkSettings != nil {
+				one.setNetworks(s.NetworkSettings.Networks)
+			}
+			found = append(found, one)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return found, nil
+}
+
+// Inspect asks for a container, by its whole id. The error wraps ErrNoContainer if
+// there is none.
+func (c *Client) Inspect(ctx context.Context, id string) (Container, error) {
+	found := Container{ID: id}
+	if err := checkID(id); err != nil {
+		return found, err
+	}
+	err := c.ask(ctx, "container "+id[:12], func(ctx context.Context, api *client.Client) error {
+		answer, err := api.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
+		if errdefs.IsNotFound(err) {
+			return ErrNoContainer
+		}
+		if err != nil {
+			return err
+		}
+		return found.fill(&answer.Container)
+	})
+	return found, err
+}
+
+func (c *Container) fill(from *container.InspectResponse) error {
+	if from.ID != c.ID {
+		return fmt.Errorf("the answer is about another container: %.64q", from.ID)
+	}
+	c.ImageID = printable(from.Image)
+	c.setNames([]string{from.Name})
+	if from.Config != nil {
+		c.Image, c.Labels = printable(from.Config.Image), from.Config.Labels
+	}
+	if from.NetworkSettings != nil {
+		c.setNetworks(from.NetworkSettings.Networks)
+	}
+	if from.HostConfig != nil {
+		c.CgroupParent = printable(from.HostConfig.CgroupParent)
+	}
+	if from.State != nil {
+		if from.State.Pid < 0 {
+			return fmt.Errorf("process id %d", from.State.Pid)
+		}
+		c.Pid = from.State.Pid
+	}
+	return nil
+}
+
+func checkID(id string) error {
+	if !hexID.MatchString(id) {
+		return fmt.Errorf("%.64q is not the id of a container: want 64 hexadecimal digits", id)
+	}
+	return nil
+}
+
+// nameOf returns a name as users know it; "" if it is none.
+func nameOf(name string) string {
+	name = strings.TrimPrefix(name, "/")
+	if len(name) > longestText || !plainName.MatchString(name) {
+		return ""
+	}
+	return name
+}
+
+func (c *Container) setNames(names []string) {
+	for _, name := range names {
+		name = strings.TrimPrefix(name, "/")
+		link, alias, linked := strings.Cut(name, "/")
+		switch {
+		case linked && nameOf(link) != "" && nameOf(alias) != "":
+			c.Names = append(c.Names, name)
+		case !linked && nameOf(name) != "":
+			c.Name = cmp.Or(c.Name, name)
+			c.Names = append(c.Names, name)
+		}
+	}
+}
+
+func (c *Container) setNetworks(networks map[string]*network.EndpointSettings) {
+	for name, endpoint := range networks {
+		if name = printable(name); name == "" || endpoint == nil {
+			continue
+		}
+		n := Network{Name: name}
+		if networkID.MatchString(endpoint.NetworkID) {
+			n.ID = endpoint.NetworkID
+		}
+		c.Networks = append(c.Networks, n)
+	}
+	slices.SortFunc(c.Networks, func(a, b Network) int { return strings.Compare(a.Name, b.Name) })
+}
