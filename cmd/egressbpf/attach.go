@@ -66,6 +66,10 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err != nil {
 		return usageError{err}
 	}
+	names, err := o.names(stderr)
+	if err != nil {
+		return err
+	}
 	filter, _, err := o.filter()
 	if err != nil {
 		return err
@@ -79,6 +83,7 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err != nil {
 		return err
 	}
+	names.addToStatus(ctx, status)
 	warn(stderr, status, blockedResolvers(config.Policy))
 	if *o.output == jsonText {
 		return writeJSON(stdout, status)

@@ -15,8 +15,8 @@ func newLimit(g *globals) *cobra.Command {
 		Use:   "limit",
 		Short: "Give a container its own mail limit",
 		Long: `Sets, shows or removes a container's own limit on new mail connections, at once.
-Tokens that are missing from its bucket stay missing. NAME is the container's id or
-the beginning of it, or its cgroup by name or path.`,
+Tokens that are missing from its bucket stay missing. NAME is the container's name
+in Docker, its id or the beginning of it, or its cgroup by name or path.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: help,
 	}
@@ -25,7 +25,11 @@ the beginning of it, or its cgroup by name or path.`,
 }
 
 // withContainer calls do with the container that goes by a name.
-func (g *globals) withContainer(name string, do func(*stats.Reader, *stats.Container) error) error {
+func (g *globals) withContainer(cmd *cobra.Command, name string, do func(*stats.Reader, *stats.Container) error) error {
+	names, err := g.names(cmd.ErrOrStderr())
+	if err != nil {
+		return err
+	}
 	reader, err := g.reader()
 	if err != nil {
 		return err
@@ -35,7 +39,7 @@ func (g *globals) withContainer(name string, do func(*stats.Reader, *stats.Conta
 	if err != nil {
 		return err
 	}
-	c, err := reader.Select(s, name)
+	c, err := names.selected(cmd.Context(), reader, s, name)
 	if err != nil {
 		return err
 	}
@@ -51,7 +55,7 @@ func newLimitSet(g *globals) *cobra.Command {
 		Use:     "set NAME --rate R --burst B",
 		Short:   "Give a container its own limit",
 		Long:    `Gives a container its own limit. What is left out stays as it is.`,
-		Example: `  egressbpf limit set 4f1c --rate 120/minute --burst 30`,
+		Example: `  egressbpf limit set mailer --rate 120/minute --burst 30`,
 		Args:    usageArgs(cobra.ExactArgs(1)),
 	}
 	flags := cmd.Flags()
@@ -68,7 +72,7 @@ func newLimitSet(g *globals) *cobra.Command {
 				return usageError{fmt.Errorf("--rate: %w", err)}
 			}
 		}
-		return g.withContainer(args[0], func(r *stats.Reader, c *stats.Container) error {
+		return g.withContainer(cmd, args[0], func(r *stats.Reader, c *stats.Container) error {
 			limit := policy.Limit{Rate: c.SMTP.Rate, Burst: c.SMTP.Burst}
 			if flags.Changed("rate") {
 				limit.Rate = newRate
@@ -93,7 +97,7 @@ func newLimitGet(g *globals) *cobra.Command {
 	}
 	out := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return g.withContainer(args[0], func(_ *stats.Reader, c *stats.Container) error {
+		return g.withContainer(cmd, args[0], func(_ *stats.Reader, c *stats.Container) error {
 			if *out == jsonText {
 				return writeJSON(cmd.OutOrStdout(), c.SMTP)
 			}
@@ -109,8 +113,8 @@ func newLimitUnset(g *globals) *cobra.Command {
 		Use:   "unset NAME",
 		Short: "Return a container to the policy's limit",
 		Args:  usageArgs(cobra.ExactArgs(1)),
-		RunE: func(_ *cobra.Command, args []string) error {
-			return g.withContainer(args[0], func(r *stats.Reader, c *stats.Container) error {
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return g.withContainer(cmd, args[0], func(r *stats.Reader, c *stats.Container) error {
 				return r.UnsetLimit(c)
 			})
 		},

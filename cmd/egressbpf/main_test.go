@@ -121,8 +121,10 @@ var hex = strings.Repeat("0123456789abcdef", 4)
 //	populate CGROUP        has a process in the cgroup until the script ends
 //	json PATH VALUE        compares a value in the JSON on stdout
 //	in-force               fails unless status says so
+//	daemon SOCKET ID=NAME...  answers as Docker would; or instead stall, broken
 //
-// and $CG, a cgroup; $ROOT, the cgroup2 mount; $PINS, the default pin path; $HEX.
+// and $CG, a cgroup; $ROOT, the cgroup2 mount; $PINS, the default pin path; $HEX and
+// $HEX2, ids of containers; $ESC, what a terminal obeys.
 func TestScripts(t *testing.T) {
 	testscript.RunT(one{t}, testscript.Params{
 		Dir:                 "testdata",
@@ -135,11 +137,13 @@ func TestScripts(t *testing.T) {
 			env.Setenv("ROOT", string(testenv.Root(t)))
 			env.Setenv("PINS", loader.DefaultPinPath)
 			env.Setenv("HEX", hex)
+			env.Setenv("HEX2", strings.Repeat("fedcba9876543210", 4))
+			env.Setenv("ESC", "\x1b[2J")
 			env.Setenv("RESOLV_CONFS", env.WorkDir+"/resolv.conf:"+env.WorkDir+"/stub.conf")
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"code": code, "in": in, "populate": populate, "json": jsonValue, "in-force": inForce,
+			"code": code, "in": in, "populate": populate, "json": jsonValue, "in-force": inForce, "daemon": daemon,
 		},
 	})
 }

@@ -38,6 +38,7 @@ var errNotInForce = errors.New("not in force")
 type globals struct {
 	pinPath    string
 	cgroupRoot string
+	dockerHost string
 	debug      bool
 }
 
@@ -109,6 +110,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 (status) not fully in force.`,
 	flags := cmd.PersistentFlags()
 	flags.StringVar(&g.pinPath, "pin-path", loader.DefaultPinPath, "directory on a bpf filesystem where the filter is pinned")
 	flags.StringVar(&g.cgroupRoot, "cgroup-root", "", "mount of the cgroup2 filesystem (default: the one in /proc/self/mountinfo)")
+	flags.StringVar(&g.dockerHost, "docker-host", "", "daemon that knows the names of containers: unix:///PATH or tcp://HOST:PORT (default: $DOCKER_HOST, or the usual socket)")
 	flags.BoolVar(&g.debug, "debug", false, "show the kernel verifier's whole log when it refuses a program")
 	cmd.AddCommand(newAttach(g), newDetach(g), newStatus(g), newStats(g), newLimit(g), newVersion())
 	return cmd

@@ -28,7 +28,8 @@ func newStats(g *globals) *cobra.Command {
 		Use:   "stats [--container NAME] [--watch]",
 		Short: "Show what was done to each container",
 		Long: `Shows the counters, a row for each container and a total that includes containers
-that are gone.
+that are gone. Containers have the names that Docker's daemon gives them, or their
+ids if it does not answer.
 
   BLOCKED   packets to blocked destinations, dropped
   REFUSED   attempts to send there, refused before there was a packet
@@ -42,19 +43,23 @@ that are gone.
   TOKENS    mail connections that could be made at once now`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return o.run(cmd.Context(), cmd.OutOrStdout())
+			return o.run(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
-	cmd.Flags().StringVar(&o.container, "container", "", "only this one: its id or the beginning of it, or its cgroup")
+	cmd.Flags().StringVar(&o.container, "container", "", "only this one: its name in Docker, its id or the beginning of it, or its cgroup")
 	cmd.Flags().BoolVar(&o.watch, "watch", false, "show it again and again until interrupted; as json, an object a line")
 	cmd.Flags().DurationVar(&o.interval, "interval", 2*time.Second, "time between two with --watch")
 	o.output = outputFlag(cmd)
 	return cmd
 }
 
-func (o *statsOptions) run(ctx context.Context, stdout io.Writer) error {
+func (o *statsOptions) run(ctx context.Context, stdout, stderr io.Writer) error {
 	if o.interval < 100*time.Millisecond {
 		return usageError{errors.New("--interval: want at least 100ms")}
+	}
+	names, err := o.names(stderr)
+	if err != nil {
+		return err
 	}
 	reader, err := o.reader()
 	if err != nil {
@@ -64,7 +69,7 @@ func (o *statsOptions) run(ctx context.Context, stdout io.Writer) error {
 	tick := time.NewTicker(o.interval)
 	defer tick.Stop()
 	for {
-		if err := o.show(stdout, reader); err != nil || !o.watch {
+		if err := o.show(ctx, stdout, reader, names); err != nil || !o.watch {
 			return err
 		}
 		select {
@@ -78,13 +83,14 @@ func (o *statsOptions) run(ctx context.Context, stdout io.Writer) error {
 	}
 }
 
-func (o *statsOptions) show(w io.Writer, reader *stats.Reader) error {
+func (o *statsOptions) show(ctx context.Context, w io.Writer, reader *stats.Reader, names *names) error {
 	s, err := reader.Read()
 	if err != nil {
 		return err
 	}
+	names.addTo(ctx, s)
 	if o.container != "" {
-		c, err := reader.Select(s, o.container)
+		c, err := names.selected(ctx, reader, s, o.container)
 		if err != nil {
 			return err
 		}
@@ -109,20 +115,20 @@ func printStats(w io.Writer, s *stats.Stats) error {
 		if c.SMTP.Tokens != nil {
 			tokens = strconv.FormatFloat(*c.SMTP.Tokens, 'f', 1, 64)
 		}
-		row(title(c), stats.Total{Blocked: c.Blocked, Malformed: c.Malformed, Families: c.Families, HostSide: c.HostSide, SMTP: c.SMTP.SMTP}, tokens, fmt.Sprintf("%s, burst %d", c.SMTP.Rate, c.SMTP.Burst))
+		row(title(c.Name, c.ID), stats.Total{Blocked: c.Blocked, Malformed: c.Malformed, Families: c.Families, HostSide: c.HostSide, SMTP: c.SMTP.SMTP}, tokens, fmt.Sprintf("%s, burst %d", c.SMTP.Rate, c.SMTP.Burst))
 	}
 	row("TOTAL", s.Total, "", "")
 	return tw.Flush()
 }
 
 // title is what a container is called in tables.
-func title(c stats.Container) string {
+func title(name, id string) string {
 	const short = 12 // as docker ps shows ids
 	switch {
-	case c.Name != "":
-		return printable(c.Name)
-	case len(c.ID) == 64:
-		return c.ID[:short]
+	case name != "":
+		return printable(name)
+	case len(id) == 64:
+		return id[:short]
 	}
-	return printable(c.ID)
+	return printable(id)
 }

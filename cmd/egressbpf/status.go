@@ -17,13 +17,18 @@ func newStatus(g *globals) *cobra.Command {
 		Use:   "status",
 		Short: "Tell whether the filter is in force, as the kernel has it",
 		Long: `Reads back from the kernel which programs run where and with which policy, which
-defences are missing, and which running Docker containers are outside.
+defences are missing, and which running Docker containers are outside: by name, if
+Docker's daemon answers.
 
 Exits with 3 unless packets are dropped for every running Docker container.`,
 		Args: usageArgs(cobra.NoArgs),
 	}
 	out := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		names, err := g.names(cmd.ErrOrStderr())
+		if err != nil {
+			return err
+		}
 		filter, _, err := g.filter()
 		if err != nil {
 			return err
@@ -32,6 +37,7 @@ Exits with 3 unless packets are dropped for every running Docker container.`,
 		if err != nil {
 			return err
 		}
+		names.addToStatus(cmd.Context(), status)
 		if *out == jsonText {
 			err = writeJSON(cmd.OutOrStdout(), status)
 		} else {
@@ -85,7 +91,7 @@ func printStatus(w io.Writer, s *loader.Status) error {
 			row("")
 			row("NOT COVERED\tCGROUP")
 		}
-		row("%.12s\t%s", u.ID, printable(u.Cgroup))
+		row("%s\t%s", title(u.Name, u.ID), printable(u.Cgroup))
 	}
 	return tw.Flush()
 }

@@ -238,32 +238,35 @@ var ErrNoContainer = errors.New("no such container")
 // ErrAmbiguous means that more than one container goes by a name.
 var ErrAmbiguous = errors.New("more than one container goes by that name")
 
-// Select returns the container with a name: its id or the beginning of it, the
-// name of its cgroup, or the path of that, below the cgroup2 mount or in full.
-// The error wraps ErrNoContainer or ErrAmbiguous.
+// Select returns the container with a name: its id or the beginning of it, its
+// Name, the name of its cgroup, or the path of that, below the cgroup2 mount or in
+// full. A whole id goes before a name, and a name before the beginning of an id, as
+// with Docker. The error wraps ErrNoContainer or ErrAmbiguous.
 func (r *Reader) Select(s *Stats, name string) (*Container, error) {
-	var exact, begin []*Container
+	var ids, exact, begin []*Container
 	for i := range s.Containers {
 		c := &s.Containers[i]
 		switch {
 		case c.Cgroup != "" && (c.Cgroup == name || r.root.Path(c.Cgroup) == filepath.Clean(name)):
 			return c, nil
-		case c.ID == name || c.Cgroup != "" && filepath.Base(c.Cgroup) == name:
+		case c.ID == name && cgroup.ContainerID(name) != "":
+			ids = append(ids, c)
+		case name != "" && (c.ID == name || c.Name == name || c.Cgroup != "" && filepath.Base(c.Cgroup) == name):
 			exact = append(exact, c)
 		case name != "" && strings.HasPrefix(c.ID, name):
 			begin = append(begin, c)
 		}
 	}
-	if len(exact) == 0 {
-		exact = begin
+	for _, found := range [][]*Container{ids, exact, begin} {
+		switch len(found) {
+		case 0:
+			continue
+		case 1:
+			return found[0], nil
+		}
+		return nil, fmt.Errorf("%q: %w: %s", name, ErrAmbiguous, paths(found))
 	}
-	switch len(exact) {
-	case 0:
-		return nil, fmt.Errorf("%q: %w below %s", name, ErrNoContainer, strings.Join(s.Cgroups, ", "))
-	case 1:
-		return exact[0], nil
-	}
-	return nil, fmt.Errorf("%q: %w: %s", name, ErrAmbiguous, paths(exact))
+	return nil, fmt.Errorf("%q: %w below %s", name, ErrNoContainer, strings.Join(s.Cgroups, ", "))
 }
 
 func paths(containers []*Container) string {

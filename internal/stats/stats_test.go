@@ -435,6 +435,12 @@ func TestSelect(t *testing.T) {
 	const gone = 1 << 60
 	h.put(gone, maps.Container{})
 	s := h.read()
+	for i := range s.Containers {
+		// The last is called what another one's id is.
+		s.Containers[i].Name = map[string]string{
+			"a/" + hexA: "db", "b/docker-" + hexB + ".scope": "a1", "a/" + hexA[:63] + "2": hexB, "a/api-1": "web-2",
+		}[strings.TrimPrefix(s.Containers[i].Cgroup, h.rel("")+"/")]
+	}
 	for _, tt := range []struct {
 		name string
 		want string // below the base
@@ -442,7 +448,10 @@ func TestSelect(t *testing.T) {
 	}{
 		{name: hexA, want: "a/" + hexA},
 		{name: hexA[:63], err: stats.ErrAmbiguous},
-		{name: "a1", err: stats.ErrAmbiguous},
+		{name: "a", err: stats.ErrAmbiguous},
+		{name: "db", want: "a/" + hexA},
+		{name: "d", err: stats.ErrNoContainer},
+		{name: "a1", want: "b/docker-" + hexB + ".scope"}, // though it is the beginning of ids
 		{name: "b2", want: "b/docker-" + hexB + ".scope"},
 		{name: hexB, want: "b/docker-" + hexB + ".scope"},
 		{name: "docker-" + hexB + ".scope", want: "b/docker-" + hexB + ".scope"},
@@ -450,7 +459,8 @@ func TestSelect(t *testing.T) {
 		{name: h.rel("b/web-1"), want: "b/web-1"},
 		{name: h.path("b/web-1"), want: "b/web-1"},
 		{name: h.path("b/web-1") + "/", want: "b/web-1"},
-		{name: "web-2", want: "a/web-2"},
+		{name: "web-2", err: stats.ErrAmbiguous}, // a cgroup, and a name
+		{name: "api-1", want: "a/api-1"},
 		{name: "web", want: "a/web"}, // though it is the beginning of others
 		{name: "api", want: "b/api"}, // though it comes after those
 		{name: "api-", err: stats.ErrAmbiguous},

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/egressbpf/egressbpf/internal/docker"
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/stats"
+)
+
+// daemon serves, on a socket, what Docker would say of the containers, given as
+// ID=NAME; "stall" never answers, "broken" answers with what is not an answer.
+func daemon(ts *testscript.TestScript, _ bool, args []string) {
+	l, err := net.Listen("unix", args[0])
+	ts.Check(err)
+	var list []map[string]any
+	for _, arg := range args[1:] {
+		id, name, _ := strings.Cut(arg, "=")
+		list = append(list, map[string]any{"Id": id, "Names": []string{"/" + name}})
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("/_ping", func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Api-Version", "1.41") })
+	mux.HandleFunc("/v1.41/containers/json", func(w http.ResponseWriter, r *http.Request) {
+		switch args[1] {
+		case "stall":
+			<-r.Context().Done()
+		case "broken":
+			_, _ = io.WriteString(w, "\x1b[2J")
+		default:
+			_ = json.NewEncoder(w).Encode(list)
+		}
+	})
+	server := &http.Server{Handler: mux}
+	go func() { _ = server.Serve(l) }()
+	ts.Defer(func() { server.Close() })
+}
+
+// Nobody is asked for names that nothing has.
+func TestNoNamesNeeded(t *testing.T) {
+	var stderr strings.Builder
+	client, err := docker.Open("unix:///nothing")
+	check(t, err)
+	n := &names{client: client, asked: true, stderr: &stderr}
+	n.addTo(t.Context(), &stats.Stats{Containers: []stats.Container{{ID: "web"}}})
+	n.addToStatus(t.Context(), &loader.Status{})
+	if n.err != nil || stderr.Len() > 0 {
+		t.Errorf("asked: %v, %s", n.err, &stderr)
+	}
+	n.addTo(t.Context(), &stats.Stats{Containers: []stats.Container{{ID: hex}}})
+	n.addTo(t.Context(), &stats.Stats{Containers: []stats.Container{{ID: hex}}})
+	if n.err == nil || strings.Count(stderr.String(), "warning: ") != 1 {
+		t.Errorf("%v, %s", n.err, &stderr)
+	}
+}
