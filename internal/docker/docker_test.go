@@ -603,7 +603,7 @@ func TestWatchRestart(t *testing.T) {
 	expect(t, told, Event{Action: Resync})
 	close(s.send)
 	expect(t, told, Event{Action: Lost})
-	s = receive(t, f.opened, "another subscription")
+	receive(t, f.opened, "another subscription")
 	expect(t, told, Event{Action: Resync})
 
 	d.stop()

@@ -49,6 +49,8 @@ func unifiedCgroups() error {
 type engine struct {
 	*lab.Network
 	client, dir string
+	daemon      *exec.Cmd  // nil when it does not run
+	ended       chan error // takes what it ended with
 }
 
 // startEngine starts an engine on the host of a network that ends with the test.
@@ -64,10 +66,6 @@ func startEngine(t *testing.T, n *lab.Network) *engine {
 			t.Fatal("docker not found: install the Debian package docker.io, or docker-cli where that is apart")
 		}
 	}
-	daemon, err := exec.LookPath("dockerd")
-	if err != nil {
-		t.Fatal("dockerd not found: install the Debian package docker.io")
-	}
 	if _, err := exec.LookPath("iptables"); err != nil {
 		t.Fatal("iptables not found: install the Debian package iptables")
 	}
@@ -75,11 +73,25 @@ func startEngine(t *testing.T, n *lab.Network) *engine {
 	if err := os.WriteFile(e.path("daemon.json"), []byte("{}"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	log, err := os.Create(e.path("log"))
+	t.Cleanup(func() { e.stopDaemon(t) })
+	e.startDaemon(t)
+	e.importImage(t)
+	return e
+}
+
+// startDaemon starts the daemon and waits until it answers.
+func (e *engine) startDaemon(t *testing.T) {
+	t.Helper()
+	daemon, err := exec.LookPath("dockerd")
+	if err != nil {
+		t.Fatal("dockerd not found: install the Debian package docker.io")
+	}
+	log, err := os.OpenFile(e.path("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer log.Close()
+	_ = os.Remove(e.path("notify"))
 	ready, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: e.path("notify"), Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
@@ -96,17 +108,11 @@ func startEngine(t *testing.T, n *lab.Network) *engine {
 		t.Fatal(err)
 	}
 	ended := make(chan error, 1)
+	e.daemon, e.ended = cmd, ended
 	go func() {
 		ended <- cmd.Wait()
 		ready.Close()
 	}()
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(unix.SIGTERM)
-		if err := <-ended; err != nil {
-			text, _ := os.ReadFile(log.Name())
-			t.Errorf("dockerd: %v\n%s", err, text)
-		}
-	})
 	if err := ready.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
@@ -116,11 +122,23 @@ func startEngine(t *testing.T, n *lab.Network) *engine {
 			t.Fatalf("dockerd is not ready: %v", err)
 		}
 		if bytes.Contains(buf[:n], []byte("READY=1")) {
-			break
+			return
 		}
 	}
-	e.importImage(t)
-	return e
+}
+
+// stopDaemon ends the daemon, if it runs, and the containers with it.
+func (e *engine) stopDaemon(t *testing.T) {
+	t.Helper()
+	if e.daemon == nil {
+		return
+	}
+	_ = e.daemon.Process.Signal(unix.SIGTERM)
+	e.daemon = nil
+	if err := <-e.ended; err != nil {
+		text, _ := os.ReadFile(e.path("log"))
+		t.Errorf("dockerd: %v\n%s", err, text)
+	}
 }
 
 func (e *engine) path(name string) string { return filepath.Join(e.dir, name) }
