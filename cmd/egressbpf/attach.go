@@ -25,10 +25,8 @@ const lockPatience = 20 * time.Second
 
 type attachOptions struct {
 	*globals
-	cgroups []string
-	config  string
-	policy  policyFlags
-	output  *output
+	configOptions
+	output *output
 }
 
 func newAttach(g *globals) *cobra.Command {
@@ -53,16 +51,13 @@ A flag overrides the same key of the config file; lists are replaced, not added 
 			return o.run(cmd.Context(), cmd.Flags(), cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
-	flags := cmd.Flags()
-	flags.StringArrayVar(&o.cgroups, "cgroup", nil, "policed cgroup, by its directory; may be repeated (default: what is policed already, or the root)")
-	flags.StringVar(&o.config, "config", "", "YAML file with the policy")
-	o.policy.register(flags)
+	o.register(cmd.Flags())
 	o.output = outputFlag(cmd)
 	return cmd
 }
 
 func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, stderr io.Writer) error {
-	config, err := o.readConfig(flags)
+	config, err := o.read(flags)
 	if err != nil {
 		return usageError{err}
 	}
@@ -89,26 +84,6 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 		return writeJSON(stdout, status)
 	}
 	return printStatus(stdout, status)
-}
-
-func (o *attachOptions) readConfig(flags *pflag.FlagSet) (policy.Config, error) {
-	config := policy.Config{Policy: policy.Default()}
-	if o.config != "" {
-		text, err := os.ReadFile(o.config)
-		if err != nil {
-			return config, fmt.Errorf("--config: %w", err)
-		}
-		if config, err = policy.ParseConfig(o.config, text); err != nil {
-			return config, err
-		}
-	}
-	if flags.Changed("cgroup") {
-		config.Cgroups = o.cgroups
-	}
-	if err := o.policy.apply(flags, &config.Policy); err != nil {
-		return config, err
-	}
-	return config, config.Policy.Validate()
 }
 
 // policyFlags are the policy's keys as flags.

@@ -19,8 +19,6 @@ type Config struct {
 	// what is policed already.
 	Cgroups []string `json:"cgroups" yaml:"cgroups"`
 	Policy  `yaml:",inline"`
-	// Containers are exceptions for some containers; the first that matches holds.
-	Containers []ContainerRule `json:"containers,omitempty" yaml:"containers,omitempty"`
 }
 
 // ParseConfig reads the YAML of a config file over the defaults. A key that is

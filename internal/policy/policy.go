@@ -146,6 +146,9 @@ type Policy struct {
 
 	// Scopes are how containers are told from what is beside them.
 	Scopes []Scope `json:"scopes" yaml:"scopes"`
+
+	// Containers are exceptions for some containers; the first that matches holds.
+	Containers []ContainerRule `json:"containers,omitempty" yaml:"containers,omitempty"`
 }
 
 // Default returns what is in force where nothing else is said: metadata blocked,
@@ -210,6 +213,11 @@ func (p Policy) Validate() error {
 	}
 	if _, err := finishScopes(p.Scopes); err != nil {
 		return fmt.Errorf("scopes: %w", err)
+	}
+	for _, r := range p.Containers {
+		if err := r.Validate(); err != nil {
+			return fmt.Errorf("containers: %w", err)
+		}
 	}
 	return nil
 }

@@ -1,0 +1,113 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/signal"
+
+	sd "github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+
+	service "github.com/egressbpf/egressbpf/internal/daemon"
+	"github.com/egressbpf/egressbpf/internal/docker"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// defaultConfig is read by run if it exists.
+const defaultConfig = "/etc/egressbpf/config.yaml"
+
+type runOptions struct {
+	*globals
+	configOptions
+}
+
+func newRun(g *globals) *cobra.Command {
+	o := runOptions{globals: g, configOptions: configOptions{config: defaultConfig}}
+	cmd := &cobra.Command{
+		Use:   "run [flags]",
+		Short: "Keep the filter in force, and apply rules to containers as they start",
+		Long: `Puts the filter in force as attach does, then stays: applies the rules of the config
+file's containers to those that Docker runs and starts, reads the file again when it
+changes and on SIGHUP, and attaches again what some other program has taken off. A
+bad file is refused and what was in force stays. Until a rule is applied to a new
+container, the default holds.
+
+When it ends, however it ends, the filter stays in force; see detach. Under systemd
+it is a service of Type=notify-reload, with a watchdog.`,
+		Example: `  egressbpf run
+  egressbpf run --config /etc/egressbpf/config.yaml --allow-dns`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.run(cmd.Context(), cmd.Flags(), cmd.ErrOrStderr())
+		},
+	}
+	o.register(cmd.Flags())
+	return cmd
+}
+
+func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Writer) error {
+	if _, err := o.load(flags)(); err != nil {
+		return usageError{err}
+	}
+	client, err := docker.Open(o.dockerHost)
+	if err != nil {
+		return usageError{fmt.Errorf("--docker-host: %w", err)}
+	}
+	defer client.Close()
+	filter, root, err := o.filter()
+	if err != nil {
+		return err
+	}
+	watchdog, err := sd.SdWatchdogEnabled(false)
+	if err != nil {
+		return err
+	}
+	reload := make(chan os.Signal, 1)
+	signal.Notify(reload, unix.SIGHUP)
+	defer signal.Stop(reload)
+	d := service.Daemon{
+		Filter: filter, Root: root, Docker: client,
+		Load: o.load(flags), File: o.config,
+		Log:      newLogger(stderr),
+		Notify:   func(state string) { _, _ = sd.SdNotify(false, state) },
+		Watchdog: watchdog,
+		Reload:   reload,
+	}
+	return d.Run(ctx)
+}
+
+// load returns what reads the configuration. That the file at the usual place is
+// missing is no error, unless it was there before.
+func (o *runOptions) load(flags *pflag.FlagSet) func() (policy.Config, error) {
+	optional := !flags.Changed("config")
+	return func() (policy.Config, error) {
+		if _, err := os.Stat(o.config); optional && errors.Is(err, fs.ErrNotExist) {
+			without := o.configOptions
+			without.config = ""
+			return without.read(flags)
+		}
+		optional = false
+		return o.read(flags)
+	}
+}
+
+// newLogger returns a logger of lines. The journal has clocks of its own.
+func newLogger(w io.Writer) *slog.Logger {
+	var options slog.HandlerOptions
+	if os.Getenv("JOURNAL_STREAM") != "" {
+		options.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewTextHandler(w, &options))
+}

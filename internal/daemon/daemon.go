@@ -1,0 +1,292 @@
+// Package daemon keeps the filter in force, and applies its rules to the containers
+// that Docker starts. What is in force does not need it.
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"reflect"
+	"slices"
+	"time"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/docker"
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/rules"
+)
+
+const (
+	// patience is how long one step may take.
+	patience = 20 * time.Second
+	// checkEvery is when the daemon looks whether the filter is as it should be.
+	checkEvery = 30 * time.Second
+	// lookEvery is when it looks whether the config file has changed.
+	lookEvery = time.Second
+)
+
+// Notify tells the service manager of a state, as sd_notify(3) does.
+type Notify func(state string)
+
+// Daemon is what [Daemon.Run] works with.
+type Daemon struct {
+	Filter *loader.Filter
+	Root   cgroup.Root
+	// Docker is asked for containers and what becomes of them.
+	Docker *docker.Client
+	// Load reads the configuration. File is what it reads; empty if there is none.
+	Load func() (policy.Config, error)
+	File string
+	Log  *slog.Logger
+	// Notify and Watchdog are the service manager's: it wants to hear from the daemon
+	// in each Watchdog, if that is not 0.
+	Notify   Notify
+	Watchdog time.Duration
+	// Reload asks for the configuration to be read again.
+	Reload <-chan os.Signal
+
+	config policy.Config
+	// subjects are the running containers, as far as Docker has told.
+	subjects map[string]policy.Subject
+	stale    bool // Docker is to be asked for all of them
+	down     bool // Docker does not answer
+	revoke   bool // rules have changed, and unknown containers lose what they had
+	// attached are the hooks and defences that the last attach has put in force.
+	attached map[string]bool
+}
+
+// Run puts the filter in force and follows Docker until ctx ends, which is no error. An
+// error means that the filter could not be put in force; what was in force stays.
+func (d *Daemon) Run(ctx context.Context) error {
+	file := newWatched(d.File)
+	config, err := d.Load()
+	if err != nil {
+		return err
+	}
+	if err := d.attach(ctx, config); err != nil {
+		return err
+	}
+	d.subjects = map[string]policy.Subject{}
+	d.apply()
+	d.Notify("READY=1\n" + d.statusText())
+
+	events := make(chan docker.Event)
+	watched := make(chan struct{})
+	watchCtx, stopWatching := context.WithCancel(ctx)
+	go func() {
+		defer close(watched)
+		_ = d.Docker.Watch(watchCtx, func(e docker.Event) {
+			select {
+			case events <- e:
+			case <-watchCtx.Done():
+			}
+		})
+	}()
+	defer func() { stopWatching(); <-watched }()
+
+	check, look := time.NewTicker(checkEvery), time.NewTicker(lookEvery)
+	defer check.Stop()
+	defer look.Stop()
+	var watchdog <-chan time.Time
+	if d.Watchdog > 0 {
+		t := time.NewTicker(d.Watchdog / 2)
+		defer t.Stop()
+		watchdog = t.C
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			d.Notify("STOPPING=1")
+			d.Log.Info("stopped; the filter stays in force")
+			return nil
+		case e := <-events:
+			d.event(ctx, e)
+		case <-d.Reload:
+			d.reload(ctx)
+		case <-look.C:
+			if file.changed() {
+				d.reload(ctx)
+			}
+		case <-check.C:
+			d.check(ctx)
+		case <-watchdog:
+			d.Notify("WATCHDOG=1")
+		}
+	}
+}
+
+// attach puts a configuration in force.
+func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
+	before, err := d.Filter.Status()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := d.Filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {
+		return err
+	}
+	// What was given by rules that hold no more is taken back, also from containers of
+	// which Docker cannot tell now.
+	d.revoke = before.Policy != nil && !reflect.DeepEqual(before.Policy.Containers, config.Containers)
+	d.config = config
+	s, err := d.Filter.Status()
+	if err != nil {
+		return err
+	}
+	d.attached = inForce(s)
+	d.Log.Info("in force", "mode", s.Mode, "cgroups", s.Cgroups)
+	for _, defence := range s.Defences {
+		if !defence.Active {
+			d.Log.Warn("no defence "+defence.Name, "reason", defence.Reason)
+		}
+	}
+	return nil
+}
+
+// inForce returns the hooks and defences that are.
+func inForce(s *loader.Status) map[string]bool {
+	found := map[string]bool{}
+	for _, h := range s.Hooks {
+		if h.Attached {
+			found["hook "+h.Name+" "+h.Cgroup] = true
+		}
+	}
+	for _, defence := range s.Defences {
+		if defence.Active {
+			found["defence "+defence.Name] = true
+		}
+	}
+	return found
+}
+
+// reload puts a changed configuration in force; a bad one changes nothing.
+func (d *Daemon) reload(ctx context.Context) {
+	d.Notify(fmt.Sprintf("RELOADING=1\nMONOTONIC_USEC=%d", monotonic().Microseconds()))
+	defer func() { d.Notify("READY=1\n" + d.statusText()) }()
+	config, err := d.Load()
+	if err == nil {
+		err = d.attach(ctx, config)
+	}
+	if err != nil {
+		d.Log.Error("configuration refused; what was in force stays", "err", err)
+		return
+	}
+	d.apply()
+}
+
+// event follows Docker.
+func (d *Daemon) event(ctx context.Context, e docker.Event) {
+	switch e.Action {
+	case docker.Lost:
+		if !d.down {
+			d.Log.Warn("Docker does not answer; new containers get the defaults", "host", d.Docker.Host(), "err", e.Err)
+		}
+		d.down = true
+		return
+	case docker.Resync:
+		d.resync(ctx)
+	case docker.Die, docker.Destroy:
+		delete(d.subjects, e.ID)
+		return
+	case docker.Start, docker.Rename, docker.Update:
+		ctx, cancel := context.WithTimeout(ctx, patience)
+		defer cancel()
+		c, err := d.Docker.Inspect(ctx, e.ID)
+		if err != nil {
+			d.Log.Debug("container not found", "id", e.ID, "err", err)
+			return
+		}
+		d.subjects[e.ID] = rules.Subject(c)
+	}
+	d.apply()
+}
+
+// resync asks Docker for all containers.
+func (d *Daemon) resync(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	all, err := d.Docker.Containers(ctx)
+	if err != nil {
+		d.stale = true
+		d.Log.Warn("Docker does not tell its containers", "host", d.Docker.Host(), "err", err)
+		return
+	}
+	if d.down {
+		d.Log.Info("Docker answers again")
+	}
+	d.stale, d.down = false, false
+	d.subjects = make(map[string]policy.Subject, len(all))
+	for _, c := range all {
+		d.subjects[c.ID] = rules.Subject(c)
+	}
+}
+
+// apply brings the containers to the rules.
+func (d *Daemon) apply() {
+	state, err := d.Filter.State()
+	if err != nil {
+		d.Log.Error("rules not applied", "err", err)
+		return
+	}
+	defer state.Close()
+	changed, err := rules.Apply(d.Root, state, d.config.Containers, d.subjects, d.revoke)
+	if err != nil {
+		d.Log.Error("rules not applied to all containers", "err", err)
+		return
+	}
+	d.revoke = false
+	if changed > 0 {
+		d.Log.Info("rules applied", "containers", changed)
+	}
+}
+
+// check repairs what others have broken, and tells what is amiss.
+func (d *Daemon) check(ctx context.Context) {
+	if d.stale {
+		d.resync(ctx)
+	}
+	s, err := d.Filter.Status()
+	if err != nil {
+		d.Log.Error("status not known", "err", err)
+		return
+	}
+	if missing := d.missing(s); len(missing) > 0 {
+		d.Log.Warn("attaching again", "missing", missing)
+		if err := d.attach(ctx, d.config); err != nil {
+			d.Log.Error("not in force", "err", err)
+		}
+	}
+	d.apply()
+	d.Notify(d.statusText())
+}
+
+// missing returns what the last attach had put in force and is not any more.
+func (d *Daemon) missing(s *loader.Status) (names []string) {
+	now := inForce(s)
+	for name := range d.attached {
+		if !now[name] {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// statusText is the line that systemctl status shows.
+func (d *Daemon) statusText() string {
+	s, err := d.Filter.Status()
+	if err != nil {
+		return "STATUS=" + err.Error()
+	}
+	text := "not enforcing"
+	if s.Enforcing {
+		text = "enforcing"
+	}
+	if n := len(s.Uncovered); n > 0 {
+		text += fmt.Sprintf(", %d containers are not covered", n)
+	}
+	return "STATUS=" + text
+}
