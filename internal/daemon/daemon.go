@@ -18,14 +18,12 @@ import (
 	"github.com/egressbpf/egressbpf/internal/rules"
 )
 
-const (
-	// patience is how long one step may take.
-	patience = 20 * time.Second
-	// checkEvery is when the daemon looks whether the filter is as it should be.
-	checkEvery = 30 * time.Second
-	// lookEvery is when it looks whether the config file has changed.
-	lookEvery = time.Second
-)
+// patience is how long one step may take.
+const patience = 20 * time.Second
+
+// How often the daemon looks whether the filter is as it should be, and whether the
+// config file has changed.
+var checkEvery, lookEvery = 30 * time.Second, time.Second
 
 // Notify tells the service manager of a state, as sd_notify(3) does.
 type Notify func(state string)
@@ -53,8 +51,9 @@ type Daemon struct {
 	stale    bool // Docker is to be asked for all of them
 	down     bool // Docker does not answer
 	revoke   bool // rules have changed, and unknown containers lose what they had
-	// attached are the hooks and defences that the last attach has put in force.
-	attached map[string]bool
+	// optional are what the last attach could put in force and need not have: it depends
+	// on the kernel.
+	optional []string
 }
 
 // Run puts the filter in force and follows Docker until ctx ends, which is no error. An
@@ -136,7 +135,7 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 	if err != nil {
 		return err
 	}
-	d.attached = inForce(s)
+	d.optional = optional(s)
 	d.Log.Info("in force", "mode", s.Mode, "cgroups", s.Cgroups)
 	for _, defence := range s.Defences {
 		if !defence.Active {
@@ -146,20 +145,19 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 	return nil
 }
 
-// inForce returns the hooks and defences that are.
-func inForce(s *loader.Status) map[string]bool {
-	found := map[string]bool{}
+// optional returns the names of what is in force and does not have to be.
+func optional(s *loader.Status) (names []string) {
 	for _, h := range s.Hooks {
-		if h.Attached {
-			found["hook "+h.Name+" "+h.Cgroup] = true
+		if h.Attached && h.Optional() {
+			names = append(names, h.Name)
 		}
 	}
 	for _, defence := range s.Defences {
 		if defence.Active {
-			found["defence "+defence.Name] = true
+			names = append(names, defence.Name)
 		}
 	}
-	return found
+	return names
 }
 
 // reload puts a changed configuration in force; a bad one changes nothing.
@@ -263,15 +261,22 @@ func (d *Daemon) check(ctx context.Context) {
 	d.Notify(d.statusText())
 }
 
-// missing returns what the last attach had put in force and is not any more.
+// missing returns what another attach should put in force again.
 func (d *Daemon) missing(s *loader.Status) (names []string) {
-	now := inForce(s)
-	for name := range d.attached {
-		if !now[name] {
+	for _, h := range s.Hooks {
+		if !h.Attached && !h.Optional() {
+			names = append(names, h.Name)
+		}
+	}
+	now := optional(s)
+	for _, name := range d.optional {
+		if !slices.Contains(now, name) {
 			names = append(names, name)
 		}
 	}
-	slices.Sort(names)
+	if len(s.Cgroups) == 0 {
+		names = append(names, "all")
+	}
 	return names
 }
 

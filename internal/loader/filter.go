@@ -83,6 +83,9 @@ func New(pinPath string, root cgroup.Root) *Filter {
 	return &Filter{pins: filepath.Clean(pinPath), root: root}
 }
 
+// Pins is the pin path.
+func (f *Filter) Pins() string { return f.pins }
+
 func (f *Filter) step(format string, args ...any) error {
 	if f.fault == nil {
 		return nil

@@ -54,6 +54,9 @@ type Hook struct {
 	Reason string `json:"reason,omitempty"`
 }
 
+// Optional says whether the filter is in force without the hook.
+func (h Hook) Optional() bool { return h.Cgroup == "" && h.Name != bpf.CgroupsProgRecognise }
+
 // Defence stands beside the hooks, against what does not pass them.
 type Defence struct {
 	Name   string `json:"name"`

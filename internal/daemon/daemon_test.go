@@ -1,0 +1,473 @@
+package daemon_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/daemon"
+	"github.com/egressbpf/egressbpf/internal/docker"
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/testenv"
+)
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// engine answers as Docker's daemon does.
+type engine struct {
+	t      *testing.T
+	socket string
+	server *http.Server
+
+	mu         sync.Mutex
+	containers map[string]map[string]any // as /containers/json shows them
+	listeners  map[chan []byte]bool
+	mute       bool // it answers no question about containers
+}
+
+func newEngine(t *testing.T) *engine {
+	e := &engine{
+		t: t, socket: filepath.Join(t.TempDir(), "s"),
+		containers: map[string]map[string]any{}, listeners: map[chan []byte]bool{},
+	}
+	e.start()
+	t.Cleanup(e.stop)
+	return e
+}
+
+func (e *engine) start() {
+	e.t.Helper()
+	l, err := net.Listen("unix", e.socket)
+	check(e.t, err)
+	mux := http.NewServeMux()
+	mux.HandleFunc("/_ping", func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Api-Version", "1.47") })
+	mux.HandleFunc("/", e.answer)
+	e.server = &http.Server{Handler: mux}
+	go e.server.Serve(l)
+}
+
+func (e *engine) stop() { _ = e.server.Close() }
+
+func (e *engine) answer(w http.ResponseWriter, r *http.Request) {
+	e.mu.Lock()
+	mute := e.mute
+	e.mu.Unlock()
+	if mute {
+		<-r.Context().Done()
+		return
+	}
+	_, path, _ := strings.Cut(r.URL.Path[1:], "/") // the version goes before it
+	if path == "events" {
+		e.stream(w, r)
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	w.Header().Set("Content-Type", "application/json")
+	if path == "containers/json" {
+		all := []map[string]any{}
+		for _, c := range e.containers {
+			all = append(all, c)
+		}
+		_ = json.NewEncoder(w).Encode(all)
+		return
+	}
+	id := strings.TrimSuffix(strings.TrimPrefix(path, "containers/"), "/json")
+	c, ok := e.containers[id]
+	if !ok {
+		http.Error(w, `{"message":"No such container"}`, http.StatusNotFound)
+		return
+	}
+	_ = json.NewEncoder(w).Encode(map[string]any{
+		"Id": id, "Name": c["Names"].([]string)[0], "State": map[string]any{"Running": true, "Pid": 1},
+		"Config":     map[string]any{"Image": c["Image"], "Labels": c["Labels"]},
+		"HostConfig": map[string]any{},
+	})
+}
+
+func (e *engine) stream(w http.ResponseWriter, r *http.Request) {
+	events := make(chan []byte, 20000)
+	e.mu.Lock()
+	e.listeners[events] = true
+	e.mu.Unlock()
+	defer func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		delete(e.listeners, events)
+	}()
+	w.WriteHeader(http.StatusOK)
+	w.(http.Flusher).Flush()
+	for {
+		select {
+		case <-r.Context().Done():
+			return
+		case event := <-events:
+			_, _ = w.Write(event)
+			w.(http.Flusher).Flush()
+		}
+	}
+}
+
+func (e *engine) tell(action, id string) {
+	text, err := json.Marshal(map[string]any{
+		"Type": "container", "Action": action, "Actor": map[string]any{"ID": id, "Attributes": map[string]string{"name": "n"}},
+		"scope": "local", "time": time.Now().Unix(), "timeNano": time.Now().UnixNano(),
+	})
+	check(e.t, err)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for l := range e.listeners {
+		l <- append(text, '\n')
+	}
+}
+
+// run makes a container known, and tells of an action.
+func (e *engine) run(action, id, name string, labels map[string]string) {
+	e.mu.Lock()
+	e.containers[id] = map[string]any{
+		"Id": id, "Names": []string{"/" + name}, "Image": "image", "Labels": labels, "State": "running",
+	}
+	e.mu.Unlock()
+	e.tell(action, id)
+}
+
+// lines are what a daemon has logged.
+type lines struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// service is a daemon at work.
+type service struct {
+	*daemon.Daemon
+	t      *testing.T
+	engine *engine
+	slice  string // the policed cgroup
+	config string
+	log    lines
+	reload chan os.Signal
+	stop   func() // ends it
+
+	mu       sync.Mutex
+	notified []string
+}
+
+func id(n int) string { return fmt.Sprintf("%064x", n) }
+
+func newService(t *testing.T, config string) *service {
+	t.Helper()
+	t.Cleanup(daemon.SetPace(20 * time.Millisecond))
+	s := &service{
+		t: t, engine: newEngine(t), slice: testenv.Child(t, testenv.Cgroup(t), "own.slice"),
+		config: filepath.Join(t.TempDir(), "config.yaml"), reload: make(chan os.Signal, 1),
+	}
+	s.write(config)
+	root := testenv.Root(t)
+	filter := loader.New(testenv.PinPath(t), root)
+	t.Cleanup(func() { check(t, filter.Detach(context.Background(), nil)) })
+	client, err := docker.Open("unix://" + s.engine.socket)
+	check(t, err)
+	s.Daemon = &daemon.Daemon{
+		Filter: filter, Root: root, Docker: client, File: s.config, Reload: s.reload,
+		Load: func() (policy.Config, error) {
+			text, err := os.ReadFile(s.config)
+			if err != nil {
+				return policy.Config{}, err
+			}
+			return policy.ParseConfig("config.yaml", text)
+		},
+		Log: slog.New(slog.NewTextHandler(&s.log, nil)),
+		Notify: func(state string) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.notified = append(s.notified, state)
+		},
+		Watchdog: 20 * time.Millisecond,
+	}
+	return s
+}
+
+// start runs the daemon until the test ends or stop is called, and waits until it is
+// ready.
+func (s *service) start() {
+	s.t.Helper()
+	ctx, cancel := context.WithCancel(s.t.Context())
+	done := make(chan error)
+	go func() { done <- s.Run(ctx) }()
+	s.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			s.t.Errorf("the daemon ended: %v", err)
+		}
+	})
+	s.t.Cleanup(s.stop)
+	s.eventually("ready", func() bool { return s.told("READY=1\nSTATUS=enforcing") > 0 })
+}
+
+func (s *service) eventually(what string, ok func() bool) {
+	s.t.Helper()
+	defer func() {
+		if s.t.Failed() {
+			s.t.Logf("log:\n%s", s.log.String())
+		}
+	}()
+	testenv.Eventually(s.t, what, ok)
+}
+
+// told is how often the service manager was told of a state.
+func (s *service) told(state string) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, got := range s.notified {
+		if got == state {
+			n++
+		}
+	}
+	return n
+}
+
+// write changes the config file in one step.
+func (s *service) write(config string) {
+	s.t.Helper()
+	check(s.t, os.WriteFile(s.config+".new", []byte(fmt.Sprintf("cgroups: [%s]\n%s", s.slice, config)), 0o600))
+	check(s.t, os.Rename(s.config+".new", s.config))
+}
+
+// container makes the cgroup of a container.
+func (s *service) container(n int) {
+	s.t.Helper()
+	path := testenv.Child(s.t, s.slice, "docker-"+id(n)+".scope")
+	s.t.Cleanup(func() { _ = os.Remove(path) })
+}
+
+// entry is what the kernel has of a container.
+func (s *service) entry(n int) (c maps.Container) {
+	s.t.Helper()
+	state, err := s.Filter.State()
+	check(s.t, err)
+	defer state.Close()
+	rel, err := s.Root.Rel(filepath.Join(s.slice, "docker-"+id(n)+".scope"))
+	check(s.t, err)
+	cgroupID, err := s.Root.ID(rel)
+	check(s.t, err)
+	all, err := state.Containers()
+	check(s.t, err)
+	return all[cgroupID]
+}
+
+func (s *service) mayReachMetadata(n int) bool { return s.entry(n).Flags&maps.MayReachMetadata != 0 }
+
+func (s *service) burst(n int) uint32 { return s.entry(n).Limit.Burst }
+
+const rulesText = `containers:
+  - name: "mailer-*"
+    smtp: {rate: 120/minute, burst: 30}
+  - label: metadata=yes
+    metadata: allow
+`
+
+func TestRules(t *testing.T) {
+	s := newService(t, rulesText)
+	s.container(1)
+	s.engine.run("start", id(1), "mailer-1", nil)
+	s.start()
+	s.eventually("the rule of a container from before", func() bool { return s.burst(1) == 30 })
+
+	s.container(2)
+	if s.mayReachMetadata(2) {
+		t.Error("a container that Docker has not told of may reach the metadata service")
+	}
+	s.engine.run("start", id(2), "agent", map[string]string{"metadata": "yes"})
+	s.eventually("the rule of a new container", func() bool { return s.mayReachMetadata(2) })
+	if s.mayReachMetadata(1) || s.burst(2) != 0 {
+		t.Errorf("rules for others hold: %+v, %+v", s.entry(1), s.entry(2))
+	}
+
+	s.engine.run("rename", id(1), "web", nil)
+	s.eventually("no rule after a new name", func() bool { return s.burst(1) == 0 })
+	s.engine.run("rename", id(1), "mailer-2", nil)
+	s.eventually("a rule after a new name", func() bool { return s.burst(1) == 30 })
+
+	state, err := s.Filter.State()
+	check(t, err)
+	defer state.Close()
+	rel, err := s.Root.Rel(filepath.Join(s.slice, "docker-"+id(1)+".scope"))
+	check(t, err)
+	cgroupID, err := s.Root.ID(rel)
+	check(t, err)
+	check(t, state.SetLimit(cgroupID, policy.Limit{Burst: 7}))
+	s.container(3)
+	s.engine.run("start", id(3), "mailer-3", nil)
+	s.eventually("the rule of one more", func() bool { return s.burst(3) == 30 })
+	if got := s.burst(1); got != 7 {
+		t.Errorf("burst %d of a limit that was set by hand, want 7", got)
+	}
+	check(t, state.UnsetLimit(cgroupID))
+	s.eventually("the rule when the limit is unset", func() bool { return s.burst(1) == 30 })
+
+	s.write("mode: audit\n")
+	s.eventually("no rules any more", func() bool { return s.burst(3) == 0 && !s.mayReachMetadata(2) })
+	s.write(rulesText)
+	s.reload <- unix.SIGHUP
+	s.eventually("rules again", func() bool { return s.burst(3) == 30 && s.mayReachMetadata(2) })
+	if s.told("WATCHDOG=1") == 0 {
+		t.Error("the watchdog was not told")
+	}
+	s.stop()
+	if got := s.notified[len(s.notified)-1]; got != "STOPPING=1" {
+		t.Errorf("told at the end: %q", got)
+	}
+	if status, err := s.Filter.Status(); err != nil || !status.Enforcing || !s.mayReachMetadata(2) {
+		t.Errorf("after the daemon: %+v, %v", status, err)
+	}
+}
+
+// TestBadConfig changes the file to what is refused: what was in force stays.
+func TestBadConfig(t *testing.T) {
+	s := newService(t, "block: [192.0.2.1]\n"+rulesText)
+	s.container(1)
+	s.engine.run("start", id(1), "agent", map[string]string{"metadata": "yes"})
+	s.start()
+	s.eventually("the rule", func() bool { return s.mayReachMetadata(1) })
+	before, err := s.Filter.Status()
+	check(t, err)
+	s.write("block: [192.0.2.1, nonsense]\n")
+	s.eventually("refused", func() bool { return strings.Contains(s.log.String(), "config.yaml:2: block: ") })
+	check(t, os.Remove(s.config))
+	s.eventually("refused without a file", func() bool { return strings.Contains(s.log.String(), "no such file") })
+	after, err := s.Filter.Status()
+	check(t, err)
+	if program(before) != program(after) || !s.mayReachMetadata(1) {
+		t.Error("a bad configuration has changed something")
+	}
+	s.write("block: [192.0.2.2]\n")
+	s.eventually("a good one", func() bool {
+		status, err := s.Filter.Status()
+		check(t, err)
+		return status.Policy.Block[0].String() == "192.0.2.2/32" || status.Policy.Block[0].String() == "192.0.2.2"
+	})
+
+	s.stop()
+	s.write("nonsense: yes\n")
+	if err := s.Run(t.Context()); err == nil {
+		t.Error("a daemon with a bad configuration runs")
+	}
+	if status, err := s.Filter.Status(); err != nil || !status.Enforcing {
+		t.Errorf("after a daemon with a bad configuration: %+v, %v", status, err)
+	}
+}
+
+func program(s *loader.Status) uint32 {
+	i := slices.IndexFunc(s.Hooks, func(h loader.Hook) bool { return h.Name == "egress" })
+	return s.Hooks[i].Program
+}
+
+// TestDockerDown has Docker go and come back.
+func TestDockerDown(t *testing.T) {
+	s := newService(t, rulesText)
+	s.container(1)
+	s.engine.run("start", id(1), "agent", map[string]string{"metadata": "yes"})
+	s.start()
+	s.eventually("the rule", func() bool { return s.mayReachMetadata(1) })
+
+	s.engine.stop()
+	s.eventually("Docker is missed", func() bool { return strings.Contains(s.log.String(), "Docker does not answer") })
+	s.container(2)
+	s.engine.run("start", id(2), "agent-2", map[string]string{"metadata": "yes"})
+	if !s.mayReachMetadata(1) || s.mayReachMetadata(2) {
+		t.Errorf("without Docker: %+v, %+v", s.entry(1), s.entry(2))
+	}
+	s.stop()
+
+	// A daemon that begins without Docker leaves what the same rules have given.
+	s.start()
+	s.eventually("two checks", func() bool { return s.told("STATUS=enforcing") > 2 })
+	if !s.mayReachMetadata(1) {
+		t.Error("what the same rules have given was taken")
+	}
+	// With other rules nobody can say who may keep it.
+	s.write("containers:\n  - label: metadata=other\n    metadata: allow\n")
+	s.eventually("nothing is open by other rules", func() bool { return !s.mayReachMetadata(1) })
+	s.write(rulesText)
+	s.engine.start()
+	s.eventually("the rules with Docker", func() bool { return s.mayReachMetadata(1) && s.mayReachMetadata(2) })
+}
+
+// TestFlood tells of more containers than there are, and does not answer.
+func TestFlood(t *testing.T) {
+	s := newService(t, rulesText)
+	s.start()
+	s.eventually("Docker listens", func() bool {
+		s.engine.mu.Lock()
+		defer s.engine.mu.Unlock()
+		return len(s.engine.listeners) > 0
+	})
+	for n := range 10000 {
+		s.engine.tell("start", id(1000+n))
+	}
+	s.container(1)
+	s.engine.run("start", id(1), "agent", map[string]string{"metadata": "yes"})
+	s.eventually("the rule after a flood of events", func() bool { return s.mayReachMetadata(1) })
+	s.engine.mu.Lock()
+	s.engine.mute = true
+	s.engine.mu.Unlock()
+	s.engine.tell("rename", id(1))
+	s.stop() // at once
+}
+
+// TestRepair takes off what the daemon has attached.
+func TestRepair(t *testing.T) {
+	s := newService(t, "")
+	s.start()
+	for _, pin := range []string{"recognise", "cgroup-*/egress"} {
+		paths, err := filepath.Glob(filepath.Join(s.Filter.Pins(), pin))
+		check(t, err)
+		if len(paths) != 1 {
+			t.Fatalf("pins %s: %v", pin, paths)
+		}
+		check(t, os.Remove(paths[0]))
+		s.eventually(pin+" is back", func() bool {
+			_, err := os.Stat(paths[0])
+			return !errors.Is(err, fs.ErrNotExist)
+		})
+	}
+	s.eventually("in force", func() bool {
+		status, err := s.Filter.Status()
+		check(t, err)
+		return status.Enforcing
+	})
+}
