@@ -1,6 +1,7 @@
 # Needs Go, and Debian's or Ubuntu's apt for what else a target needs.
 #
-#   make attach   build, put the filter in force for Docker, show its status
+#   make attach   build, put the filter in force, show its status
+#   make install  the command and a service: systemctl enable --now egressbpf
 #   make test     run all tests
 #   make demo     watch it work, on this machine alone
 #   make bench    what it costs a packet
@@ -10,6 +11,8 @@ GO ?= go
 SUDO ?= $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 INSTALL := internal/testenv/install.sh
+PREFIX ?= /usr/local
+DESTDIR ?=
 LDFLAGS := -s -w -X github.com/egressbpf/egressbpf/internal/loader.version=$(VERSION)
 
 .PHONY: build
@@ -19,6 +22,21 @@ build:
 .PHONY: attach
 attach: build
 	$(SUDO) bin/egressbpf attach
+
+.PHONY: install
+install: build
+	$(SUDO) install -D -m 755 bin/egressbpf $(DESTDIR)$(PREFIX)/sbin/egressbpf
+	sed 's|@BINDIR@|$(PREFIX)/sbin|' dist/egressbpf.service | \
+		$(SUDO) install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/lib/systemd/system/egressbpf.service
+	$(SUDO) install -D -m 644 dist/config.yaml $(DESTDIR)$(PREFIX)/share/doc/egressbpf/config.yaml
+	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl daemon-reload
+
+# What is in force stays: that is for `egressbpf detach`, before.
+.PHONY: uninstall
+uninstall:
+	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --now egressbpf
+	$(SUDO) rm -f $(DESTDIR)$(PREFIX)/sbin/egressbpf $(DESTDIR)$(PREFIX)/lib/systemd/system/egressbpf.service
+	$(SUDO) rm -rf $(DESTDIR)$(PREFIX)/share/doc/egressbpf
 
 .PHONY: demo
 demo: build

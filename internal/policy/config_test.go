@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"reflect"
 	"strings"
 	"testing"
@@ -244,4 +245,24 @@ func FuzzParseConfig(f *testing.F) {
 		cfg.Blocked()
 		cfg.Allowed()
 	})
+}
+
+// The example says what the defaults are.
+func TestExampleConfig(t *testing.T) {
+	const path = "../../dist/config.yaml"
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := ParseConfig(path, text)
+	want := Config{Cgroups: []string{}, Policy: Default()}
+	want.Containers = []ContainerRule{}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, %v, want %+v", got, err, want)
+	}
+	// What is commented out is right too.
+	uncommented := strings.ReplaceAll(strings.Replace(string(text), "containers: []", "containers:", 1), "\n#  ", "\n  ")
+	if got, err := ParseConfig(path, []byte(uncommented)); err != nil || len(got.Containers) != 2 {
+		t.Errorf("got %+v, %v, want two rules", got.Containers, err)
+	}
 }
