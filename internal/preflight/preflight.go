@@ -1,0 +1,293 @@
+// Package preflight finds out whether the filter would work on this host, without
+// putting it in force.
+package preflight
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/docker"
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// Result is what one check has found.
+type Result string
+
+const (
+	OK   Result = "ok"
+	Warn Result = "warn" // the filter works; something is left open or could surprise
+	Fail Result = "fail" // it cannot be in force
+)
+
+// Check is one row of the answer.
+type Check struct {
+	Name   string `json:"name"`
+	Result Result `json:"result"`
+	// Detail says what was found, and what to do about it.
+	Detail string `json:"detail"`
+}
+
+// Report is the answer.
+type Report struct {
+	// Ready is whether the filter can be in force: no check has failed.
+	Ready  bool    `json:"ready"`
+	Checks []Check `json:"checks"`
+}
+
+func (r *Report) add(name string, result Result, format string, args ...any) {
+	r.Checks = append(r.Checks, Check{name, result, fmt.Sprintf(format, args...)})
+	r.Ready = r.Ready && result != Fail
+}
+
+// Host is what is looked at.
+type Host struct {
+	Filter *loader.Filter
+	Root   cgroup.Root
+	// Docker is asked what it is; nil if nobody is to be.
+	Docker *docker.Client
+	Config policy.Config
+}
+
+// Run makes all checks.
+func (h Host) Run(ctx context.Context) *Report {
+	r := &Report{Ready: true}
+	h.kernel(r)
+	h.cgroups(r)
+	state, err := maps.CreateState()
+	if err != nil {
+		r.add("programs", Fail, "%v", err)
+	} else {
+		defer state.Close()
+		h.programs(r, state)
+	}
+	h.others(r)
+	h.docker(ctx, r)
+	h.covered(r)
+	if r.Ready {
+		h.selfTest(ctx, r)
+	}
+	return r
+}
+
+// The oldest kernel that is supported.
+const oldestMajor, oldestMinor = 5, 10
+
+func (h Host) kernel(r *Report) {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		r.add("kernel", Fail, "%v", err)
+		return
+	}
+	release := unix.ByteSliceToString(u.Release[:])
+	major, minor, ok := version(release)
+	if !ok || major < oldestMajor || major == oldestMajor && minor < oldestMinor {
+		r.add("kernel", Fail, "%s: want %d.%d or newer", release, oldestMajor, oldestMinor)
+		return
+	}
+	r.add("kernel", OK, "%s", release)
+}
+
+// version reads the beginning of a kernel's release, such as 6.1.0-28-amd64.
+func version(release string) (major, minor int, ok bool) {
+	first, rest, ok := strings.Cut(release, ".")
+	second := rest[:len(rest)-len(strings.TrimLeft(rest, "0123456789"))]
+	major, err1 := strconv.Atoi(first)
+	minor, err2 := strconv.Atoi(second)
+	return major, minor, ok && err1 == nil && err2 == nil
+}
+
+func (h Host) cgroups(r *Report) {
+	if err := cgroup.CheckNamespace(); err != nil {
+		r.add("cgroup2", Fail, "%v: run it on the host, outside of any container", err)
+		return
+	}
+	gap, err := loader.SocketIdentityGap()
+	switch {
+	case err != nil:
+		r.add("cgroup2", Fail, "%v", err)
+	case gap != "":
+		r.add("cgroup2", Warn, "%s", gap)
+	default:
+		r.add("cgroup2", OK, "%s", h.Root)
+	}
+}
+
+func (h Host) programs(r *Report, state *maps.State) {
+	progs, err := loader.Load(h.Config.Policy, state, "/", 1)
+	if err != nil {
+		r.add("programs", Fail, "%s", firstLine(err))
+		return
+	}
+	progs.Close()
+	r.add("programs", OK, "the kernel accepts them with this policy")
+
+	if err := loader.ProbeRecognise(state); err != nil {
+		r.add("recognise", Warn, "containers cannot be told from services beside them: let Docker put them into a cgroup of their own and name that with --cgroup (%s)", firstLine(err))
+	} else {
+		r.add("recognise", OK, "containers are known from the moment that their cgroup is made")
+	}
+	switch err := loader.ProbeFamilies(); {
+	case h.Config.Families == policy.AnyFamily:
+		r.add("socket_families", Warn, "turned off by the policy: containers with CAP_NET_RAW can send past the filter")
+	case err != nil:
+		r.add("socket_families", Warn, "this kernel refuses no sockets for us; run containers with --cap-drop=NET_RAW where nothing needs it (%s)", oneLine(err))
+	default:
+		r.add("socket_families", OK, "a socket that must be refused was refused")
+	}
+	if h.Config.HostSide == policy.Off {
+		r.add("host_side", Warn, "turned off by the policy")
+		return
+	}
+	host, err := loader.LoadHost(h.Config.Policy, state)
+	switch {
+	case errors.Is(err, ebpf.ErrNotSupported):
+		r.add("host_side", Warn, "this kernel has no BPF netfilter programs, which came with 6.4")
+	case err != nil:
+		r.add("host_side", Warn, "%s", firstLine(err))
+	default:
+		host.Close()
+		r.add("host_side", OK, "the kernel accepts its programs")
+	}
+}
+
+// others lists the programs of other people at the places where the filter would be.
+func (h Host) others(r *Report) {
+	paths := h.Config.Cgroups
+	if len(paths) == 0 {
+		paths = []string{string(h.Root)}
+	}
+	ours := map[ebpf.ProgramID]bool{}
+	if s, err := h.Filter.Status(); err == nil {
+		for _, hook := range s.Hooks {
+			ours[ebpf.ProgramID(hook.Program)] = true
+		}
+		paths = append(slices.Clone(paths), s.Cgroups...)
+	}
+	slices.Sort(paths)
+	var found []string
+	for _, path := range slices.Compact(paths) {
+		dir, err := os.Open(path)
+		if err != nil {
+			continue // attach makes it
+		}
+		for _, attach := range loader.AttachTypes() {
+			result, err := link.QueryPrograms(link.QueryOptions{Target: int(dir.Fd()), Attach: attach})
+			if err != nil {
+				continue
+			}
+			for _, p := range result.Programs {
+				if !ours[p.ID] {
+					found = append(found, fmt.Sprintf("%s (%s at %s)", programName(p.ID), attach, path))
+				}
+			}
+		}
+		dir.Close()
+	}
+	if len(found) == 0 {
+		r.add("other programs", OK, "none")
+		return
+	}
+	r.add("other programs", OK, "they keep working; a packet must pass all: %s", strings.Join(found, ", "))
+}
+
+func programName(id ebpf.ProgramID) string {
+	name := fmt.Sprint("program ", uint32(id))
+	prog, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return name
+	}
+	defer prog.Close()
+	if info, err := prog.Info(); err == nil && info.Name != "" {
+		name += " " + strconv.Quote(info.Name)
+	}
+	return name
+}
+
+func (h Host) docker(ctx context.Context, r *Report) {
+	config, err := docker.ReadConfig(docker.ConfigFile)
+	if err != nil {
+		r.add("docker config", Warn, "%v", err)
+	} else if config.CgroupParent != "" {
+		h.parent(r, config.CgroupParent)
+	}
+	if h.Docker == nil {
+		return
+	}
+	info, err := h.Docker.Info(ctx)
+	if err != nil {
+		r.add("docker", Warn, "not asked: %v", err)
+		return
+	}
+	detail := fmt.Sprintf("%s at %s, cgroup driver %s, cgroup v%d", info.Version, h.Docker.Host(), info.CgroupDriver, info.CgroupVersion)
+	switch {
+	case info.CgroupDriver == "none":
+		r.add("docker", Fail, "%s: containers have no cgroups of their own; rootless Docker needs cgroup v2 with delegation", detail)
+	case info.CgroupVersion == 1:
+		// The hybrid layout: Docker sees v1, and its containers have no cgroup in v2.
+		r.add("docker", Fail, "%s: containers have no cgroups in the unified hierarchy; boot with systemd.unified_cgroup_hierarchy=1", detail)
+	case info.Rootless:
+		r.add("docker", Warn, "%s, rootless: its bridge is in a network namespace of its own, which host_side does not see", detail)
+	default:
+		r.add("docker", OK, "%s", detail)
+	}
+}
+
+// parent says whether containers of a daemon-wide parent would be known.
+func (h Host) parent(r *Report, parent string) {
+	const id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	scope := filepath.Join("/", parent, id)
+	if strings.HasSuffix(parent, ".slice") {
+		scope = filepath.Join("/", parent, "docker-"+id+".scope")
+	}
+	if h.Config.IsContainer(scope) {
+		r.add("docker config", OK, "cgroup-parent %s: containers there are known", parent)
+	} else {
+		r.add("docker config", Warn, "cgroup-parent %s: containers there are not known by --scopes", parent)
+	}
+}
+
+// covered looks for running containers that would not be policed.
+func (h Host) covered(r *Report) {
+	running, err := h.Root.Containers()
+	if err != nil {
+		r.add("containers", Warn, "%v", err)
+		return
+	}
+	var missed []string
+	for _, rel := range running {
+		policed := len(h.Config.Cgroups) == 0 && h.Config.IsContainer(rel)
+		for _, path := range h.Config.Cgroups {
+			if of, err := h.Root.Rel(path); err == nil && cgroup.Within(rel, of) {
+				policed = policed || !h.Config.Recognises(of) || h.Config.IsContainer(rel)
+			}
+		}
+		if !policed {
+			missed = append(missed, strconv.Quote(rel))
+		}
+	}
+	if len(missed) > 0 {
+		r.add("containers", Warn, "%d of %d would not be policed, such as %s", len(missed), len(running), missed[0])
+		return
+	}
+	r.add("containers", OK, "%d run, and all would be policed", len(running))
+}
+
+func firstLine(err error) string {
+	line, _, _ := strings.Cut(err.Error(), "\n")
+	return line
+}
+
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }

@@ -1,0 +1,160 @@
+package preflight
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
+)
+
+// The self-test has a process of its own ask both in a network namespace that holds
+// nothing else, where both are its own.
+const (
+	blockedAddress = "169.254.169.254"
+	openAddress    = "192.0.2.1"
+	selfTestPort   = "80"
+)
+
+// SelfTestArg, as the first argument of this program, makes it the process that asks.
+const SelfTestArg = "preflight-self-test"
+
+// selfTest attaches the programs to a cgroup of its own, puts a process in there, and
+// has it send to a blocked destination and to another one.
+func (h Host) selfTest(ctx context.Context, r *Report) {
+	if !h.Config.Blocks(netip.MustParseAddr(blockedAddress), 6, 80) {
+		r.add("self-test", Warn, "not made: this policy does not block %s", blockedAddress)
+		return
+	}
+	if h.Config.Blocks(netip.MustParseAddr(openAddress), 6, 80) {
+		r.add("self-test", Warn, "not made: this policy blocks %s too", openAddress)
+		return
+	}
+	if h.Config.Mode != "enforce" {
+		r.add("self-test", Warn, "not made: in mode %s nothing is dropped", h.Config.Mode)
+		return
+	}
+	out, err := h.ask(ctx)
+	switch {
+	case err != nil:
+		r.add("self-test", Fail, "%v", err)
+	case out != "":
+		r.add("self-test", Fail, "%s", out)
+	default:
+		r.add("self-test", OK, "%s was refused, %s was not", blockedAddress, openAddress)
+	}
+}
+
+// ask returns what was wrong with the answers; empty if nothing.
+func (h Host) ask(ctx context.Context) (wrong string, err error) {
+	path, err := os.MkdirTemp(string(h.Root), "egressbpf-check-")
+	if err != nil {
+		return "", err
+	}
+	// Who was in there has ended when Run returns.
+	defer func() { err = errors.Join(err, os.Remove(path)) }()
+	rel, err := h.Root.Rel(path)
+	if err != nil {
+		return "", err
+	}
+	dir, id, err := h.Root.Open(rel)
+	if err != nil {
+		return "", err
+	}
+	defer dir.Close()
+	state, err := maps.CreateState()
+	if err != nil {
+		return "", err
+	}
+	defer state.Close()
+	progs, err := loader.Load(h.Config.Policy, state, rel, id)
+	if err != nil {
+		return "", err
+	}
+	defer progs.Close()
+	detach, err := progs.AttachFor(dir)
+	if err != nil {
+		return "", fmt.Errorf("attach to a cgroup: %w", err)
+	}
+	defer detach()
+
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", SelfTestArg)
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		UseCgroupFD: true, CgroupFD: int(dir.Fd()), Cloneflags: unix.CLONE_NEWNET, Pdeathsig: unix.SIGKILL,
+	}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%w: %s", err, strings.TrimSpace(string(out)))
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// SelfTest is the process that asks: it prints what it could reach and should not have,
+// or the other way round.
+func SelfTest() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	for _, a := range []string{blockedAddress, openAddress} {
+		addr, err := netlink.ParseAddr(a + "/32")
+		if err != nil {
+			return err
+		}
+		if err := netlink.AddrAdd(lo, addr); err != nil {
+			return fmt.Errorf("add %s: %w", a, err)
+		}
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return err
+	}
+	for address, open := range map[string]bool{blockedAddress: false, openAddress: true} {
+		to := net.JoinHostPort(address, selfTestPort)
+		l, err := net.Listen("tcp", to)
+		if err != nil {
+			return err
+		}
+		conn, err := net.DialTimeout("tcp", to, 5*time.Second)
+		if err == nil {
+			conn.Close()
+		}
+		l.Close()
+		if (err == nil) != open {
+			fmt.Printf("connect to %s: got %v\n", to, err)
+		}
+		refused, err := dropped(address)
+		if err != nil {
+			return err
+		}
+		if refused == open {
+			fmt.Printf("raw packet to %s: refused %t\n", address, refused)
+		}
+	}
+	return nil
+}
+
+// dropped says whether the packet hook drops what connect() does not see.
+func dropped(address string) (bool, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMP)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(fd)
+	echo := []byte{8, 0, 0xf7, 0xff, 0, 0, 0, 0}
+	err = unix.Sendto(fd, echo, 0, &unix.SockaddrInet4{Addr: netip.MustParseAddr(address).As4()})
+	if errors.Is(err, unix.EPERM) {
+		return true, nil
+	}
+	return false, err
+}
