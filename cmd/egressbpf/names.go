@@ -22,7 +22,7 @@ const (
 	// what is in force does not depend on it.
 	namesPatience = 2 * time.Second
 	// namesAge is how long names are good for.
-	namesAge = 2 * time.Second
+	namesAge = time.Second
 	// namesRetry is when a daemon that has not answered is asked again.
 	namesRetry = 30 * time.Second
 )

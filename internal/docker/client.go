@@ -92,7 +92,10 @@ func Open(host string) (*Client, error) {
 			return nil, err
 		}
 	}
-	return c, c.connect()
+	if err := c.connect(); err != nil {
+		return nil, fmt.Errorf("%s%q: %w", prefix, host, tame(err))
+	}
+	return c, nil
 }
 
 func usualSocket() string {

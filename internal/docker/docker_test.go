@@ -133,8 +133,8 @@ func TestOpen(t *testing.T) {
 				}
 				return
 			}
-			if err == nil || !strings.Contains(err.Error(), test.want) {
-				t.Errorf("got %v, want %s", err, test.want)
+			if err == nil || c != nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("got %v, %v, want %s", c, err, test.want)
 			}
 		})
 	}

@@ -37,7 +37,7 @@ func TestNames(t *testing.T) {
 		t.Errorf("info: %+v, %v", info, err)
 	}
 
-	web := e.sleeper(t, "web", "--label", "what=ever", "--restart", "always")
+	web := e.sleeper(t, "web", "--label", "what=ever", "--restart", "always", "--stop-timeout", "1")
 	expectEvent(t, told, docker.Event{Action: docker.Start, ID: web, Name: "web"})
 	other := e.sleeper(t, "other", "--cgroup-parent", outside, "--network", "host")
 	expectEvent(t, told, docker.Event{Action: docker.Start, ID: other, Name: "other"})
