@@ -762,6 +762,38 @@ func TestWatchStall(t *testing.T) {
 	expect(t, told, Event{Action: Resync})
 }
 
+// A daemon that answers keeps its stream, though nothing happens for long.
+func TestWatchIdle(t *testing.T) {
+	d := newDaemon(t)
+	f := newFeed()
+	pings := make(chan struct{})
+	mux := http.NewServeMux()
+	mux.HandleFunc("/_ping", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Api-Version", "1.41")
+		select {
+		case pings <- struct{}{}:
+		case <-r.Context().Done():
+		}
+	})
+	mux.HandleFunc("/v1.41/events", f.serve)
+	d.mux.Store(mux)
+	quick := slow
+	quick.answer, quick.ping = time.Second, 100*time.Millisecond
+	told, _ := watch(t, d.client(quick))
+	receive(t, pings, "the first, which is about the version")
+	s := receive(t, f.opened, "a subscription")
+	expect(t, told, Event{Action: Resync})
+	for range 2 * quick.answer / quick.ping {
+		receive(t, pings, "a ping")
+	}
+	select {
+	case s.send <- eventText("start", 1, "web"):
+	case <-s.ended:
+		t.Fatal("the stream has ended")
+	}
+	expect(t, told, Event{Action: Start, ID: id(1), Name: "web"})
+}
+
 // A daemon that never begins to answer.
 func TestWatchMute(t *testing.T) {
 	d := newDaemon(t)
