@@ -9,12 +9,21 @@ import (
 	"os/signal"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/preflight"
 )
 
 func main() {
 	if err := confine(); err != nil {
 		fmt.Fprintf(os.Stderr, "egressbpf: %v\n", err)
 		os.Exit(exitFailed)
+	}
+	if len(os.Args) == 3 && os.Args[1] == preflight.SelfTestArg {
+		if err := preflight.SelfTest(os.Args[2]); err != nil {
+			fmt.Fprintf(os.Stderr, "egressbpf: %v\n", err)
+			os.Exit(exitFailed)
+		}
+		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)

@@ -98,7 +98,8 @@ out the machine's credentials, and limits the mail connections of each. It decid
 in the kernel, with eBPF programs on the containers' parent cgroup, and needs no
 process to stay in force.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 (status) not fully in force.`,
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 (status, check) not fully in force, or
+cannot be.`,
 		Args:          usageArgs(cobra.NoArgs),
 		RunE:          help,
 		SilenceErrors: true,
@@ -112,7 +113,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 (status) not fully in force.`,
 	flags.StringVar(&g.cgroupRoot, "cgroup-root", "", "mount of the cgroup2 filesystem (default: the one in /proc/self/mountinfo)")
 	flags.StringVar(&g.dockerHost, "docker-host", "", "daemon that knows the names of containers: unix:///PATH or tcp://HOST:PORT (default: $DOCKER_HOST, or the usual socket)")
 	flags.BoolVar(&g.debug, "debug", false, "show the kernel verifier's whole log when it refuses a program")
-	cmd.AddCommand(newAttach(g), newDetach(g), newStatus(g), newStats(g), newLimit(g), newRun(g), newVersion())
+	cmd.AddCommand(newAttach(g), newCheck(g), newDetach(g), newStatus(g), newStats(g), newLimit(g), newRun(g), newVersion())
 	return cmd
 }
 

@@ -28,14 +28,6 @@ func HostHookNames() (names []string) {
 	return names
 }
 
-// AttachTypes are where these hooks are.
-func AttachTypes() (types []ebpf.AttachType) {
-	for _, h := range hooks {
-		types = append(types, h.attach)
-	}
-	return types
-}
-
 // ProgramCgroup returns the cgroup that a program was loaded for; "" if it is
 // not a packet hook of this filter.
 func ProgramCgroup(id ebpf.ProgramID) string {

@@ -3,6 +3,7 @@ package loader
 import (
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -41,9 +42,9 @@ func AttachTypes() (types []ebpf.AttachType) {
 	return types
 }
 
-// AttachFor attaches the programs to a cgroup until detach is called, or the process
-// ends.
-func (p *Programs) AttachFor(dir *os.File) (detach func(), err error) {
+// AttachFor attaches programs to a cgroup, those for some places, until detach is called
+// or the process ends.
+func (p *Programs) AttachFor(dir *os.File, places []ebpf.AttachType) (detach func(), err error) {
 	var links []link.Link
 	detach = func() {
 		for _, l := range links {
@@ -51,6 +52,9 @@ func (p *Programs) AttachFor(dir *os.File) (detach func(), err error) {
 		}
 	}
 	for _, h := range hooks {
+		if !slices.Contains(places, h.attach) {
+			continue
+		}
 		l, err := link.AttachRawLink(link.RawLinkOptions{Target: int(dir.Fd()), Program: p.byHook[h.name], Attach: h.attach})
 		if err != nil {
 			detach()

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -59,6 +60,8 @@ type Host struct {
 	// Docker is asked what it is; nil if nobody is to be.
 	Docker *docker.Client
 	Config policy.Config
+	// Resolvers are DNS servers of this host that the policy blocks.
+	Resolvers []netip.Addr
 }
 
 // Run makes all checks.
@@ -76,6 +79,7 @@ func (h Host) Run(ctx context.Context) *Report {
 	h.others(r)
 	h.docker(ctx, r)
 	h.covered(r)
+	h.resolvers(r)
 	if r.Ready {
 		h.selfTest(ctx, r)
 	}
@@ -283,6 +287,14 @@ func (h Host) covered(r *Report) {
 		return
 	}
 	r.add("containers", OK, "%d run, and all would be policed", len(running))
+}
+
+func (h Host) resolvers(r *Report) {
+	if len(h.Resolvers) == 0 {
+		r.add("resolvers", OK, "the policy blocks no DNS server of this host")
+		return
+	}
+	r.add("resolvers", Warn, "containers could not reach the DNS servers %v of this host: use --allow-dns", h.Resolvers)
 }
 
 func firstLine(err error) string {

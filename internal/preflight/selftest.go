@@ -24,7 +24,7 @@ import (
 const (
 	blockedAddress = "169.254.169.254"
 	openAddress    = "192.0.2.1"
-	selfTestPort   = "80"
+	selfTestPort   = 1080
 )
 
 // SelfTestArg, as the first argument of this program, makes it the process that asks.
@@ -33,11 +33,11 @@ const SelfTestArg = "preflight-self-test"
 // selfTest attaches the programs to a cgroup of its own, puts a process in there, and
 // has it send to a blocked destination and to another one.
 func (h Host) selfTest(ctx context.Context, r *Report) {
-	if !h.Config.Blocks(netip.MustParseAddr(blockedAddress), 6, 80) {
+	if !h.Config.Blocks(netip.MustParseAddr(blockedAddress), 6, selfTestPort) {
 		r.add("self-test", Warn, "not made: this policy does not block %s", blockedAddress)
 		return
 	}
-	if h.Config.Blocks(netip.MustParseAddr(openAddress), 6, 80) {
+	if h.Config.Blocks(netip.MustParseAddr(openAddress), 6, selfTestPort) {
 		r.add("self-test", Warn, "not made: this policy blocks %s too", openAddress)
 		return
 	}
@@ -83,13 +83,26 @@ func (h Host) ask(ctx context.Context) (wrong string, err error) {
 		return "", err
 	}
 	defer progs.Close()
-	detach, err := progs.AttachFor(dir)
+	detach, err := progs.AttachFor(dir, loader.AttachTypes()[:1])
 	if err != nil {
 		return "", fmt.Errorf("attach to a cgroup: %w", err)
 	}
 	defer detach()
+	// A datagram of a connected socket meets the packet hook alone.
+	if wrong, err := selfTestIn(ctx, dir, "udp"); wrong != "" || err != nil {
+		return wrong, err
+	}
+	detachRest, err := progs.AttachFor(dir, loader.AttachTypes()[1:])
+	if err != nil {
+		return "", fmt.Errorf("attach to a cgroup: %w", err)
+	}
+	defer detachRest()
+	return selfTestIn(ctx, dir, "tcp")
+}
 
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", SelfTestArg)
+// selfTestIn runs the process that asks in a cgroup.
+func selfTestIn(ctx context.Context, dir *os.File, network string) (wrong string, err error) {
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", SelfTestArg, network)
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		UseCgroupFD: true, CgroupFD: int(dir.Fd()), Cloneflags: unix.CLONE_NEWNET, Pdeathsig: unix.SIGKILL,
 	}
@@ -102,7 +115,7 @@ func (h Host) ask(ctx context.Context) (wrong string, err error) {
 
 // SelfTest is the process that asks: it prints what it could reach and should not have,
 // or the other way round.
-func SelfTest() error {
+func SelfTest(network string) error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return err
@@ -120,41 +133,27 @@ func SelfTest() error {
 		return err
 	}
 	for address, open := range map[string]bool{blockedAddress: false, openAddress: true} {
-		to := net.JoinHostPort(address, selfTestPort)
+		to := net.JoinHostPort(address, fmt.Sprint(selfTestPort))
 		l, err := net.Listen("tcp", to)
 		if err != nil {
 			return err
 		}
-		conn, err := net.DialTimeout("tcp", to, 5*time.Second)
-		if err == nil {
-			conn.Close()
-		}
+		err = send(network, to)
 		l.Close()
 		if (err == nil) != open {
-			fmt.Printf("connect to %s: got %v\n", to, err)
-		}
-		refused, err := dropped(address)
-		if err != nil {
-			return err
-		}
-		if refused == open {
-			fmt.Printf("raw packet to %s: refused %t\n", address, refused)
+			fmt.Printf("%s to %s: got %v\n", network, to, err)
 		}
 	}
 	return nil
 }
 
-// dropped says whether the packet hook drops what connect() does not see.
-func dropped(address string) (bool, error) {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMP)
+// send connects and sends something.
+func send(network, to string) error {
+	conn, err := net.DialTimeout(network, to, 5*time.Second)
 	if err != nil {
-		return false, err
+		return err
 	}
-	defer unix.Close(fd)
-	echo := []byte{8, 0, 0xf7, 0xff, 0, 0, 0, 0}
-	err = unix.Sendto(fd, echo, 0, &unix.SockaddrInet4{Addr: netip.MustParseAddr(address).As4()})
-	if errors.Is(err, unix.EPERM) {
-		return true, nil
-	}
-	return false, err
+	defer conn.Close()
+	_, err = conn.Write([]byte("egressbpf"))
+	return err
 }

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/egressbpf/egressbpf/internal/docker"
+	"github.com/egressbpf/egressbpf/internal/preflight"
+)
+
+type checkOptions struct {
+	*globals
+	configOptions
+	output *output
+}
+
+func newCheck(g *globals) *cobra.Command {
+	o := checkOptions{globals: g}
+	cmd := &cobra.Command{
+		Use:   "check [--config FILE] [flags]",
+		Short: "Find out whether the filter would work on this host",
+		Long: `Looks at the kernel, the cgroups, Docker, the host's DNS servers and the programs of
+others, and has the kernel verify this filter's. A live self-test attaches them to a
+cgroup of its own, in which a process asks for a blocked destination, which must be
+refused, and for another one, which must not. Nothing is left behind, and what is in
+force is not touched.
+
+Exits with 3 if the filter cannot be in force here.`,
+		Example: `  egressbpf check
+  egressbpf check --config /etc/egressbpf/config.yaml`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.run(cmd.Context(), cmd.Flags(), cmd.OutOrStdout())
+		},
+	}
+	o.register(cmd.Flags())
+	o.output = outputFlag(cmd)
+	return cmd
+}
+
+func (o *checkOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout io.Writer) error {
+	config, err := o.read(flags)
+	if err != nil {
+		return usageError{err}
+	}
+	client, err := docker.Open(o.dockerHost)
+	if err != nil {
+		return usageError{fmt.Errorf("--docker-host: %w", err)}
+	}
+	defer client.Close()
+	filter, root, err := o.filter()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, lockPatience)
+	defer cancel()
+	host := preflight.Host{
+		Filter: filter, Root: root, Docker: client, Config: config, Resolvers: blockedResolvers(config.Policy),
+	}
+	report := host.Run(ctx)
+	if *o.output == jsonText {
+		err = writeJSON(stdout, report)
+	} else {
+		err = printReport(stdout, report)
+	}
+	if err == nil && !report.Ready {
+		return errNotInForce
+	}
+	return err
+}
+
+func printReport(w io.Writer, r *preflight.Report) error {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "CHECK\tRESULT\tDETAIL")
+	for _, c := range r.Checks {
+		fmt.Fprintf(tw, "%s\t%s\t%s\n", c.Name, c.Result, strings.Map(visible, strings.ReplaceAll(c.Detail, "\n", "; ")))
+	}
+	return tw.Flush()
+}
