@@ -6,6 +6,7 @@
  */
 #define PACKET_IS_DYNPTR
 
+#include "cgroup.h"
 #include "limit.h"
 #include "packet.h"
 #include "parse.h"
@@ -13,8 +14,6 @@
 #include "state.h"
 
 #include <stddef.h>
-
-#include <bpf/bpf_core_read.h>
 
 #define NF_DROP 0
 #define NF_ACCEPT 1
@@ -53,16 +52,6 @@ struct net_device {
 struct nf_hook_state {
 	__u8 pf;
 	struct net_device *in;
-} __attribute__((preserve_access_index));
-
-struct kernfs_node {
-	__u64 id;
-} __attribute__((preserve_access_index));
-
-struct cgroup {
-	struct kernfs_node *kn;
-	int level;
-	struct cgroup *ancestors[];
 } __attribute__((preserve_access_index));
 
 struct sock_cgroup_data {
@@ -131,43 +120,56 @@ static __always_inline bool from_containers(struct net_device *in)
 	return bpf_map_lookup_elem(&device_names, &name);
 }
 
-/* The container whose socket sent the packet, if that is still known: it is while a
- * bridge hands the packet to netfilter itself (br_netfilter). 0 if not.
+/* The container that a cgroup is or is within; NULL if there is none, or no room for its
+ * state.
  */
-static __always_inline __u64 sender(struct sk_buff *skb)
+static __always_inline struct container *container_of_cgroup(struct cgroup *cgrp)
+{
+	for (int i = 0; i < MAX_PLACES && places[i].id; i++) {
+		__u32 top = places[i].level;
+		__u64 id;
+
+		if (ancestor_id(cgrp, top) != places[i].id)
+			continue;
+		if (!places[i].recognises) {
+			id = ancestor_id(cgrp, top + 1);
+			return id ? state_of(id) : NULL;
+		}
+		for (__u32 l = 1; l <= MAX_DEPTH; l++) {
+			struct container *c;
+
+			id = ancestor_id(cgrp, top + l);
+			if (!id)
+				return NULL;
+			c = bpf_map_lookup_elem(&containers, &id);
+			if (c)
+				return c;
+		}
+		return NULL;
+	}
+	return NULL;
+}
+
+/* The container whose socket sent the packet, if that is still known: it is while a
+ * bridge hands the packet to netfilter itself (br_netfilter). NULL if not.
+ */
+static __always_inline struct container *sender(struct sk_buff *skb)
 {
 	struct sock *sk = skb->sk;
-	struct cgroup *cgrp;
 	int state;
 
 	if (!sk)
-		return 0;
+		return NULL;
 	state = sk->__sk_common.skc_state;
 	if (state == TCP_TIME_WAIT || state == TCP_NEW_SYN_RECV)
-		return 0;
-	cgrp = sk->sk_cgrp_data.cgroup;
-	for (int i = 0; i < MAX_PLACES && places[i].id; i++) {
-		__u32 level = places[i].level;
-		struct cgroup *above;
-		__u64 id = 0;
-
-		if (level >= (__u32)BPF_CORE_READ(cgrp, level))
-			continue;
-		bpf_core_read(&above, sizeof(above), &cgrp->ancestors[level]);
-		if (BPF_CORE_READ(above, kn, id) != places[i].id)
-			continue;
-		bpf_core_read(&above, sizeof(above), &cgrp->ancestors[level + 1]);
-		id = BPF_CORE_READ(above, kn, id);
-		return id;
-	}
-	return 0;
+		return NULL;
+	return container_of_cgroup(sk->sk_cgrp_data.cgroup);
 }
 
 static __always_inline int drop(struct sk_buff *skb, __u64 bytes)
 {
 	struct counters *sum = total();
-	__u64 id = sender(skb);
-	struct container *c = id ? state_of(id) : NULL;
+	struct container *c = sender(skb);
 
 	if (c) {
 		__sync_fetch_and_add(&c->counters.host_side.packets, 1);
@@ -178,6 +180,41 @@ static __always_inline int drop(struct sk_buff *skb, __u64 bytes)
 		__sync_fetch_and_add(&sum->host_side.bytes, bytes);
 	}
 	return enforce ? NF_DROP : NF_ACCEPT;
+}
+
+/* Whether the packet is TCP without data that opens nothing. For a connection that it has
+ * closed, a kernel makes such without the connection's socket.
+ */
+static __always_inline bool bare_tcp(const struct packet *p, const struct flow *f)
+{
+	__u8 doff;
+
+	return f->proto == IPPROTO_TCP && f->has_ports && !f->syn &&
+	       !load(p, f->transport + offsetof(struct tcp, doff), &doff, sizeof(doff)) &&
+	       f->transport + (doff >> 4) * 4 == p->len;
+}
+
+/* Whether a blocked packet is one that the egress hook has let through, since its
+ * container may reach the metadata service: as many of a flow pass as it has.
+ */
+static __always_inline bool take_permit(const struct packet *p, const struct flow *f, __u32 blocked)
+{
+	struct flow_key key = { .sport = f->sport, .dport = f->dport, .proto = f->proto };
+	__s32 *n;
+
+	if (blocked != RULE_METADATA)
+		return false;
+	__builtin_memcpy(key.src, &f->src, sizeof(key.src));
+	__builtin_memcpy(key.dst, &f->dst, sizeof(key.dst));
+	n = bpf_map_lookup_elem(&permitted, &key);
+	if (!n)
+		return false;
+	if (*n <= 0)
+		return bare_tcp(p, f);
+	if (__sync_fetch_and_sub(n, 1) > 0)
+		return true;
+	__sync_fetch_and_add(n, 1);
+	return false;
 }
 
 static const struct device new_device;
@@ -253,9 +290,12 @@ static __noinline int judge_forwarded(struct bpf_nf_ctx *ctx)
 	struct bpf_dynptr data;
 	struct packet p = {};
 	struct flow f = {};
-	__u32 len = ctx->skb->len;
+	__u32 len = ctx->skb->len, blocked;
 
-	if (!open_packet(ctx, &data, &p) || !parse(&p, &f) || blocked_destination(&f) || blocked_source(&f))
+	if (!open_packet(ctx, &data, &p) || !parse(&p, &f) || blocked_source(&f))
+		return drop(ctx->skb, len);
+	blocked = blocked_destination(&f);
+	if (blocked && !take_permit(&p, &f, blocked))
 		return drop(ctx->skb, len);
 	if (f.proto == IPPROTO_TCP && f.has_ports && smtp_ports[f.dport] && !admit_mail(&f, ctx->state->in->ifindex))
 		return drop(ctx->skb, len);

@@ -85,6 +85,9 @@ func (l *loaded) hostSide(state *statemaps.State, targets []*target, devices []p
 	var places [8]bpf.HostPlace // MAX_PLACES
 	for i, t := range targets[:min(len(targets), len(places))] {
 		places[i] = bpf.HostPlace{Id: t.id, Level: cgroup.Level(t.rel)}
+		if t.recognises {
+			places[i].Recognises = 1
+		}
 	}
 	err = set(spec, map[string]any{
 		bpf.HostVarPlaces:         places,
