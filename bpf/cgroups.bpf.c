@@ -8,7 +8,7 @@
 #include "cgroup.h"
 #include "state.h"
 
-/* The policed cgroups whose containers are recognised, up to the first whose id is 0. */
+/* The policed cgroups, up to the first whose id is 0. */
 #define MAX_PLACES 8
 const volatile struct place places[MAX_PLACES];
 
@@ -16,8 +16,8 @@ const volatile struct place places[MAX_PLACES];
 const volatile struct scope scopes[MAX_SCOPES];
 const volatile __u32 n_scopes;
 
-/* Room for any name (NAME_MAX and a NUL), and the beginning of any path. */
-#define TEXT 256
+/* Room for any name. */
+#define TEXT sizeof(((struct name_key *)0)->name)
 
 static __always_inline bool hex(char c)
 {
@@ -51,47 +51,46 @@ static __always_inline bool named(const char *name, __u32 len, const volatile st
 	return true;
 }
 
-static __always_inline bool is_container(struct cgroup *cgrp, const char *path)
+/* Whether the cgroup with a name of len characters, at a path, is a container's. */
+static __always_inline bool is_container(struct cgroup *cgrp, const char *name, __u32 len, const char *path)
 {
 	__u32 level = BPF_CORE_READ(cgrp, level);
-	char text[TEXT];
-	long len;
+	char begin[SCOPE_PREFIX];
 
-	len = bpf_probe_read_kernel_str(text, sizeof(text), BPF_CORE_READ(cgrp, kn, name));
-	if (len <= 0)
-		return false;
 	for (__u32 i = 0; i < MAX_SCOPES && i < n_scopes; i++)
-		if (scopes[i].kind != SCOPE_CHILD && named(text, len - 1, &scopes[i]))
+		if (scopes[i].kind != SCOPE_CHILD && named(name, len, &scopes[i]))
 			return true;
-	if (bpf_probe_read_kernel_str(text, sizeof(text), path) <= 0)
+	if (bpf_probe_read_kernel_str(begin, sizeof(begin), path) <= 0)
 		return false;
 	for (__u32 i = 0; i < MAX_SCOPES && i < n_scopes; i++)
-		if (scopes[i].kind == SCOPE_CHILD && level == scopes[i].level && begins(text, &scopes[i]))
+		if (scopes[i].kind == SCOPE_CHILD && level == scopes[i].level && begins(begin, &scopes[i]))
 			return true;
 	return false;
 }
 
-/* Whether the cgroup is where containers are recognised: below a policed cgroup, and
- * not within a container, whose nested cgroups may have any name.
- */
-static __always_inline bool may_be_container(struct cgroup *cgrp)
+/* Whether one of the cgroups between a policed one and cgrp is a container. */
+static __always_inline bool in_container(struct cgroup *cgrp, __u32 top)
 {
 	__u32 level = BPF_CORE_READ(cgrp, level);
 
-	for (__u32 i = 0; i < MAX_PLACES && places[i].id; i++) {
-		__u32 top = places[i].level;
+	for (__u32 l = 1; l < MAX_DEPTH && top + l < level; l++) {
+		__u64 id = ancestor_id(cgrp, top + l);
 
-		if (level <= top || ancestor_id(cgrp, top) != places[i].id)
-			continue;
-		for (__u32 l = 1; l < MAX_DEPTH && top + l < level; l++) {
-			__u64 id = ancestor_id(cgrp, top + l);
-
-			if (bpf_map_lookup_elem(&containers, &id))
-				return false;
-		}
-		return true;
+		if (bpf_map_lookup_elem(&containers, &id))
+			return true;
 	}
 	return false;
+}
+
+/* The place that the cgroup is in, itself excluded; NULL if in none. */
+static __always_inline const volatile struct place *place_of(struct cgroup *cgrp)
+{
+	__u32 level = BPF_CORE_READ(cgrp, level);
+
+	for (__u32 i = 0; i < MAX_PLACES && places[i].id; i++)
+		if (level > places[i].level && ancestor_id(cgrp, places[i].level) == places[i].id)
+			return &places[i];
+	return NULL;
 }
 
 /* Without an entry it could not be told from what is no container. The kernel makes
@@ -106,19 +105,86 @@ static __always_inline void overflowed(__u64 id)
 		*first = id;
 }
 
+/* Returns the length of the cgroup's name, which becomes the key's; 0 on an error. */
+static __always_inline __u32 read_name(struct cgroup *cgrp, struct name_key *key)
+{
+	long len = bpf_probe_read_kernel_str(key->name, sizeof(key->name), BPF_CORE_READ(cgrp, kn, name));
+
+	return len > 1 ? len - 1 : 0;
+}
+
 SEC("tp_btf/cgroup_mkdir")
 int recognise(__u64 *ctx)
 {
 	struct cgroup *cgrp = (void *)ctx[0];
+	const volatile struct place *place;
+	struct name_key key = {};
+	struct container *c;
+	struct past *before;
+	__u32 len, depth;
 	__u64 id;
 
 	if (cgrp->root->hierarchy_id)	/* cgroup v1 numbers its own */
 		return 0;
-	if (!may_be_container(cgrp) || !is_container(cgrp, (const char *)ctx[1]))
+	place = place_of(cgrp);
+	if (!place)
+		return 0;
+	depth = cgrp->level - place->level;
+	key.place = place->id;
+	len = read_name(cgrp, &key);
+	before = bpf_map_lookup_elem(&retired, &key);
+	if (place->recognises) {
+		if (in_container(cgrp, place->level) || !is_container(cgrp, key.name, len, (const char *)ctx[1]))
+			return 0;
+	} else if (!before || depth != 1) {
+		return 0;	/* gets its state when it is needed */
+	}
+	id = cgrp->kn->id;
+	c = depth > MAX_DEPTH ? NULL : state_of(id);
+	if (!c && place->recognises)
+		overflowed(id);
+	if (c && before) {
+		/* A restart does not refill a bucket. */
+		c->bucket = before->bucket;
+		c->limit = before->limit;
+		c->flags = before->flags;
+		bpf_map_delete_elem(&retired, &key);
+	}
+	return 0;
+}
+
+/* Keeps what a container takes over when it is started again. Its state is still needed:
+ * sockets can outlive the directory.
+ */
+SEC("tp_btf/cgroup_rmdir")
+int keep(__u64 *ctx)
+{
+	struct cgroup *cgrp = (void *)ctx[0];
+	const volatile struct place *place;
+	struct name_key key = {};
+	struct past now = {};
+	struct container *c;
+	__u64 id;
+
+	if (cgrp->root->hierarchy_id)
 		return 0;
 	id = cgrp->kn->id;
-	if (cgrp->level >= MAX_DEPTH || !state_of(id))
-		overflowed(id);
+	c = bpf_map_lookup_elem(&containers, &id);
+	place = place_of(cgrp);
+	if (!c || !place)
+		return 0;
+	bpf_spin_lock(&c->lock);
+	now.bucket = c->bucket;
+	if (c->flags & CONTAINER_LIMIT_SET) {
+		now.limit = c->limit;
+		now.flags = CONTAINER_LIMIT_SET;
+	}
+	bpf_spin_unlock(&c->lock);
+	if (!now.bucket.count && !now.flags)
+		return 0;	/* as new */
+	key.place = place->id;
+	read_name(cgrp, &key);
+	bpf_map_update_elem(&retired, &key, &now, BPF_ANY);
 	return 0;
 }
 

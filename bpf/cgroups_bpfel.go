@@ -13,6 +13,36 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type CgroupsNameKey struct {
+	_     structs.HostLayout
+	Place uint64
+	Name  [256]int8
+}
+
+type CgroupsPast struct {
+	_      structs.HostLayout
+	Bucket struct {
+		_        structs.HostLayout
+		FullAt   uint64
+		Rest     uint32
+		Count    uint32
+		Interval uint64
+		Burst    uint32
+		Reserved uint32
+	}
+	Limit struct {
+		_         structs.HostLayout
+		Interval  uint64
+		Tolerance uint64
+		Count     uint32
+		Rest      uint32
+		Burst     uint32
+		Period    uint32
+	}
+	Flags    uint32
+	Reserved uint32
+}
+
 type CgroupsPlace struct {
 	_          structs.HostLayout
 	Id         uint64
@@ -48,8 +78,10 @@ const (
 	CgroupsMapMails      = "mails"
 	CgroupsMapOverflow   = "overflow"
 	CgroupsMapPermitted  = "permitted"
+	CgroupsMapRetired    = "retired"
 	CgroupsMapTickets    = "tickets"
 	CgroupsMapTotals     = "totals"
+	CgroupsProgKeep      = "keep"
 	CgroupsProgRecognise = "recognise"
 	CgroupsProgRelease   = "release"
 	CgroupsVarN_scopes   = "n_scopes"
@@ -99,6 +131,7 @@ type CgroupsSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type CgroupsProgramSpecs struct {
+	Keep      *ebpf.ProgramSpec `ebpf:"keep"`
 	Recognise *ebpf.ProgramSpec `ebpf:"recognise"`
 	Release   *ebpf.ProgramSpec `ebpf:"release"`
 }
@@ -113,6 +146,7 @@ type CgroupsMapSpecs struct {
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
+	Retired    *ebpf.MapSpec `ebpf:"retired"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 }
@@ -152,6 +186,7 @@ type CgroupsMaps struct {
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Overflow   *ebpf.Map `ebpf:"overflow"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
+	Retired    *ebpf.Map `ebpf:"retired"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 }
@@ -164,6 +199,7 @@ func (m *CgroupsMaps) Close() error {
 		m.Mails,
 		m.Overflow,
 		m.Permitted,
+		m.Retired,
 		m.Tickets,
 		m.Totals,
 	)
@@ -182,12 +218,14 @@ type CgroupsVariables struct {
 //
 // It can be passed to LoadCgroupsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type CgroupsPrograms struct {
+	Keep      *ebpf.Program `ebpf:"keep"`
 	Recognise *ebpf.Program `ebpf:"recognise"`
 	Release   *ebpf.Program `ebpf:"release"`
 }
 
 func (p *CgroupsPrograms) Close() error {
 	return _CgroupsClose(
+		p.Keep,
 		p.Recognise,
 		p.Release,
 	)

@@ -108,6 +108,28 @@ type EgressMailKey struct {
 	Dport uint16
 }
 
+type EgressNameKey struct {
+	_     structs.HostLayout
+	Place uint64
+	Name  [256]int8
+}
+
+type EgressPast struct {
+	_      structs.HostLayout
+	Bucket EgressBucket
+	Limit  struct {
+		_         structs.HostLayout
+		Interval  uint64
+		Tolerance uint64
+		Count     uint32
+		Rest      uint32
+		Burst     uint32
+		Period    uint32
+	}
+	Flags    EgressContainerFlag
+	Reserved uint32
+}
+
 type EgressPortKey struct {
 	_        structs.HostLayout
 	Group    uint32
@@ -207,6 +229,7 @@ const (
 	EgressMapOverflow        = "overflow"
 	EgressMapPermitted       = "permitted"
 	EgressMapPorts           = "ports"
+	EgressMapRetired         = "retired"
 	EgressMapRules           = "rules"
 	EgressMapTickets         = "tickets"
 	EgressMapTotals          = "totals"
@@ -292,6 +315,7 @@ type EgressMapSpecs struct {
 	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
+	Retired    *ebpf.MapSpec `ebpf:"retired"`
 	Rules      *ebpf.MapSpec `ebpf:"rules"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
@@ -343,6 +367,7 @@ type EgressMaps struct {
 	Overflow   *ebpf.Map `ebpf:"overflow"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
 	Ports      *ebpf.Map `ebpf:"ports"`
+	Retired    *ebpf.Map `ebpf:"retired"`
 	Rules      *ebpf.Map `ebpf:"rules"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
@@ -357,6 +382,7 @@ func (m *EgressMaps) Close() error {
 		m.Overflow,
 		m.Permitted,
 		m.Ports,
+		m.Retired,
 		m.Rules,
 		m.Tickets,
 		m.Totals,

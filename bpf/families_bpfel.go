@@ -22,6 +22,7 @@ const (
 	FamiliesMapMails             = "mails"
 	FamiliesMapOverflow          = "overflow"
 	FamiliesMapPermitted         = "permitted"
+	FamiliesMapRetired           = "retired"
 	FamiliesMapTickets           = "tickets"
 	FamiliesMapTotals            = "totals"
 	FamiliesProgFamiliesFmod     = "families_fmod"
@@ -91,6 +92,7 @@ type FamiliesMapSpecs struct {
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
+	Retired    *ebpf.MapSpec `ebpf:"retired"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 }
@@ -134,6 +136,7 @@ type FamiliesMaps struct {
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Overflow   *ebpf.Map `ebpf:"overflow"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
+	Retired    *ebpf.Map `ebpf:"retired"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 }
@@ -146,6 +149,7 @@ func (m *FamiliesMaps) Close() error {
 		m.Mails,
 		m.Overflow,
 		m.Permitted,
+		m.Retired,
 		m.Tickets,
 		m.Totals,
 	)

@@ -38,6 +38,7 @@ const (
 	HostMapOverflow       = "overflow"
 	HostMapPermitted      = "permitted"
 	HostMapPorts          = "ports"
+	HostMapRetired        = "retired"
 	HostMapRules          = "rules"
 	HostMapTickets        = "tickets"
 	HostMapTotals         = "totals"
@@ -112,6 +113,7 @@ type HostMapSpecs struct {
 	Overflow    *ebpf.MapSpec `ebpf:"overflow"`
 	Permitted   *ebpf.MapSpec `ebpf:"permitted"`
 	Ports       *ebpf.MapSpec `ebpf:"ports"`
+	Retired     *ebpf.MapSpec `ebpf:"retired"`
 	Rules       *ebpf.MapSpec `ebpf:"rules"`
 	Tickets     *ebpf.MapSpec `ebpf:"tickets"`
 	Totals      *ebpf.MapSpec `ebpf:"totals"`
@@ -160,6 +162,7 @@ type HostMaps struct {
 	Overflow    *ebpf.Map `ebpf:"overflow"`
 	Permitted   *ebpf.Map `ebpf:"permitted"`
 	Ports       *ebpf.Map `ebpf:"ports"`
+	Retired     *ebpf.Map `ebpf:"retired"`
 	Rules       *ebpf.Map `ebpf:"rules"`
 	Tickets     *ebpf.Map `ebpf:"tickets"`
 	Totals      *ebpf.Map `ebpf:"totals"`
@@ -175,6 +178,7 @@ func (m *HostMaps) Close() error {
 		m.Overflow,
 		m.Permitted,
 		m.Ports,
+		m.Retired,
 		m.Rules,
 		m.Tickets,
 		m.Totals,

@@ -25,6 +25,14 @@ struct {
 	__type(value, __u64);
 } overflow SEC(".maps");
 
+/* Containers whose cgroups were removed, and that had used their bucket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, struct name_key);
+	__type(value, struct past);
+} retired SEC(".maps");
+
 /* Sums over all containers, those that are gone or never got state included. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

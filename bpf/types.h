@@ -158,6 +158,20 @@ struct flow_key {
 	__u32 proto;
 };
 
+/* A container by its name: that of its cgroup, and the policed cgroup that this is in. */
+struct name_key {
+	__u64 place;
+	char name[256];		/* NAME_MAX and a NUL */
+};
+
+/* What a container that is started again takes over from its last time. */
+struct past {
+	struct bucket bucket;
+	struct limit limit;		/* if it was set by hand */
+	enum container_flag flags;
+	__u32 reserved;
+};
+
 /* Input of the program configure, behind an Ethernet header: the flags in mask become
  * flags, and unless keep_limit is set the limit becomes limit.
  */

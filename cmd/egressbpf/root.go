@@ -174,6 +174,7 @@ func remedyFor(err error) string {
 		{cgroup.ErrNotInitialNamespace, "run it on the host, outside of any container, or with `nsenter --target 1 --cgroup`"},
 		{loader.ErrWholeHost, "name the cgroup whose children are containers, or tell with --scopes what containers' cgroups are called"},
 		{loader.ErrCannotRecognise, "let Docker put its containers into a cgroup of their own, and name that with --cgroup: /sys/fs/cgroup/docker with its cgroupfs driver, or with its systemd driver a slice (\"cgroup-parent\": \"docker.slice\" in /etc/docker/daemon.json) and --scopes any"},
+		{loader.ErrExcluded, "it was attached to that cgroup, or to one above it, without BPF_F_ALLOW_MULTI: see `bpftool cgroup tree`, and detach it, or have its owner attach it with that flag"},
 		{loader.ErrNested, "name only the outer one, or detach the other first"},
 		{loader.ErrPinPath, "use a directory in a bpf filesystem as --pin-path (`mount -t bpf bpf DIR`, then DIR/egressbpf), or leave --pin-path out"},
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},

@@ -148,7 +148,7 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 // optional returns the names of what is in force and does not have to be.
 func optional(s *loader.Status) (names []string) {
 	for _, h := range s.Hooks {
-		if h.Attached && h.Optional() {
+		if h.Attached && s.Optional(h) {
 			names = append(names, h.Name)
 		}
 	}
@@ -264,7 +264,7 @@ func (d *Daemon) check(ctx context.Context) {
 // missing returns what another attach should put in force again.
 func (d *Daemon) missing(s *loader.Status) (names []string) {
 	for _, h := range s.Hooks {
-		if !h.Attached && !h.Optional() {
+		if !h.Attached && !s.Optional(h) {
 			names = append(names, h.Name)
 		}
 	}

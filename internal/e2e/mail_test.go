@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/e2e/lab"
+	"github.com/egressbpf/egressbpf/internal/testenv"
 )
 
 // scarce is a rate at which no token comes back during a test.
@@ -327,4 +329,56 @@ func parse(addrs ...string) (parsed []netip.Addr) {
 		parsed = append(parsed, netip.MustParseAddr(a))
 	}
 	return parsed
+}
+
+// TestRestartKeepsTheBucket removes a container's cgroup and makes it again, as a restart
+// does: tokens and a limit of its own are as before. Another container begins anew.
+func TestRestartKeepsTheBucket(t *testing.T) {
+	for _, tt := range []struct{ name, container, other string }{
+		{"child", "web", "web-2"},
+		{"scope in a slice", "own.slice/" + scope(7), "own.slice/" + scope(8)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newScene(t)
+			path := filepath.Join(s.policed, tt.container)
+			policed := filepath.Dir(path)
+			if err := os.MkdirAll(policed, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { s.Egressbpf(t, "detach") })
+			s.Egressbpf(t, "attach", "--cgroup", policed, "--smtp-rate", scarce, "--smtp-burst", "3")
+			seen := s.Capture(t)
+			start := func(path string) *lab.Agent { return s.agent(s.a, path) }
+			send := func(agent *lab.Agent) int {
+				agent.ConnectAtOnce(at(lab.Mail4, 25), 10)
+				defer seen.Forget()
+				return connections(seen.Settle(t), 25, s.a.IPv4)
+			}
+			restart := func(path string, agent *lab.Agent) *lab.Agent {
+				agent.End()
+				testenv.Eventually(t, "remove "+path, func() bool { return os.Remove(path) == nil })
+				return start(path)
+			}
+			agent := start(path)
+			if n := send(agent); n != 3 {
+				t.Errorf("%d connections, want 3", n)
+			}
+			agent = restart(path, agent)
+			if n := send(agent); n != 0 {
+				t.Errorf("%d connections after a restart, want 0", n)
+			}
+			s.Egressbpf(t, "limit", "set", path, "--rate", scarce, "--burst", "5")
+			agent = restart(path, agent)
+			if n := send(agent); n != 2 {
+				t.Errorf("%d connections after another limit and a restart, want 2", n)
+			}
+			if got := s.Egressbpf(t, "limit", "get", path); !strings.Contains(got, "burst 5") {
+				t.Errorf("limit after a restart: %s", got)
+			}
+			agent.End()
+			if n := send(start(filepath.Join(s.policed, tt.other))); n != 3 {
+				t.Errorf("%d connections of another container, want 3", n)
+			}
+		})
+	}
 }

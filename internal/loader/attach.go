@@ -15,7 +15,6 @@ import (
 	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 
-	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -51,7 +50,7 @@ func (u *undo) close() {
 //
 // On an error, what was in force before is in force again. Besides errors of the
 // kernel and those of package cgroup, the error can wrap ErrBusy, ErrCannotRecognise,
-// ErrNested, ErrOtherVersion, ErrPinPath and ErrWholeHost.
+// ErrExcluded, ErrNested, ErrOtherVersion, ErrPinPath and ErrWholeHost.
 //
 // A process that was killed while it attached leaves each hook of each cgroup
 // either as it was before or as it should be; the next Attach completes it.
@@ -185,9 +184,9 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	if err := f.attachHost(shared, state, targets, &back); err != nil {
 		return err
 	}
-	// The filter works without it, and Status tells that it is missing and why.
-	_ = f.attachRelease(state, &back)
-
+	if err := f.followCgroups(targets, p, state, &back); err != nil {
+		return err
+	}
 	if err := f.forgetOthers(targets, p, state); err != nil {
 		return err
 	}
@@ -322,6 +321,9 @@ func attachHook(h hook, t *target, pin string, back *undo) error {
 		Program: t.progs.byHook[h.name],
 		Attach:  h.attach,
 	})
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("%w: %w", ErrExcluded, err)
+	}
 	if err != nil {
 		return err
 	}
@@ -331,19 +333,4 @@ func attachHook(h hook, t *target, pin string, back *undo) error {
 	}
 	back.add(func() error { return removeLink(pin) })
 	return nil
-}
-
-// attachRelease exchanges the program that forgets removed containers. Without
-// it the filter works; containers that are gone take room in the state.
-func (f *Filter) attachRelease(state *maps.State, back *undo) error {
-	prog, err := loadCgroups(bpf.CgroupsProgRelease, state, nil)
-	if err != nil {
-		return err
-	}
-	defer prog.Close()
-	// Links of tracing programs cannot be updated. For a moment two programs
-	// forget the same containers.
-	return f.replaceLink(filepath.Join(f.pins, bpf.CgroupsProgRelease), back, func() (link.Link, error) {
-		return link.AttachTracing(link.TracingOptions{Program: prog})
-	})
 }

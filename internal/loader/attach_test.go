@@ -15,6 +15,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 
 	"github.com/egressbpf/egressbpf/bpf"
@@ -53,7 +54,7 @@ func TestAttach(t *testing.T) {
 			t.Errorf("got hook %+v, want it attached just now", row)
 		}
 	}
-	want := append(loader.HookNames(), bpf.CgroupsProgRelease)
+	want := append(loader.HookNames(), loader.CgroupsHooks...)
 	for _, d := range s.Defences {
 		switch {
 		case d.Active && d.Name == "socket_families":
@@ -372,10 +373,11 @@ func TestNothingKnownOfRemovedCgroup(t *testing.T) {
 
 func TestDetachedByOthers(t *testing.T) {
 	h := newHost(t)
-	for _, name := range append(loader.HookNames(), bpf.CgroupsProgRelease) {
+	for _, name := range append(loader.HookNames(), loader.CgroupsHooks...) {
 		h.mustAttach(withBurst(5), "a", "b")
 		cgroup := "b"
-		if name == bpf.CgroupsProgRelease {
+		optional := slices.Contains(loader.CgroupsHooks, name)
+		if optional {
 			cgroup = ""
 			check(t, os.Remove(filepath.Join(h.pins, name)))
 		} else {
@@ -386,7 +388,7 @@ func TestDetachedByOthers(t *testing.T) {
 			t.Errorf("got %+v, want that it is detached, and what to do", row)
 		}
 		s := h.status()
-		if s.Enforcing != (name == bpf.CgroupsProgRelease) {
+		if s.Enforcing != optional {
 			t.Errorf("%s is detached: got enforcing %v", name, s.Enforcing)
 		}
 		for _, other := range s.Hooks {
@@ -553,4 +555,30 @@ func TestUncovered(t *testing.T) {
 	if got := ours(); len(got) != 0 {
 		t.Errorf("got %v, want none", got)
 	}
+}
+
+// Some other program may be attached so that no other can be, at the cgroup or above it.
+func TestExcluded(t *testing.T) {
+	h := newHost(t)
+	h.mkdir("a/b")
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.CGroupSKB, AttachType: ebpf.AttachCGroupInetEgress, License: "MIT",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+	})
+	check(t, err)
+	defer prog.Close()
+	dir, err := os.Open(h.paths("a")[0])
+	check(t, err)
+	defer dir.Close()
+	other := link.RawAttachProgramOptions{Target: int(dir.Fd()), Program: prog, Attach: ebpf.AttachCGroupInetEgress}
+	check(t, link.RawAttachProgram(other))
+	before := h.snapshot()
+	for _, name := range []string{"a", "a/b"} {
+		if err := h.attach(withBurst(5), name); !errors.Is(err, loader.ErrExcluded) {
+			t.Errorf("attach to %s: got %v, want %v", name, err, loader.ErrExcluded)
+		}
+	}
+	h.unchanged(before, "a program that excludes others")
+	check(t, link.RawDetachProgram(link.RawDetachProgramOptions{Target: other.Target, Program: prog, Attach: other.Attach}))
+	h.mustAttach(withBurst(5), "a/b")
 }

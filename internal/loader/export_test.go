@@ -20,6 +20,9 @@ func HookNames() (names []string) {
 // FamiliesHook is the name of the hook that refuses sockets.
 const FamiliesHook = familiesHook
 
+// CgroupsHooks are the names of the hooks that follow cgroups.
+var CgroupsHooks = cgroupsHooks
+
 // HostHookNames are the names of the host side's hooks.
 func HostHookNames() (names []string) {
 	for _, h := range hostHooks {

@@ -4,8 +4,8 @@
 // Below the pin path:
 //
 //	containers overflow totals  the state, kept from version to version
-//	tickets admitted permitted mails devices
-//	recognise release           the links that follow containers as they come and go
+//	retired tickets admitted permitted mails devices
+//	recognise keep release      the links that follow containers as they come and go
 //	host_*                      the links of the host side
 //	cgroup-<id>/<hook>          the links of a policed cgroup
 //
@@ -49,6 +49,9 @@ var (
 	ErrPinPath = errors.New("not a directory in a bpf filesystem")
 	// ErrWholeHost means that every process of the host would be a container's.
 	ErrWholeHost = errors.New("each cgroup of the host would be a container")
+	// ErrExcluded means that some other program is attached to a cgroup, or above it, in
+	// a way that excludes all others below.
+	ErrExcluded = errors.New("another program excludes all others here")
 	// ErrNested means that a cgroup to be policed lies within another one.
 	ErrNested = errors.New("policed cgroups cannot be nested")
 )
@@ -67,6 +70,10 @@ var hooks = []hook{
 	{bpf.EgressProgSendmsg4, ebpf.AttachCGroupUDP4Sendmsg},
 	{bpf.EgressProgSendmsg6, ebpf.AttachCGroupUDP6Sendmsg},
 }
+
+// cgroupsHooks are the programs that follow containers as they come and go. They are of
+// the whole host.
+var cgroupsHooks = []string{bpf.CgroupsProgRecognise, bpf.CgroupsProgKeep, bpf.CgroupsProgRelease}
 
 // Filter is the filter of this host, in force or not, as its pins tell.
 type Filter struct {
@@ -178,7 +185,7 @@ const cgroupPrefix = "cgroup-"
 // pinNames are what is pinned beside the policed cgroups.
 func pinNames() []string {
 	names := maps.StateNames()
-	for _, name := range []string{bpf.CgroupsProgRecognise, bpf.CgroupsProgRelease} {
+	for _, name := range cgroupsHooks {
 		names = append(names, name, name+nextSuffix)
 	}
 	for _, h := range hostHooks {

@@ -1,16 +1,17 @@
 package loader
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/maps"
-	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
 // ProbeFamilies says why this kernel refuses no sockets for the filter, or nil if it
@@ -23,7 +24,7 @@ func ProbeFamilies() error {
 // ProbeRecognise says why this kernel cannot tell containers from what else is in a
 // cgroup, or nil if it can.
 func ProbeRecognise(state *maps.State) error {
-	prog, err := loadRecognise([maxPlaces]bpf.CgroupsPlace{}, policy.Default(), state)
+	prog, err := loadCgroups(bpf.CgroupsProgRecognise, state, nil)
 	if err != nil {
 		return err
 	}
@@ -56,6 +57,9 @@ func (p *Programs) AttachFor(dir *os.File, places []ebpf.AttachType) (detach fun
 			continue
 		}
 		l, err := link.AttachRawLink(link.RawLinkOptions{Target: int(dir.Fd()), Program: p.byHook[h.name], Attach: h.attach})
+		if errors.Is(err, unix.EPERM) {
+			err = fmt.Errorf("%w: %w", ErrExcluded, err)
+		}
 		if err != nil {
 			detach()
 			return nil, fmt.Errorf("hook %s: %w", h.name, err)

@@ -68,42 +68,72 @@ func scopesOf(p policy.Policy) (scopes [16]bpf.CgroupsScope, n uint32) { // MAX_
 	return scopes, uint32(len(p.Scopes))
 }
 
-func placesOf(targets []*target) (places [maxPlaces]bpf.CgroupsPlace, n int) {
-	for _, t := range targets {
-		if !t.recognises {
-			continue
-		}
-		if n < maxPlaces {
-			places[n] = bpf.CgroupsPlace{Id: t.id, Level: cgroup.Level(t.rel)}
-		}
-		n++
+// placesOf returns the policed cgroups, and whether containers are told by their names
+// in any of them.
+func placesOf(targets []*target) (places [maxPlaces]bpf.CgroupsPlace, recognises bool, err error) {
+	if len(targets) > maxPlaces {
+		return places, false, fmt.Errorf("%d policed cgroups: want at most %d, or one above them", len(targets), maxPlaces)
 	}
-	return places, n
+	for i, t := range targets {
+		places[i] = bpf.CgroupsPlace{Id: t.id, Level: cgroup.Level(t.rel)}
+		if t.recognises {
+			places[i].Recognises, recognises = 1, true
+		}
+	}
+	return places, recognises, nil
 }
 
-// attachRecognise has the containers of the targets enrolled, those that exist and
-// those to come, where they are told by their names.
+func cgroupsConstants(places [maxPlaces]bpf.CgroupsPlace, p policy.Policy) map[string]any {
+	scopes, n := scopesOf(p)
+	return map[string]any{bpf.CgroupsVarPlaces: places, bpf.CgroupsVarScopes: scopes, bpf.CgroupsVarN_scopes: n}
+}
+
+// attachRecognise has the containers of the targets enrolled, those that exist and those
+// to come, where they are told by their names.
 func (f *Filter) attachRecognise(targets []*target, p policy.Policy, state *maps.State, back *undo) error {
-	pin := filepath.Join(f.pins, bpf.CgroupsProgRecognise)
-	places, n := placesOf(targets)
-	if n == 0 {
-		return f.dropLink(pin, back)
+	places, recognises, err := placesOf(targets)
+	if err != nil || !recognises {
+		return err
 	}
-	if n > maxPlaces {
-		return fmt.Errorf("%d policed slices: want at most %d, or one above them", n, maxPlaces)
-	}
-	prog, err := loadRecognise(places, p, state)
+	// First the program, for what is made from now on; then what exists.
+	err = f.attachCgroups(bpf.CgroupsProgRecognise, cgroupsConstants(places, p), state, back)
 	if err != nil {
 		return fmt.Errorf("%s: %w: %w", f.root.Path(targets[0].rel), ErrCannotRecognise, err)
+	}
+	return f.enrolAll(targets, p, state, back)
+}
+
+// followCgroups attaches the other programs that follow containers as they come and go.
+// The filter works without them: state of containers that are gone takes room, and what
+// is started again has a full bucket. Status tells that they are missing, and why.
+func (f *Filter) followCgroups(targets []*target, p policy.Policy, state *maps.State, back *undo) error {
+	places, recognises, err := placesOf(targets)
+	if err != nil {
+		return err
+	}
+	for _, name := range cgroupsHooks {
+		if name != bpf.CgroupsProgRecognise || !recognises {
+			_ = f.attachCgroups(name, cgroupsConstants(places, p), state, back)
+		}
+	}
+	return nil
+}
+
+func (f *Filter) attachCgroups(name string, constants map[string]any, state *maps.State, back *undo) error {
+	prog, err := loadCgroups(name, state, constants)
+	if err != nil {
+		return err
 	}
 	defer prog.Close()
-	// First the program, for what is made from now on; then what exists.
-	err = f.replaceLink(pin, back, func() (link.Link, error) {
+	// Links of tracing programs cannot be updated. For a moment two programs do the same.
+	return f.replaceLink(filepath.Join(f.pins, name), back, func() (link.Link, error) {
 		return link.AttachTracing(link.TracingOptions{Program: prog})
 	})
-	if err != nil {
-		return fmt.Errorf("%s: %w: %w", f.root.Path(targets[0].rel), ErrCannotRecognise, err)
-	}
+}
+
+// enrolAll gives state to the containers that exist. If there was no room for some, now
+// there is.
+func (f *Filter) enrolAll(targets []*target, p policy.Policy, state *maps.State, back *undo) error {
 	overflow, err := state.Overflow()
 	if err != nil {
 		return err
@@ -115,13 +145,6 @@ func (f *Filter) attachRecognise(targets []*target, p policy.Policy, state *maps
 		return err
 	}
 	return f.enrol(targets, p, state, back)
-}
-
-func loadRecognise(places [maxPlaces]bpf.CgroupsPlace, p policy.Policy, state *maps.State) (*ebpf.Program, error) {
-	scopes, n := scopesOf(p)
-	return loadCgroups(bpf.CgroupsProgRecognise, state, map[string]any{
-		bpf.CgroupsVarPlaces: places, bpf.CgroupsVarScopes: scopes, bpf.CgroupsVarN_scopes: n,
-	})
 }
 
 // enrol gives state to the containers that exist.

@@ -177,8 +177,9 @@ func TestRecogniseOtherScopes(t *testing.T) {
 		t.Errorf("got containers %v, want the jobs", got)
 	}
 	h.mustAttach(withAnyScope(other), "own.slice")
-	if _, err := os.Stat(filepath.Join(h.pins, bpf.CgroupsProgRecognise)); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("nothing is recognised, and the program for it is still there: %v", err)
+	h.mkdir("own.slice/job-4")
+	if got := h.enrolled(); got["own.slice/job-4"] {
+		t.Errorf("got %v: nothing is to be recognised", got)
 	}
 }
 

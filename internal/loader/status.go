@@ -34,9 +34,12 @@ type Status struct {
 	// HostDevices are those whose packets the host side judges, beside Docker's
 	// bridges.
 	HostDevices []policy.Device `json:"host_devices,omitempty"`
-	Hooks       []Hook          `json:"hooks"`
-	Defences    []Defence       `json:"defences"`
-	Uncovered   []Uncovered     `json:"uncovered"`
+	// Recognises is whether containers are told by the names of their cgroups, in one
+	// of the policed cgroups or more.
+	Recognises bool        `json:"-"`
+	Hooks      []Hook      `json:"hooks"`
+	Defences   []Defence   `json:"defences"`
+	Uncovered  []Uncovered `json:"uncovered"`
 }
 
 // Hook is a place in the kernel where a program of the filter should run.
@@ -54,8 +57,10 @@ type Hook struct {
 	Reason string `json:"reason,omitempty"`
 }
 
-// Optional says whether the filter is in force without the hook.
-func (h Hook) Optional() bool { return h.Cgroup == "" && h.Name != bpf.CgroupsProgRecognise }
+// Optional says whether the filter can be in force without the hook.
+func (s *Status) Optional(h Hook) bool {
+	return h.Cgroup == "" && !(s.Recognises && h.Name == bpf.CgroupsProgRecognise)
+}
 
 // Defence stands beside the hooks, against what does not pass them.
 type Defence struct {
@@ -102,12 +107,13 @@ func (f *Filter) Status() (*Status, error) {
 	}
 	s.Enforcing = s.Enforcing && len(s.Cgroups) > 0
 	if len(s.Cgroups) > 0 {
-		if s.Policy != nil && slices.ContainsFunc(all, func(p *policed) bool { return p.rel != "" && s.Policy.Recognises(p.rel) }) {
-			row := f.cgroupsHook(bpf.CgroupsProgRecognise)
-			s.Hooks = append(s.Hooks, row)
-			s.Enforcing = s.Enforcing && row.Attached
+		for _, name := range cgroupsHooks {
+			s.Hooks = append(s.Hooks, f.cgroupsHook(name))
 		}
-		s.Hooks = append(s.Hooks, f.cgroupsHook(bpf.CgroupsProgRelease))
+		if recognises := func(p *policed) bool { return p.rel != "" && p.doc != nil && p.doc.Policy.Recognises(p.rel) }; slices.ContainsFunc(all, recognises) {
+			s.Recognises = true
+			s.Enforcing = s.Enforcing && s.attached(bpf.CgroupsProgRecognise)
+		}
 		s.Defences = append(s.Defences, f.familiesStatus(s, all), f.hostStatus(s, all))
 	} else {
 		const reason = "nothing is attached"
@@ -166,6 +172,11 @@ func socketIdentityGap() (string, error) {
 		return "", err
 	}
 	return "a cgroup v1 hierarchy with net_cls or net_prio is mounted: once that is used, this kernel takes new sockets of containers for the host's, and they pass; unmount it", nil
+}
+
+// attached says whether a hook of the whole host is.
+func (s *Status) attached(name string) bool {
+	return slices.ContainsFunc(s.Hooks, func(h Hook) bool { return h.Name == name && h.Attached })
 }
 
 // cgroupsHook describes a hook that follows containers as they come and go.

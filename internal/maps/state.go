@@ -31,7 +31,7 @@ type State struct {
 // StateNames are the names of the State's maps, also as pins.
 func StateNames() []string {
 	return []string{
-		bpf.EgressMapContainers, bpf.EgressMapOverflow, bpf.EgressMapTotals, bpf.EgressMapTickets,
+		bpf.EgressMapContainers, bpf.EgressMapOverflow, bpf.EgressMapRetired, bpf.EgressMapTotals, bpf.EgressMapTickets,
 		bpf.EgressMapAdmitted, bpf.EgressMapPermitted, bpf.EgressMapMails, bpf.EgressMapDevices,
 	}
 }

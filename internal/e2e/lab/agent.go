@@ -28,6 +28,7 @@ import (
 type Agent struct {
 	t   testing.TB
 	rpc *rpc.Client
+	end func()
 }
 
 // Agent starts an agent: this program again, in the container's network and, from
@@ -62,14 +63,18 @@ func StartAgent(t testing.TB, cmd *exec.Cmd) *Agent {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	a := &Agent{t, rpc.NewClient(pipes{stdout, stdin})}
-	t.Cleanup(func() {
+	a := &Agent{t: t, rpc: rpc.NewClient(pipes{stdout, stdin})}
+	a.end = sync.OnceFunc(func() {
 		// The agent ends at the end of its stdin.
 		_ = a.rpc.Close()
 		_ = cmd.Wait()
 	})
+	t.Cleanup(a.end)
 	return a
 }
+
+// End ends the agent, and with it its sockets.
+func (a *Agent) End() { a.end() }
 
 type pipes struct {
 	io.ReadCloser
