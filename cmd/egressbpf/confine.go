@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"syscall"
 	"unsafe"
 
@@ -17,15 +18,20 @@ const needed = 1<<unix.CAP_BPF | 1<<unix.CAP_PERFMON | 1<<unix.CAP_NET_ADMIN | 1
 	1<<unix.CAP_DAC_READ_SEARCH | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_SYS_RESOURCE | 1<<unix.CAP_SYS_PTRACE
 
 // confine gives up all other capabilities, for good and in every thread, before
-// anything is read that somebody else has written.
-func confine() error {
+// anything is read that somebody else has written. iptables-legacy-save, which import
+// starts, opens a raw socket.
+func confine(args []string) error {
+	needed := uint64(needed)
+	if slices.Contains(args, "import") {
+		needed |= 1 << unix.CAP_NET_RAW
+	}
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var caps [2]unix.CapUserData
 	if err := unix.Capget(&header, &caps[0]); err != nil {
 		return fmt.Errorf("read capabilities: %w", err)
 	}
 	for i := range caps {
-		keep := uint32(uint64(needed) >> (32 * i))
+		keep := uint32(needed >> (32 * i))
 		caps[i].Permitted &= keep
 		caps[i].Effective &= keep
 		caps[i].Inheritable = 0

@@ -14,7 +14,7 @@ import (
 )
 
 func main() {
-	if err := confine(); err != nil {
+	if err := confine(os.Args[1:]); err != nil {
 		fmt.Fprintf(os.Stderr, "egressbpf: %v\n", err)
 		os.Exit(exitFailed)
 	}

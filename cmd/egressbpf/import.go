@@ -1,0 +1,172 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/iptables"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+func newImport() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "import",
+		Short: "Make a config file of rules written for something else",
+		Args:  usageArgs(cobra.NoArgs),
+		RunE:  help,
+	}
+	cmd.AddCommand(newImportIptables())
+	return cmd
+}
+
+func newImportIptables() *cobra.Command {
+	var live bool
+	cmd := &cobra.Command{
+		Use:   "iptables [FILE]...",
+		Short: "Make a config file of iptables rules",
+		Long: `Reads what iptables-save and ip6tables-save print, from files, from stdin, or with
+--live from this host, and prints a config file that does the same for containers:
+the rules of DOCKER-USER and of the chains it jumps to, and those of FORWARD that are
+about metadata services or mail.
+
+Every rule of DOCKER-USER is carried over or named on stderr with its line and the
+reason: "not carried over" and "not understood" have no counterpart in the config,
+"stricter" and "weaker" say what the config does otherwise than the rule. Nothing on
+this host is changed.`,
+		Example: `  iptables-save | egressbpf import iptables >config.yaml
+  egressbpf import iptables /etc/iptables/rules.v4 /etc/iptables/rules.v6 >config.yaml
+  sudo egressbpf import iptables --live >config.yaml
+  egressbpf attach --config config.yaml`,
+		Args: cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var sources []iptables.Source
+			var err error
+			switch {
+			case live && len(args) > 0:
+				return usageError{errors.New("import iptables: want files or --live, not both")}
+			case live:
+				sources, err = liveRules(cmd.Context(), cmd.ErrOrStderr())
+			case len(args) == 0 && terminal(cmd.InOrStdin()):
+				return usageError{errors.New("import iptables: want a file, the output of iptables-save on stdin, or --live")}
+			case len(args) == 0:
+				args = []string{"-"}
+				fallthrough
+			default:
+				sources, err = savedRules(cmd.InOrStdin(), args)
+			}
+			if err != nil {
+				return err
+			}
+			return importRules(sources, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	cmd.Flags().BoolVar(&live, "live", false, "read the rules that are in force on this host, of iptables-nft and iptables-legacy")
+	return cmd
+}
+
+func importRules(sources []iptables.Source, stdout, stderr io.Writer) error {
+	result, err := iptables.Translate(sources...)
+	if result != nil {
+		for _, n := range result.Notes {
+			fmt.Fprintln(stderr, strings.Map(visible, n.String()))
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("import iptables: %w", err)
+	}
+	config := result.Config.YAML(result.Comments)
+	// What is printed is read back, so that attach takes it.
+	if _, err := policy.ParseConfig("config.yaml", config); err != nil {
+		return fmt.Errorf("import iptables: %w", err)
+	}
+	if _, err := stdout.Write(config); err != nil {
+		return err
+	}
+	fmt.Fprintf(stderr, "%d rules carried over\n", result.Carried)
+	return nil
+}
+
+// maxRules bounds what is read: a million rules are not looked through in a
+// reasonable time.
+const maxRules = 16 << 20
+
+func savedRules(stdin io.Reader, names []string) ([]iptables.Source, error) {
+	var sources []iptables.Source
+	for _, name := range names {
+		in, shown := stdin, "stdin"
+		if name != "-" {
+			f, err := os.Open(name)
+			if err != nil {
+				return nil, err
+			}
+			defer f.Close()
+			in, shown = f, name
+		}
+		text, err := io.ReadAll(io.LimitReader(in, maxRules+1))
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", shown, err)
+		}
+		if len(text) > maxRules {
+			return nil, fmt.Errorf("%s: more than %d bytes: save the tables that matter alone, with iptables-save -t filter", shown, maxRules)
+		}
+		sources = append(sources, iptables.Source{Name: shown, Text: string(text)})
+	}
+	return sources, nil
+}
+
+// liveRules reads the tables of both variants, which can be in force beside each
+// other. Hosts that have no names for them have one of them alone.
+func liveRules(ctx context.Context, stderr io.Writer) ([]iptables.Source, error) {
+	var sources []iptables.Source
+	for _, family := range []string{"iptables", "ip6tables"} {
+		found := false
+		for _, name := range []string{family + "-nft-save", family + "-legacy-save", family + "-save"} {
+			path, err := exec.LookPath(name)
+			if err != nil || found && name == family+"-save" {
+				continue
+			}
+			found = true
+			var out, errs bytes.Buffer
+			save := exec.CommandContext(ctx, path)
+			save.Stdout, save.Stderr = &out, &errs
+			if err := save.Run(); err != nil {
+				return nil, fmt.Errorf("%s: %w: %s", path, err, strings.TrimSpace(errs.String()))
+			}
+			rules := 0
+			for line := range strings.Lines(out.String()) {
+				if strings.HasPrefix(line, "-A ") {
+					rules++
+				}
+			}
+			fmt.Fprintf(stderr, "%s: %d rules\n", name, rules)
+			if rules > 0 {
+				sources = append(sources, iptables.Source{Name: name, Text: out.String()})
+			}
+		}
+		if !found {
+			fmt.Fprintf(stderr, "%s-save: not found\n", family)
+		}
+	}
+	if len(sources) == 0 {
+		return nil, errors.New("import iptables: there are no rules on this host, or no iptables-save to read them with")
+	}
+	return sources, nil
+}
+
+func terminal(in io.Reader) bool {
+	f, ok := in.(*os.File)
+	if !ok {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}

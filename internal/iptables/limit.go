@@ -1,0 +1,177 @@
+package iptables
+
+import (
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// hashlimit collects the options of the matches limit, hashlimit and recent, which
+// come one by one, until the rule has been read.
+type hashlimit struct {
+	module string
+	limit  limit
+	rated  bool
+	action string // of recent: set, update, rcheck, remove
+	not    bool
+}
+
+func (h *hashlimit) option(name string, values []string, not bool) error {
+	one := ""
+	if len(values) == 1 {
+		one = values[0]
+	}
+	l := &h.limit
+	switch h.module + " " + name {
+	case "limit --limit", "hashlimit --hashlimit-upto", "hashlimit --hashlimit-above":
+		rate, ok := parseRate(one)
+		if !ok || h.rated {
+			return errUnknown
+		}
+		l.rate, h.rated = rate, true
+		l.over = (name == "--hashlimit-above") != not
+		return nil
+	case "limit --limit-burst", "hashlimit --hashlimit-burst":
+		n, err := strconv.ParseUint(one, 10, 32)
+		if err != nil || n == 0 || not {
+			return errUnknown
+		}
+		l.burst = uint32(n)
+		return nil
+	case "hashlimit --hashlimit-mode":
+		l.per = strings.Split(one, ",")
+		return nil
+	case "hashlimit --hashlimit-srcmask":
+		n, err := strconv.Atoi(one)
+		if err != nil {
+			return errUnknown
+		}
+		l.mask = n
+		return nil
+	case "hashlimit --hashlimit-name", "hashlimit --hashlimit-htable-size", "hashlimit --hashlimit-htable-max",
+		"hashlimit --hashlimit-htable-expire", "hashlimit --hashlimit-htable-gcinterval", "hashlimit --hashlimit-dstmask":
+		return nil
+	case "recent --set", "recent --update", "recent --rcheck", "recent --remove":
+		if h.action != "" {
+			return errUnknown
+		}
+		h.action, h.not = name, not
+		return nil
+	case "recent --name":
+		l.recent = one
+		return nil
+	case "recent --seconds", "recent --hitcount":
+		n, err := strconv.ParseUint(one, 10, 32)
+		if err != nil || n == 0 {
+			return errUnknown
+		}
+		if name == "--seconds" {
+			l.window = n
+		} else {
+			l.hits = n
+		}
+		return nil
+	case "recent --rsource":
+		l.per = []string{"srcip"}
+		return nil
+	case "recent --rdest":
+		l.per = []string{"dstip"}
+		return nil
+	case "recent --mask":
+		if p, err := network("0.0.0.0/" + one); err == nil && p.Bits() < 32 {
+			l.mask = p.Bits()
+		}
+		return nil
+	case "recent --rttl", "recent --reap":
+		return nil
+	}
+	return errUnknown
+}
+
+// finish puts what was collected into the match.
+func (h *hashlimit) finish(m *match) {
+	l := h.limit
+	l.module = h.module
+	if l.mask == 0 {
+		l.mask = -1
+	}
+	if l.burst == 0 {
+		l.burst = 5 // of libxt_limit and libxt_hashlimit
+	}
+	switch h.module {
+	case "":
+		return
+	case "recent":
+		if l.per == nil {
+			l.per = []string{"srcip"}
+		}
+		if h.action == "--set" && !h.not {
+			m.sets = l.recent // it always matches
+			return
+		}
+		if (h.action != "--update" && h.action != "--rcheck") || l.window == 0 {
+			m.others = append(m.others, condition{"-m recent " + h.action, h.not})
+			return
+		}
+		l.over = !h.not
+		l.hits = max(l.hits, 1)
+		m.limit = &l
+	default:
+		if !h.rated {
+			m.others = append(m.others, condition{text: "-m " + h.module})
+			return
+		}
+		m.limit = &l
+	}
+}
+
+// settle turns hits in a window into a rate and a burst, once it is known whether
+// the packet itself is on the list when it is looked for there.
+func (l *limit) settle(counted bool) bool {
+	n := l.hits
+	if counted {
+		n--
+	}
+	if n == 0 || n > 1_000_000 {
+		return false
+	}
+	l.burst = uint32(n)
+	for _, period := range []time.Duration{time.Second, time.Minute, time.Hour, 24 * time.Hour} {
+		if count := n * uint64(period/time.Second); count%l.window == 0 || period == 24*time.Hour {
+			l.rate = policy.Rate{Count: count / l.window, Period: period}
+			return l.rate.Count > 0 && l.rate.Validate() == nil
+		}
+	}
+	return false
+}
+
+// parseRate reads N, N/s, N/min and so on, as the kernel's tools do: any beginning
+// of the unit's name.
+func parseRate(s string) (policy.Rate, bool) {
+	count, unit, ok := strings.Cut(s, "/")
+	if !ok {
+		unit = "second"
+	}
+	n, err := strconv.ParseUint(count, 10, 64)
+	if err != nil || n == 0 || unit == "" {
+		return policy.Rate{}, false
+	}
+	for _, u := range []struct {
+		name   string
+		period time.Duration
+	}{{"second", time.Second}, {"minute", time.Minute}, {"hour", time.Hour}, {"day", 24 * time.Hour}} {
+		if strings.HasPrefix(u.name, strings.ToLower(unit)) {
+			r := policy.Rate{Count: n, Period: u.period}
+			return r, r.Validate() == nil
+		}
+	}
+	return policy.Rate{}, false
+}
+
+// perContainer reports whether every source address has a limit of its own.
+func (l *limit) perContainer() bool {
+	return slices.Contains(l.per, "srcip") && (l.mask < 0 || l.mask == 32 || l.mask == 128)
+}

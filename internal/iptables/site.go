@@ -1,0 +1,112 @@
+package iptables
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// site is what the rules tell of the host: which devices and networks are those of
+// containers.
+type site struct {
+	bridges  []string
+	networks []netip.Prefix
+}
+
+// learn reads it off the rules that Docker makes.
+func learn(tables []*table) *site {
+	var s site
+	for _, t := range tables {
+		for _, c := range t.order {
+			for _, r := range c.rules {
+				masquerade := t.name == "nat" && r.target == "MASQUERADE" && r.match.out.not
+				if masquerade {
+					if p, err := network(r.match.src.value); err == nil && !r.match.src.not {
+						s.networks = append(s.networks, p)
+					}
+					s.bridges = append(s.bridges, r.match.out.value)
+				}
+				if dockers(c.name) || dockers(r.target) {
+					for _, n := range []negatable{r.match.in, r.match.out} {
+						if n.value != "" && n.value != "+" && !external(n.value) {
+							s.bridges = append(s.bridges, n.value)
+						}
+					}
+				}
+			}
+		}
+	}
+	return &s
+}
+
+func begins(name string, with ...string) bool {
+	return slices.ContainsFunc(with, func(w string) bool { return strings.HasPrefix(name, w) })
+}
+
+// external reports whether a device leads out of the host, by its name.
+func external(device string) bool {
+	return device == "lo" || begins(device, "eth", "en", "wl", "ww", "tailscale", "wg", "tun", "ppp", "bond", "team", "venet")
+}
+
+func (s *site) bridge(device string) bool {
+	return slices.Contains(s.bridges, device) || begins(device, "docker", "br-", "veth", "podman", "cni", "cali", "nerdctl")
+}
+
+var private = []netip.Prefix{
+	netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("172.16.0.0/12"), netip.MustParsePrefix("192.168.0.0/16"),
+	netip.MustParsePrefix("fc00::/7"),
+}
+
+// container reports whether addresses of a network can be those of containers.
+func (s *site) container(p netip.Prefix) bool {
+	known := private
+	if own := slices.DeleteFunc(slices.Clone(s.networks), func(n netip.Prefix) bool { return n.Addr().Is6() != p.Addr().Is6() }); len(own) > 0 {
+		known = own
+	}
+	return slices.ContainsFunc(known, p.Overlaps)
+}
+
+// resolve says in m what its devices and its source mean for packets that
+// containers send.
+func (s *site) resolve(m *match) {
+	m.conditions = slices.Clone(m.others)
+	if d := m.in; d.value != "" {
+		switch {
+		case d.value == "+" || external(d.value) && !s.bridge(d.value):
+			if (d.value == "+") == d.not {
+				m.never = "it is about what comes in from " + d.value + ", not about what containers send"
+			}
+		default:
+			m.conditions = append(m.conditions, condition{"-i " + d.value, d.not})
+		}
+	}
+	if d := m.out; d.value != "" {
+		switch {
+		case s.bridge(d.value):
+			if !d.not {
+				m.never = "it is about what goes to containers on " + d.value
+			}
+		case d.value == "+":
+			if d.not {
+				m.never = "no packet matches it"
+			}
+		default:
+			m.conditions = append(m.conditions, condition{"-o " + d.value, d.not})
+		}
+	}
+	if n := m.src; n.value != "" {
+		p, _ := network(n.value)
+		switch {
+		case p.Bits() == 0:
+			if n.not {
+				m.never = "no packet matches it"
+			}
+		case !s.container(p):
+			if !n.not {
+				m.never = "it is about what comes from " + n.value + ", which is not a network of containers"
+			}
+		default:
+			m.conditions = append(m.conditions, condition{"-s " + n.value, n.not})
+		}
+	}
+}

@@ -1,0 +1,942 @@
+package iptables
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// Kind says what a note is about.
+type Kind string
+
+const (
+	// NotCarried: the rule has no counterpart in the policy.
+	NotCarried Kind = "not carried over"
+	// Unknown: the rule was not understood, and has no counterpart either.
+	Unknown Kind = "not understood"
+	// Weaker: the policy lets through what the rule stops.
+	Weaker Kind = "weaker"
+	// Stricter: the policy stops what the rules let through.
+	Stricter Kind = "stricter"
+	// Differs: something else is different.
+	Differs Kind = "differs"
+)
+
+// Note is one thing to know about a rule.
+type Note struct {
+	Source string // "": about the rules as a whole
+	Line   int
+	Kind   Kind
+	Rule   string
+	Text   string
+}
+
+func (n Note) String() string {
+	var s strings.Builder
+	if n.Source != "" {
+		fmt.Fprintf(&s, "%s:%d: ", n.Source, n.Line)
+	}
+	fmt.Fprintf(&s, "%s: %s", n.Kind, n.Text)
+	if n.Rule != "" {
+		fmt.Fprintf(&s, "\n    %s", n.Rule)
+	}
+	return s.String()
+}
+
+// Result is what became of the rules.
+type Result struct {
+	Config policy.Config
+	// Comments are for [policy.Config.YAML]: which rules each entry comes from.
+	Comments map[string][]string
+	Notes    []Note // in the order of sources and lines
+	Carried  int    // rules
+}
+
+// ErrNothing is returned with a result whose notes say why nothing in it was
+// carried over.
+var ErrNothing = errors.New("no rule stops containers from reaching a destination or limits their mail")
+
+// mailPorts are the ports by which a rule is known to be about mail.
+var mailPorts = []uint16{25, 465, 587, 2525}
+
+const (
+	tcp = 6
+	// maxPorts are the ports of one rule: each is an entry of its own.
+	maxPorts = 256
+	// maxWork bounds the comparison of rules and policy, in steps and entries
+	// looked at.
+	maxWork = 300_000_000
+)
+
+type translator struct {
+	sources  []Source
+	tables   []*table
+	families []*family
+	result   Result
+	noted    map[*rule][]Kind
+	carried  map[*rule]bool
+	origins  map[policy.Rule][]*rule // of block entries
+	mail     map[uint16]bool         // limited ports
+	limits   []*step                 // that apply to them
+}
+
+// Translate reads dumps, which are in force together, and returns the policy that
+// does the same for what containers send. The error is that of a dump that cannot be
+// read, or [ErrNothing].
+func Translate(sources ...Source) (*Result, error) {
+	tr := &translator{
+		sources: sources, noted: map[*rule][]Kind{}, carried: map[*rule]bool{},
+		origins: map[policy.Rule][]*rule{}, mail: map[uint16]bool{},
+	}
+	for _, s := range sources {
+		tables, err := parse(s)
+		if err != nil {
+			return nil, err
+		}
+		tr.tables = append(tr.tables, tables...)
+	}
+	if err := tr.layOut(); err != nil {
+		return nil, err
+	}
+	p := policy.Default()
+	p.Presets = []string{policy.None}
+	p.SMTP.Rate = policy.Rate{}
+	tr.result.Config = policy.Config{Cgroups: []string{}, Policy: p}
+	tr.result.Comments = map[string][]string{}
+
+	tr.limitMail()
+	tr.block()
+	tr.allow()
+	tr.exempt()
+	tr.account()
+	tr.compare()
+	tr.conclude()
+	tr.result.Carried = len(tr.carried)
+	if len(tr.carried) == 0 {
+		return &tr.result, ErrNothing
+	}
+	return &tr.result, nil
+}
+
+func (tr *translator) note(r *rule, kind Kind, format string, args ...any) {
+	n := Note{Kind: kind, Text: fmt.Sprintf(format, args...)}
+	if r != nil {
+		n.Source, n.Line, n.Rule = r.place.source, r.place.line, r.text
+		tr.noted[r] = append(tr.noted[r], kind)
+	}
+	if !slices.Contains(tr.result.Notes, n) {
+		tr.result.Notes = append(tr.result.Notes, n)
+	}
+}
+
+func (tr *translator) has(r *rule, kinds ...Kind) bool {
+	return slices.ContainsFunc(tr.noted[r], func(k Kind) bool { return slices.Contains(kinds, k) })
+}
+
+// hooks are the chains that packets of containers pass on their way out.
+var hooks = map[string][]string{
+	"filter": {"FORWARD"}, "mangle": {"PREROUTING", "FORWARD"}, "raw": {"PREROUTING"}, "security": {"FORWARD"},
+}
+
+// layOut makes the families of the tables.
+func (tr *translator) layOut() error {
+	s := learn(tr.tables)
+	both := [2]*family{{}, {v6: true}}
+	for _, t := range tr.tables {
+		for _, c := range t.order {
+			for _, r := range c.rules {
+				s.resolve(&r.match)
+			}
+		}
+		f := both[0]
+		if t.v6 {
+			f = both[1]
+		}
+		roots := slices.Clone(hooks[t.name])
+		reached := false
+		for i := 0; i < len(roots); i++ {
+			c := t.chains[roots[i]]
+			if c != nil {
+				p := &pass{}
+				if err := p.lay(t, c, nil, false, nil); err != nil {
+					return err
+				}
+				p.finish()
+				f.passes = append(f.passes, p)
+				reached = reached || slices.ContainsFunc(p.steps, func(s step) bool { return s.inUser || s.rule.target == user })
+			}
+			if i == len(hooks[t.name])-1 && !reached && t.chains[user] != nil && len(t.chains[user].rules) > 0 {
+				if t.name == "filter" && t.chains["FORWARD"] != nil && len(t.chains["FORWARD"].rules) > 0 {
+					tr.note(t.chains[user].rules[0], Differs, "no rule of FORWARD jumps to %s: these rules stop nothing, the policy does", user)
+				}
+				roots = append(roots, user)
+				reached = true
+			}
+		}
+		seen := map[string]bool{} // lists of -m recent
+		for _, p := range f.passes {
+			for _, st := range p.steps {
+				m := &st.rule.match
+				if m.sets != "" {
+					seen[m.sets] = true
+				}
+				if l := m.limit; l != nil && l.module == "recent" && l.rate.Unlimited() && !l.settle(seen[l.recent]) {
+					text := fmt.Sprintf("-m recent --seconds %d --hitcount %d", l.window, l.hits)
+					m.limit = nil
+					m.conditions = append(m.conditions, condition{text: text, not: !l.over})
+				}
+			}
+		}
+	}
+	for _, f := range both {
+		if len(f.passes) > 0 {
+			f.survey()
+			tr.families = append(tr.families, f)
+		}
+	}
+	return nil
+}
+
+// each calls do with every step.
+func (tr *translator) each(do func(*family, *step)) {
+	for _, f := range tr.families {
+		for _, p := range f.passes {
+			for i := range p.steps {
+				do(f, &p.steps[i])
+			}
+		}
+	}
+}
+
+// never says why no new packet of a container meets the step, or "".
+func (s *step) never() string {
+	for _, m := range s.when {
+		if m.never != "" {
+			return m.never
+		}
+		if m.notNew {
+			return "it is about packets of connections that exist, or answers"
+		}
+	}
+	return ""
+}
+
+// conditions are those that a policy has no words for.
+func (s *step) conditions() string {
+	var list []string
+	for _, m := range s.when {
+		for _, c := range m.conditions {
+			if t := c.String(); !slices.Contains(list, t) {
+				list = append(list, t)
+			}
+		}
+	}
+	return strings.Join(list, ", ")
+}
+
+// mail returns the ports of a rule about mail, which has a port of mail among
+// them and no destination, or nil.
+func (s *step) mail(v6 bool) []uint16 {
+	entries, _, err := s.entries(v6)
+	if err != nil {
+		return nil
+	}
+	var ports []uint16
+	is := false
+	for _, e := range entries {
+		if e.Proto != tcp || e.Port == 0 {
+			return nil
+		}
+		is = is || slices.Contains(mailPorts, e.Port)
+		ports = append(ports, e.Port)
+	}
+	if !is {
+		return nil
+	}
+	slices.Sort(ports)
+	return slices.Compact(ports)
+}
+
+var errTooMany = fmt.Errorf("it has more than %d ports or networks, each of which would be an entry", maxPorts)
+
+// entries returns what the step is about as entries of a policy, those without a
+// destination with a prefix of length 0, and the holes in them. No entries: nothing
+// matches.
+func (s *step) entries(v6 bool) (entries, holes []policy.Rule, err error) {
+	zero := netip.IPv4Unspecified()
+	if v6 {
+		zero = netip.IPv6Unspecified()
+	}
+	entries = []policy.Rule{{Prefix: netip.PrefixFrom(zero, 0)}}
+	cut := func(with []policy.Rule) error {
+		var list []policy.Rule
+		for _, a := range entries {
+			for _, b := range with {
+				if c, ok := intersect(a, b); ok && !slices.Contains(list, c) {
+					if list = append(list, c); len(list) > maxPorts {
+						return errTooMany
+					}
+				}
+			}
+		}
+		entries = list
+		return nil
+	}
+	var not [][]policy.Rule
+	for _, m := range s.when {
+		for _, side := range []struct {
+			is   bool
+			not  bool
+			list func() ([]policy.Rule, error)
+		}{
+			{m.proto != 0, m.protoNot, func() ([]policy.Rule, error) {
+				return []policy.Rule{{Prefix: netip.PrefixFrom(zero, 0), Proto: m.proto}}, nil
+			}},
+			{m.dst != nil, m.dstNot, func() (list []policy.Rule, err error) {
+				for _, d := range m.dst {
+					list = append(list, policy.Rule{Prefix: d})
+				}
+				return list, nil
+			}},
+			{m.ports != nil, m.portsNot, func() (list []policy.Rule, err error) {
+				for _, r := range m.ports {
+					if r.low == 0 && r.high == 65535 {
+						return []policy.Rule{{Prefix: netip.PrefixFrom(zero, 0)}}, nil
+					}
+					if int(r.high)-int(r.low) >= maxPorts {
+						return nil, errTooMany
+					}
+					for n := int(r.low); n <= int(r.high); n++ {
+						if n != 0 {
+							list = append(list, policy.Rule{Prefix: netip.PrefixFrom(zero, 0), Port: uint16(n)})
+						}
+					}
+				}
+				return list, nil
+			}},
+		} {
+			if !side.is {
+				continue
+			}
+			list, err := side.list()
+			if err != nil {
+				return nil, nil, err
+			}
+			if side.not {
+				not = append(not, list)
+			} else if err := cut(list); err != nil {
+				return nil, nil, err
+			}
+		}
+	}
+	for _, list := range not {
+		for _, a := range entries {
+			for _, b := range list {
+				if c, ok := intersect(a, b); ok && !slices.Contains(holes, c) {
+					if holes = append(holes, c); len(holes) > maxPorts {
+						return nil, nil, errTooMany
+					}
+				}
+			}
+		}
+	}
+	return entries, holes, nil
+}
+
+// intersect returns what both entries are about.
+func intersect(a, b policy.Rule) (policy.Rule, bool) {
+	if !a.Prefix.Overlaps(b.Prefix) {
+		return a, false
+	}
+	if b.Prefix.Bits() > a.Prefix.Bits() {
+		a.Prefix = b.Prefix
+	}
+	for _, side := range [][2]uint16{{uint16(a.Proto), uint16(b.Proto)}, {a.Port, b.Port}} {
+		if side[0] != side[1] && side[0] != 0 && side[1] != 0 {
+			return a, false
+		}
+	}
+	a.Proto, a.Port = max(a.Proto, b.Proto), max(a.Port, b.Port)
+	return a, a.Port == 0 || a.Proto == 0 || hasPorts(a.Proto)
+}
+
+// within calls do with a packet of every kind that an entry is about, until it
+// returns false.
+func (f *family) within(e policy.Rule, do func(packet) bool) {
+	from, _ := slices.BinarySearchFunc(f.addrs, e.Prefix.Addr(), netip.Addr.Compare)
+	addrs := []netip.Addr{e.Prefix.Addr(), last(e.Prefix)}
+	for _, a := range f.addrs[from:] {
+		if !e.Prefix.Contains(a) {
+			break
+		}
+		addrs = append(addrs, a)
+	}
+	protos, ports := f.protos, f.ports
+	if e.Proto != 0 {
+		protos = []uint8{e.Proto}
+	}
+	if e.Port != 0 {
+		ports = []uint16{e.Port}
+	}
+	for _, a := range addrs {
+		for _, proto := range protos {
+			if !hasPorts(proto) {
+				if e.Port == 0 && !do(packet{dst: a, proto: proto}) {
+					return
+				}
+				continue
+			}
+			for _, port := range ports {
+				if !do(packet{dst: a, proto: proto, port: port}) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// verdicts returns those that are possible within an entry.
+func (f *family) verdicts(e policy.Rule) (v verdict) {
+	f.within(e, func(p packet) bool {
+		v |= f.judge(p)
+		return v != passes|limited|dropped
+	})
+	return v
+}
+
+// limitMail finds the ports on which new connections are limited, and the limit.
+func (tr *translator) limitMail() {
+	smtp := &tr.result.Config.SMTP
+	var rejects, drops []*rule
+	tr.each(func(f *family, s *step) {
+		if s.act == none || s.never() != "" || s.limit() == nil && s.act != drop {
+			return
+		}
+		ports := s.mail(f.v6)
+		entries, _, _ := s.entries(f.v6)
+		for _, port := range ports {
+			dst := f.other
+			narrow := ""
+			if p := entries[0].Prefix; p.Bits() > 0 {
+				dst, narrow = p.Addr(), p.String()
+			}
+			pk := packet{dst: dst, proto: tcp, port: port}
+			v := f.judge(pk)
+			if v&limited == 0 || v&dropped != 0 {
+				continue // not limited, or not only: that blocks
+			}
+			tr.mail[port] = true
+			tr.carried[s.rule] = true
+			if narrow != "" {
+				tr.note(s.rule, Stricter, "the policy limits mail to every destination, not only to %s", narrow)
+			}
+			if c := s.conditions(); c != "" {
+				tr.note(s.rule, Stricter, "the policy limits every container, whatever is true of %s", c)
+			}
+			if s.limit() != nil && !slices.ContainsFunc(tr.limits, func(o *step) bool { return o.rule == s.rule }) {
+				tr.limits = append(tr.limits, s)
+				if old := pk; f.matters(s, old) {
+					tr.note(s.rule, Weaker, "the rule counts every packet to these ports; the policy counts new connections, and lets through what belongs to one that it let through")
+				}
+			}
+			if by := f.decides(pk); by != nil {
+				if by.rule.target == "REJECT" {
+					rejects = append(rejects, by.rule)
+				} else {
+					drops = append(drops, by.rule)
+				}
+			}
+		}
+	})
+	if len(tr.mail) == 0 {
+		return
+	}
+	smtp.Ports = nil
+	for p := range tr.mail {
+		smtp.Ports = append(smtp.Ports, p)
+	}
+	slices.Sort(smtp.Ports)
+	if len(rejects) > 0 {
+		smtp.OverLimit = policy.Reject
+		for _, r := range drops {
+			tr.note(r, Differs, "the policy has one over_limit: what is over the limit is refused at once here too, as %s does", rejects[0].place)
+		}
+	}
+	tr.setLimit()
+	tr.comment("smtp", tr.limits...)
+}
+
+// matters reports whether a step with a limit decides about packets of a connection
+// that exists, too.
+func (f *family) matters(s *step, pk packet) bool {
+	pk.old = true
+	return slices.ContainsFunc(f.worlds, func(w world) bool { return s.applies(pk, w) }) && f.judge(pk)&(limited|dropped) != 0
+}
+
+// setLimit takes the strictest of the limits.
+func (tr *translator) setLimit() {
+	smtp := &tr.result.Config.SMTP
+	slower := func(a, b policy.Rate) int {
+		return cmp.Compare(a.Count*uint64(b.Period), b.Count*uint64(a.Period))
+	}
+	smtp.Rate, smtp.Burst = tr.limits[0].limit().rate, tr.limits[0].limit().burst
+	for _, s := range tr.limits[1:] {
+		l := s.limit()
+		if slower(l.rate, smtp.Rate) < 0 {
+			smtp.Rate = l.rate
+		}
+		smtp.Burst = min(smtp.Burst, l.burst)
+	}
+	smtp.Burst = min(smtp.Burst, 1_000_000)
+	if err := smtp.Limit().Validate(); err != nil {
+		smtp.Burst = 1
+	}
+	for i, s := range tr.limits {
+		l := s.limit()
+		switch {
+		case l.perContainer() && len(l.per) == 1:
+		case l.perContainer():
+			tr.note(s.rule, Stricter, "the rule has a limit for each %s; the policy has one for each container", strings.Join(l.per, " and "))
+		default:
+			tr.note(s.rule, Weaker, "the rule's limit is one for all containers together; the policy's is for each container, so that many containers can send more than the rule lets them all")
+		}
+		if l.module == "recent" {
+			tr.note(s.rule, Differs, "the rule counts attempts within %d seconds, refused ones too if with --update; the policy lets %d through at once and then %s, so up to twice as many within that time, and does not count what it refuses", l.window, smtp.Burst, smtp.Rate)
+			if l.hits > 1 {
+				tr.noted[s.rule] = append(tr.noted[s.rule], Weaker)
+			}
+		}
+		if slower(l.rate, smtp.Rate) != 0 || l.burst != smtp.Burst {
+			tr.note(s.rule, Stricter, "the policy has one limit for all mail of a container, the strictest of the rules': %s, burst %d, instead of %s, burst %d", smtp.Rate, smtp.Burst, l.rate, l.burst)
+		} else if i > 0 && l.perContainer() {
+			tr.note(s.rule, Stricter, "the policy has one limit for all mail of a container; the rules count apart what they let through here and at %s", tr.limits[0].rule.place)
+		}
+	}
+}
+
+// comment says below a key of the config file which rules it comes from.
+func (tr *translator) comment(key string, steps ...*step) {
+	for _, s := range steps {
+		line := s.rule.place.String() + ": " + s.rule.text
+		if !slices.Contains(tr.result.Comments[key], line) {
+			tr.result.Comments[key] = append(tr.result.Comments[key], line)
+		}
+	}
+}
+
+// block carries over the rules that drop.
+func (tr *translator) block() {
+	cfg := &tr.result.Config
+	tr.each(func(f *family, s *step) {
+		if s.act != drop || s.never() != "" || !s.inUser && !s.about(f.v6) {
+			return
+		}
+		entries, _, err := s.entries(f.v6)
+		mail := s.mail(f.v6)
+		switch {
+		case err != nil:
+			tr.refuse(s, err.Error())
+			return
+		case len(entries) == 0:
+			tr.refuse(s, "no packet matches it and the rules that lead to it")
+			return
+		case s.limit() != nil:
+			tr.refuse(s, "only new mail connections can be limited")
+			return
+		case entries[0].Prefix.Bits() == 0 && len(mail) == 0:
+			tr.refuse(s, "it names no destination, nor a port of mail")
+			return
+		}
+		var add []policy.Rule
+		for _, e := range entries {
+			v := verdict(0)
+			if len(mail) > 0 && e.Prefix.Bits() == 0 {
+				// What is true of most destinations; others are exceptions.
+				v = f.judge(packet{dst: f.other, proto: tcp, port: e.Port})
+			} else {
+				v = f.verdicts(e)
+			}
+			if v&dropped != 0 {
+				add = append(add, e)
+			} else if v&limited != 0 {
+				tr.carried[s.rule] = true
+			}
+		}
+		if len(add) == 0 {
+			if !tr.carried[s.rule] {
+				tr.refuse(s, "it stops nothing: other rules let all of it through before, or stop it")
+			}
+			return
+		}
+		tr.carried[s.rule] = true
+		if c := s.conditions(); c != "" {
+			tr.note(s.rule, Stricter, "the policy holds for every container, whatever is true of %s", c)
+		}
+		for _, e := range add {
+			if !slices.Contains(cfg.Block, e) {
+				cfg.Block = append(cfg.Block, e)
+			}
+			if !slices.Contains(tr.origins[e], s.rule) {
+				tr.origins[e] = append(tr.origins[e], s.rule)
+			}
+			if near(e.Prefix) {
+				tr.note(s.rule, Stricter, "FORWARD does not see what containers send to the host itself, nor always what they send each other on one bridge; the policy stops that too, where it is for %s", e.Prefix)
+			}
+		}
+		tr.comment("block", s)
+		if s.newOnly() && (entries[0].Proto == 0 || entries[0].Proto == tcp) {
+			tr.note(s.rule, Stricter, "the rule stops new connections; the policy stops every packet, those of connections that exist too")
+		}
+	})
+}
+
+func (s *step) newOnly() bool {
+	return slices.ContainsFunc(s.when, func(m *match) bool { return m.newOnly != "" })
+}
+
+// near reports whether a network can have the host or other containers in it.
+func near(p netip.Prefix) bool {
+	return slices.ContainsFunc(private, p.Overlaps) && p.Bits() < p.Addr().BitLen() && p.Bits() > 0
+}
+
+// about reports whether a step is about what egressbpf is for: a metadata service,
+// or mail.
+func (s *step) about(v6 bool) bool {
+	if len(s.mail(v6)) > 0 {
+		return true
+	}
+	entries, _, _ := s.entries(v6)
+	return slices.ContainsFunc(entries, func(e policy.Rule) bool { return e.Prefix.Bits() > 0 && overlapsMetadata(e.Prefix) })
+}
+
+func overlapsMetadata(p netip.Prefix) bool {
+	rules, _ := policy.Preset(policy.Metadata)
+	return slices.ContainsFunc(rules, func(r policy.Rule) bool { return r.Prefix.Overlaps(p) })
+}
+
+// refuse notes a rule that is not carried over.
+func (tr *translator) refuse(s *step, why string) {
+	if tr.has(s.rule, NotCarried, Unknown) || tr.carried[s.rule] {
+		return
+	}
+	tr.note(s.rule, NotCarried, "%s", why)
+}
+
+// allow carries over what is let through before a rule that drops.
+func (tr *translator) allow() {
+	cfg := &tr.result.Config
+	type hole struct {
+		f       *family
+		s       *step
+		entries []policy.Rule
+	}
+	var holes []hole
+	tr.each(func(f *family, s *step) {
+		if s.never() != "" || s.limit() != nil {
+			return
+		}
+		entries, not, err := s.entries(f.v6)
+		switch {
+		case s.act == skip && err == nil:
+			holes = append(holes, hole{f, s, entries})
+		case s.act == drop && tr.carried[s.rule]:
+			holes = append(holes, hole{f, s, not})
+		}
+	})
+	if len(holes)*len(cfg.Block) > 1_000_000 {
+		tr.note(nil, Stricter, "too many rules: no exception was carried over")
+		return
+	}
+	for _, h := range holes {
+		for _, e := range h.entries {
+			var open []policy.Rule
+			for _, b := range cfg.Block {
+				if c, ok := intersect(e, b); ok && b.Prefix.Addr().Is6() == h.f.v6 {
+					open = append(open, c)
+				}
+			}
+			for _, c := range open {
+				if slices.Contains(cfg.Allow, c) {
+					tr.carriedAs(h.s)
+					continue
+				}
+				if h.f.verdicts(c)&dropped == 0 {
+					if c.Prefix.Bits() == 0 && c.Port == 0 && c.Proto == 0 {
+						continue
+					}
+					cfg.Allow = append(cfg.Allow, c)
+					tr.comment("allow", h.s)
+					tr.carriedAs(h.s)
+					continue
+				}
+				if why := h.s.conditions(); why != "" {
+					tr.note(h.s.rule, Stricter, "the exception is not carried over, since it depends on %s: the policy stops %s for every container", why, c)
+				} else {
+					tr.note(h.s.rule, Stricter, "the exception is not carried over: another rule may stop a part of %s all the same", c)
+				}
+			}
+		}
+	}
+}
+
+func (tr *translator) carriedAs(s *step) {
+	if s.act == skip {
+		tr.carried[s.rule] = true
+	}
+}
+
+// exempt carries over destinations to which mail is not limited.
+func (tr *translator) exempt() {
+	smtp := &tr.result.Config.SMTP
+	if len(tr.mail) == 0 {
+		return
+	}
+	tr.each(func(f *family, s *step) {
+		if s.never() != "" {
+			return
+		}
+		entries, not, err := s.entries(f.v6)
+		if err != nil || s.limit() != nil && s.act == skip {
+			return
+		}
+		if s.act == drop && tr.carried[s.rule] {
+			entries = not
+		} else if s.act != skip {
+			return
+		}
+		done := map[netip.Prefix]bool{}
+		for _, e := range entries {
+			if e.Prefix.Bits() == 0 || e.Proto != 0 && e.Proto != tcp || e.Port != 0 && !tr.mail[e.Port] || done[e.Prefix] {
+				continue
+			}
+			done[e.Prefix] = true
+			v := verdict(0)
+			for _, port := range smtp.Ports {
+				v |= f.verdicts(policy.Rule{Prefix: e.Prefix, Port: port, Proto: tcp})
+			}
+			if v != passes {
+				if v&passes != 0 && !slices.Contains(smtp.Exempt, e.Prefix) {
+					tr.note(s.rule, Stricter, "the exception is not carried over: smtp.exempt is for every packet to every port of mail, and other rules limit or stop some of those to %s", e.Prefix)
+				}
+				continue
+			}
+			if !slices.Contains(smtp.Exempt, e.Prefix) {
+				smtp.Exempt = append(smtp.Exempt, e.Prefix)
+			}
+			tr.comment("smtp.exempt", s)
+			tr.carriedAs(s)
+		}
+	})
+}
+
+// account sees to it that no rule of DOCKER-USER is passed over in silence.
+func (tr *translator) account() {
+	walked, others := map[*rule]bool{}, map[*rule]bool{}
+	tr.each(func(f *family, s *step) {
+		walked[s.rule] = true
+		if tr.carried[s.rule] || tr.has(s.rule, NotCarried, Unknown, Stricter, Weaker) {
+			return
+		}
+		r := s.rule
+		if r.garbled != "" {
+			tr.note(r, Unknown, "%s", r.garbled)
+			return
+		}
+		if !s.inUser && !s.about(f.v6) {
+			if s.act != none && !tr.jumps(r) {
+				others[r] = true
+			}
+			return
+		}
+		never := s.never()
+		switch {
+		case s.act == none && r.target == "":
+			tr.refuse(s, "it has no target: it counts, or puts sources on a list")
+		case s.act == none && (tr.jumps(r) || dockers(r.target)):
+			if never != "" {
+				tr.note(r, NotCarried, "%s", never)
+			}
+		case s.act == none && slices.Contains([]string{"LOG", "NFLOG", "ULOG", "AUDIT"}, r.target):
+			tr.refuse(s, "it writes a log; egressbpf stats counts what is stopped")
+		case s.act == none:
+			tr.note(r, Unknown, "the target %s is not known here", r.target)
+		case tr.jumps(r):
+		case never != "" && s.act == skip:
+			tr.refuse(s, never+"; the policy has no exception for these, and needs none where it stops nothing")
+		case never != "":
+			tr.refuse(s, never)
+		case s.act == skip && s.limit() != nil:
+			tr.refuse(s, "it limits nothing that is stopped when it is over the limit, or nothing but mail can be limited")
+		case s.act == skip:
+			tr.refuse(s, "nothing that the policy stops is let through by it")
+		default:
+			tr.note(r, Unknown, "it was passed over")
+		}
+	})
+	if len(others) > 0 {
+		tr.note(nil, NotCarried, "%d more rules decide about forwarded packets; they are neither in %s nor about metadata services or mail", len(others), user)
+	}
+	// Elsewhere: what was meant to do the same and does something else.
+	for _, t := range tr.tables {
+		for _, c := range t.hidden {
+			tr.note(nil, Unknown, "%s says: %s", t.source, c)
+		}
+		for _, r := range t.stray {
+			tr.note(r, Unknown, "%s", r.garbled)
+		}
+		for _, c := range t.order {
+			for _, r := range c.rules {
+				if walked[r] || dockers(c.name) {
+					continue
+				}
+				s := step{rule: r, when: []*match{&r.match}}
+				switch {
+				case c.name == user:
+					tr.note(r, NotCarried, "it is in the table %s, where Docker does not use this chain", t.name)
+				case r.garbled != "":
+					tr.note(r, Unknown, "%s", r.garbled)
+				case !s.about(t.v6):
+				case c.name == "OUTPUT":
+					tr.note(r, NotCarried, "it is about the host's own processes, and containers with --network=host: the policy is about all containers, and no others")
+				case t.name == "nat" && c.name != "POSTROUTING":
+					tr.note(r, NotCarried, "it is address translation: a policy blocks, and does not send elsewhere")
+				case t.name == "nat":
+				default:
+					tr.note(r, NotCarried, "packets that containers send do not pass the chain %s of the table %s", c.name, t.name)
+				}
+			}
+		}
+	}
+}
+
+// jumps reports whether a rule's target is a chain.
+func (tr *translator) jumps(r *rule) bool {
+	for _, t := range tr.tables {
+		if t.source != r.place.source || t.chains[r.target] == nil {
+			continue
+		}
+		for _, c := range t.order {
+			if slices.Contains(c.rules, r) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// compare puts one packet of every kind through rules and policy, and notes what
+// differs and has not been said.
+func (tr *translator) compare() {
+	cfg := tr.result.Config
+	blocked, allowed := cfg.Blocked(), cfg.Allowed()
+	for _, f := range tr.families {
+		steps := 0
+		for _, p := range f.passes {
+			steps += len(p.steps)
+		}
+		kinds := len(f.addrs) * (len(f.protos) + 2*len(f.ports))
+		if kinds*(len(f.worlds)*steps+len(blocked)+len(allowed)) > maxWork {
+			tr.note(nil, Weaker, "too many rules to compare with the policy in every case: what the order of the rules means may be lost")
+			continue
+		}
+		everything := policy.Rule{Prefix: netip.PrefixFrom(f.addrs[0], 0)}
+		f.within(everything, func(p packet) bool {
+			want := f.judge(p)
+			b := contains(blocked, p) && !contains(allowed, p)
+			l := !b && p.proto == tcp && tr.mail[p.port] && !slices.ContainsFunc(cfg.SMTP.Exempt, func(e netip.Prefix) bool { return e.Contains(p.dst) })
+			if want&dropped != 0 && !b || want&limited != 0 && !b && !l {
+				tr.missed(f, p)
+			}
+			if b && want&(passes|limited) != 0 || l && want&passes != 0 {
+				tr.excess(f, p, b)
+			}
+			return true
+		})
+	}
+}
+
+func contains(list []policy.Rule, p packet) bool {
+	return slices.ContainsFunc(list, func(r policy.Rule) bool {
+		return r.Prefix.Contains(p.dst) && (r.Proto == 0 || r.Proto == p.proto) && (r.Port == 0 || r.Port == p.port)
+	})
+}
+
+// missed notes that the policy lets through what the rules may stop.
+func (tr *translator) missed(f *family, p packet) {
+	s := f.decides(p)
+	switch {
+	case s == nil: // a limit alone, which has been judged
+	case tr.has(s.rule, NotCarried, Unknown, Weaker):
+	case !s.inUser && !s.about(f.v6) && !tr.carried[s.rule]:
+	default:
+		tr.note(s.rule, Weaker, "the rule stops packets that the policy lets through, such as one to %s", p)
+	}
+}
+
+// excess notes that the policy stops what the rules may let through.
+func (tr *translator) excess(f *family, p packet, blocked bool) {
+	var from []*rule
+	if blocked {
+		for e, rules := range tr.origins {
+			if contains([]policy.Rule{e}, p) {
+				from = append(from, rules...)
+			}
+		}
+	} else {
+		for _, s := range tr.limits {
+			from = append(from, s.rule)
+		}
+	}
+	if len(from) == 0 || slices.ContainsFunc(from, func(r *rule) bool { return tr.has(r, Stricter) }) {
+		return
+	}
+	slices.SortFunc(from, tr.order)
+	tr.note(from[0], Stricter, "the policy also stops packets that the rules may let through, such as one to %s", p)
+}
+
+// conclude adds what is to be said about all of it, and sorts.
+func (tr *translator) conclude() {
+	cfg := &tr.result.Config
+	if len(tr.mail) > 0 {
+		v4, v6 := false, false
+		for _, f := range tr.families {
+			limits := f.judge(packet{dst: f.other, proto: tcp, port: cfg.SMTP.Ports[0]}) != passes
+			v4, v6 = v4 || limits && !f.v6, v6 || limits && f.v6
+		}
+		if v4 != v6 {
+			tr.note(nil, Stricter, "the rules limit mail over %s alone; the policy's limit is for IPv4 and IPv6 together", map[bool]string{true: "IPv4", false: "IPv6"}[v4])
+		}
+	}
+	var open []string
+	rules, _ := policy.Preset(policy.Metadata)
+	for _, r := range rules {
+		proto := cmp.Or(r.Proto, tcp)
+		if !cfg.Blocks(r.Prefix.Addr(), proto, cmp.Or(r.Port, 80)) {
+			open = append(open, r.String())
+		}
+	}
+	if len(open) > 0 && len(tr.carried) > 0 {
+		tr.note(nil, Differs, "the rules leave open, and so does the policy, what the preset metadata would block: %s", strings.Join(open, ", "))
+		tr.result.Comments["presets"] = []string{"The rules block addresses of their own. metadata instead of none also blocks " + strings.Join(open, ", ") + "."}
+	}
+	slices.SortStableFunc(tr.result.Notes, func(a, b Note) int {
+		return cmp.Or(cmp.Compare(tr.index(a.Source), tr.index(b.Source)), cmp.Compare(a.Line, b.Line))
+	})
+}
+
+func (tr *translator) order(a, b *rule) int {
+	return cmp.Or(cmp.Compare(tr.index(a.place.source), tr.index(b.place.source)), cmp.Compare(a.place.line, b.place.line))
+}
+
+// index puts notes about no rule last.
+func (tr *translator) index(source string) int {
+	if source == "" {
+		return len(tr.sources)
+	}
+	return slices.IndexFunc(tr.sources, func(s Source) bool { return s.Name == source })
+}

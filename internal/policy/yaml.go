@@ -1,0 +1,92 @@
+package policy
+
+import (
+	"bytes"
+	"fmt"
+	"strconv"
+	"strings"
+)
+
+// YAML returns the config file that [ParseConfig] reads to the same Config. comments
+// are lines to put above keys, named as in errors: block, smtp, smtp.exempt; those
+// under "" stand at the head of the file.
+func (c Config) YAML(comments map[string][]string) []byte {
+	var b bytes.Buffer
+	// Lists in flow style, each entry in quotes: IPv6 and stars are YAML's too.
+	list := func(entries []string) string {
+		for i, e := range entries {
+			entries[i] = strconv.Quote(e)
+		}
+		return "[" + strings.Join(entries, ", ") + "]"
+	}
+	comment := func(key, indent string) {
+		for _, line := range comments[key] {
+			fmt.Fprintf(&b, "%s# %s\n", indent, strings.Map(plain, line))
+		}
+	}
+	key := func(name, value string) {
+		comment(name, "")
+		fmt.Fprintf(&b, "%s: %s\n", name, value)
+	}
+	rules := func(name string, rules []Rule) {
+		if len(rules) < 2 {
+			key(name, list(texts(rules)))
+			return
+		}
+		comment(name, "")
+		fmt.Fprintf(&b, "%s:\n", name)
+		for _, r := range rules {
+			fmt.Fprintf(&b, "  - %q\n", r.String())
+		}
+	}
+	comment("", "")
+	key("mode", string(c.Mode))
+	key("cgroups", list(append([]string{}, c.Cgroups...)))
+	key("presets", list(append([]string{}, c.Presets...)))
+	rules("block", c.Block)
+	rules("allow", c.Allow)
+	key("allow_dns", strconv.FormatBool(c.AllowDNS))
+	key("socket_families", string(c.Families))
+	key("host_side", strconv.Quote(string(c.HostSide))) // YAML 1.1 takes on and off for booleans
+	devices := make([]string, len(c.HostDevices))
+	for i, d := range c.HostDevices {
+		devices[i] = string(d)
+	}
+	key("host_devices", list(devices))
+	comment("smtp", "")
+	fmt.Fprintln(&b, "smtp:")
+	ports := make([]string, len(c.SMTP.Ports))
+	for i, p := range c.SMTP.Ports {
+		ports[i] = strconv.Itoa(int(p))
+	}
+	for _, k := range [][2]string{
+		{"ports", "[" + strings.Join(ports, ", ") + "]"},
+		{"rate", c.SMTP.Rate.String()},
+		{"burst", strconv.FormatUint(uint64(c.SMTP.Burst), 10)},
+		{"over_limit", string(c.SMTP.OverLimit)},
+		{"exempt", list(texts(c.SMTP.Exempt))},
+	} {
+		comment("smtp."+k[0], "  ")
+		fmt.Fprintf(&b, "  %s: %s\n", k[0], k[1])
+	}
+	return b.Bytes()
+}
+
+func texts[T fmt.Stringer](list []T) []string {
+	all := make([]string, len(list))
+	for i, v := range list {
+		all[i] = v.String()
+	}
+	return all
+}
+
+// plain replaces what would end a comment, or what YAML does not take in one.
+func plain(r rune) rune {
+	if r == '\t' {
+		return ' '
+	}
+	if !strconv.IsPrint(r) {
+		return '\uFFFD'
+	}
+	return r
+}
