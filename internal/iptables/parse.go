@@ -105,6 +105,12 @@ type condition struct {
 	not  bool
 }
 
+// origin reports whether it says which containers the packet comes from, or by
+// which device it leaves.
+func (c condition) origin() bool {
+	return strings.HasPrefix(c.text, "-i ") || strings.HasPrefix(c.text, "-o ") || strings.HasPrefix(c.text, "-s ")
+}
+
 func (c condition) String() string { return negatable{c.text, c.not}.String() }
 
 type portRange struct{ low, high uint16 }

@@ -55,6 +55,8 @@ type Result struct {
 	Comments map[string][]string
 	Notes    []Note // in the order of sources and lines
 	Carried  int    // rules
+
+	rules map[place]bool // those carried over
 }
 
 // ErrNothing is returned with a result whose notes say why nothing in it was
@@ -109,6 +111,7 @@ func Translate(sources ...Source) (*Result, error) {
 	tr.result.Config = policy.Config{Cgroups: []string{}, Policy: p}
 	tr.result.Comments = map[string][]string{}
 
+	tr.setAside()
 	tr.limitMail()
 	tr.block()
 	tr.allow()
@@ -117,6 +120,10 @@ func Translate(sources ...Source) (*Result, error) {
 	tr.compare()
 	tr.conclude()
 	tr.result.Carried = len(tr.carried)
+	tr.result.rules = map[place]bool{}
+	for r := range tr.carried {
+		tr.result.rules[r.place] = true
+	}
 	if len(tr.carried) == 0 {
 		return &tr.result, ErrNothing
 	}
@@ -211,6 +218,49 @@ func (tr *translator) each(do func(*family, *step)) {
 			}
 		}
 	}
+}
+
+// setAside takes rules that drop out of the reckoning if what they depend on has no
+// counterpart: to stop all that they may stop would be another policy. Metadata
+// services are the exception, since there is no good reason to let some through.
+func (tr *translator) setAside() {
+	tr.each(func(f *family, s *step) {
+		if s.act != drop || s.never() != "" {
+			return
+		}
+		var why []string
+		for _, m := range s.when {
+			for _, c := range m.conditions {
+				one := false
+				if src, ok := strings.CutPrefix(c.text, "-s "); ok && !c.not {
+					p, err := network(src)
+					one = err == nil && p.IsSingleIP()
+				}
+				if !c.origin() || one {
+					why = append(why, c.String())
+				}
+			}
+		}
+		if len(why) == 0 {
+			return
+		}
+		entries, _, err := s.entries(f.v6)
+		if err == nil && !slices.ContainsFunc(entries, func(e policy.Rule) bool {
+			return e.Prefix.Bits() == 0 || !overlapsMetadata(e.Prefix)
+		}) {
+			return
+		}
+		s.act = none
+		s.aside = true
+		if !s.inUser && !s.about(f.v6) {
+			return
+		}
+		text := strings.Join(why, ", ")
+		if strings.Contains(text, "--match-set") {
+			text += "; the addresses of an ipset are not in the output of iptables-save"
+		}
+		tr.refuse(s, "a policy has no words for "+text)
+	})
 }
 
 // never says why no new packet of a container meets the step, or "".
@@ -335,6 +385,14 @@ func (s *step) entries(v6 bool) (entries, holes []policy.Rule, err error) {
 		}
 	}
 	for _, list := range not {
+		entries = slices.DeleteFunc(entries, func(a policy.Rule) bool {
+			return slices.ContainsFunc(list, func(b policy.Rule) bool {
+				c, ok := intersect(a, b)
+				return ok && c == a
+			})
+		})
+	}
+	for _, list := range not {
 		for _, a := range entries {
 			for _, b := range list {
 				if c, ok := intersect(a, b); ok && !slices.Contains(holes, c) {
@@ -430,9 +488,13 @@ func (tr *translator) limitMail() {
 			if v&limited == 0 || v&dropped != 0 {
 				continue // not limited, or not only: that blocks
 			}
+			by := f.deciders(pk)
+			if s.limit() == nil && !slices.ContainsFunc(by, func(d *step) bool { return d.rule == s.rule }) || s.limit() != nil && !f.reaches(pk, s) {
+				continue
+			}
 			tr.mail[port] = true
 			tr.carried[s.rule] = true
-			if narrow != "" {
+			if narrow != "" && f.judge(packet{dst: f.other, proto: tcp, port: port})&passes != 0 {
 				tr.note(s.rule, Stricter, "the policy limits mail to every destination, not only to %s", narrow)
 			}
 			if c := s.conditions(); c != "" {
@@ -444,11 +506,11 @@ func (tr *translator) limitMail() {
 					tr.note(s.rule, Weaker, "the rule counts every packet to these ports; the policy counts new connections, and lets through what belongs to one that it let through")
 				}
 			}
-			if by := f.decides(pk); by != nil {
-				if by.rule.target == "REJECT" {
-					rejects = append(rejects, by.rule)
+			for _, d := range by {
+				if d.rule.target == "REJECT" {
+					rejects = append(rejects, d.rule)
 				} else {
-					drops = append(drops, by.rule)
+					drops = append(drops, d.rule)
 				}
 			}
 		}
@@ -503,13 +565,10 @@ func (tr *translator) setLimit() {
 		case l.perContainer():
 			tr.note(s.rule, Stricter, "the rule has a limit for each %s; the policy has one for each container", strings.Join(l.per, " and "))
 		default:
-			tr.note(s.rule, Weaker, "the rule's limit is one for all containers together; the policy's is for each container, so that many containers can send more than the rule lets them all")
+			tr.note(s.rule, Weaker, "the rule's limit is shared by containers; the policy's is for each, so that many of them can send more than the rule lets all of them send")
 		}
 		if l.module == "recent" {
-			tr.note(s.rule, Differs, "the rule counts attempts within %d seconds, refused ones too if with --update; the policy lets %d through at once and then %s, so up to twice as many within that time, and does not count what it refuses", l.window, smtp.Burst, smtp.Rate)
-			if l.hits > 1 {
-				tr.noted[s.rule] = append(tr.noted[s.rule], Weaker)
-			}
+			tr.note(s.rule, Weaker, "the rule lets %d through within any %d seconds, and with --update starts anew at every attempt; the policy lets %d through at once and then %s, up to twice as many in such a time", l.burst, l.window, smtp.Burst, smtp.Rate)
 		}
 		if slower(l.rate, smtp.Rate) != 0 || l.burst != smtp.Burst {
 			tr.note(s.rule, Stricter, "the policy has one limit for all mail of a container, the strictest of the rules': %s, burst %d, instead of %s, burst %d", smtp.Rate, smtp.Burst, l.rate, l.burst)
@@ -563,8 +622,6 @@ func (tr *translator) block() {
 			}
 			if v&dropped != 0 {
 				add = append(add, e)
-			} else if v&limited != 0 {
-				tr.carried[s.rule] = true
 			}
 		}
 		if len(add) == 0 {
@@ -588,6 +645,14 @@ func (tr *translator) block() {
 				tr.note(s.rule, Stricter, "FORWARD does not see what containers send to the host itself, nor always what they send each other on one bridge; the policy stops that too, where it is for %s", e.Prefix)
 			}
 		}
+		// Of entries for the same addresses, the wider stays. A network does not
+		// stand for an address in it: the address is refused as a source, too.
+		cfg.Block = slices.DeleteFunc(cfg.Block, func(a policy.Rule) bool {
+			return slices.ContainsFunc(cfg.Block, func(b policy.Rule) bool {
+				c, ok := intersect(a, b)
+				return ok && a != b && a.Prefix == b.Prefix && c == a
+			})
+		})
 		tr.comment("block", s)
 		if s.newOnly() && (entries[0].Proto == 0 || entries[0].Proto == tcp) {
 			tr.note(s.rule, Stricter, "the rule stops new connections; the policy stops every packet, those of connections that exist too")
@@ -630,58 +695,88 @@ func (tr *translator) refuse(s *step, why string) {
 // allow carries over what is let through before a rule that drops.
 func (tr *translator) allow() {
 	cfg := &tr.result.Config
-	type hole struct {
-		f       *family
-		s       *step
-		entries []policy.Rule
-	}
-	var holes []hole
-	tr.each(func(f *family, s *step) {
-		if s.never() != "" || s.limit() != nil {
-			return
-		}
-		entries, not, err := s.entries(f.v6)
-		switch {
-		case s.act == skip && err == nil:
-			holes = append(holes, hole{f, s, entries})
-		case s.act == drop && tr.carried[s.rule]:
-			holes = append(holes, hole{f, s, not})
-		}
-	})
-	if len(holes)*len(cfg.Block) > 1_000_000 {
-		tr.note(nil, Stricter, "too many rules: no exception was carried over")
-		return
-	}
-	for _, h := range holes {
-		for _, e := range h.entries {
-			var open []policy.Rule
-			for _, b := range cfg.Block {
-				if c, ok := intersect(e, b); ok && b.Prefix.Addr().Is6() == h.f.v6 {
-					open = append(open, c)
+	work := 0
+	for _, f := range tr.families {
+		for _, p := range f.passes {
+			for i := range p.steps {
+				s := &p.steps[i]
+				entries := tr.exceptions(f, p, i)
+				if work += len(entries) * len(cfg.Block); work > 100_000 {
+					tr.note(nil, Stricter, "too many rules: not every exception was carried over")
+					return
 				}
-			}
-			for _, c := range open {
-				if slices.Contains(cfg.Allow, c) {
-					tr.carriedAs(h.s)
-					continue
-				}
-				if h.f.verdicts(c)&dropped == 0 {
-					if c.Prefix.Bits() == 0 && c.Port == 0 && c.Proto == 0 {
-						continue
+				var refused []policy.Rule
+				for _, e := range entries {
+					for _, b := range cfg.Block {
+						c, ok := intersect(e, b)
+						switch {
+						case !ok || s.act == skip && !p.followed(i, f.v6, c):
+						case slices.Contains(cfg.Allow, c):
+							tr.carriedAs(s)
+						case f.lets(c, e.Prefix.Bits() > 0):
+							cfg.Allow = append(cfg.Allow, c)
+							tr.comment("allow", s)
+							tr.carriedAs(s)
+						case !slices.Contains(refused, c) && s.limit() == nil:
+							refused = append(refused, c)
+						}
 					}
-					cfg.Allow = append(cfg.Allow, c)
-					tr.comment("allow", h.s)
-					tr.carriedAs(h.s)
+				}
+				if len(refused) == 0 {
 					continue
 				}
-				if why := h.s.conditions(); why != "" {
-					tr.note(h.s.rule, Stricter, "the exception is not carried over, since it depends on %s: the policy stops %s for every container", why, c)
+				what := refused[0].String()
+				if len(refused) > 1 {
+					what += fmt.Sprintf(" and %d more", len(refused)-1)
+				}
+				if why := s.conditions(); why != "" {
+					tr.note(s.rule, Stricter, "the exception is not carried over, since it depends on %s: the policy stops %s", why, what)
 				} else {
-					tr.note(h.s.rule, Stricter, "the exception is not carried over: another rule may stop a part of %s all the same", c)
+					tr.note(s.rule, Stricter, "the exception is not carried over: other rules may stop a part of it all the same, and the policy stops %s", what)
 				}
 			}
 		}
 	}
+}
+
+// lets reports whether the rules let all of an entry through, for limited also as
+// mail within the limit.
+func (f *family) lets(e policy.Rule, within bool) bool {
+	v := f.verdicts(e)
+	return v == passes || within && v&dropped == 0
+}
+
+// exceptions returns what the step lets through that is stopped otherwise, or the
+// holes in what it stops.
+func (tr *translator) exceptions(f *family, p *pass, i int) []policy.Rule {
+	s := &p.steps[i]
+	if s.never() != "" || s.act == none || s.act == skip && s.limit() != nil && !tr.carried[s.rule] || s.act == drop && !tr.carried[s.rule] {
+		return nil
+	}
+	entries, holes, err := s.entries(f.v6)
+	if err != nil {
+		return nil
+	}
+	if s.act == drop {
+		return holes
+	}
+	return entries
+}
+
+// followed reports whether a step that skips others skips one that would drop some
+// of what an entry is about.
+func (p *pass) followed(i int, v6 bool, e policy.Rule) bool {
+	for j := i + 1; j < p.steps[i].end; j++ {
+		s := &p.steps[j]
+		if s.act != drop || s.never() != "" {
+			continue
+		}
+		entries, _, err := s.entries(v6)
+		if err != nil || slices.ContainsFunc(entries, func(d policy.Rule) bool { _, ok := intersect(d, e); return ok }) {
+			return true
+		}
+	}
+	return false
 }
 
 func (tr *translator) carriedAs(s *step) {
@@ -696,42 +791,44 @@ func (tr *translator) exempt() {
 	if len(tr.mail) == 0 {
 		return
 	}
-	tr.each(func(f *family, s *step) {
-		if s.never() != "" {
-			return
-		}
-		entries, not, err := s.entries(f.v6)
-		if err != nil || s.limit() != nil && s.act == skip {
-			return
-		}
-		if s.act == drop && tr.carried[s.rule] {
-			entries = not
-		} else if s.act != skip {
-			return
-		}
-		done := map[netip.Prefix]bool{}
-		for _, e := range entries {
-			if e.Prefix.Bits() == 0 || e.Proto != 0 && e.Proto != tcp || e.Port != 0 && !tr.mail[e.Port] || done[e.Prefix] {
-				continue
-			}
-			done[e.Prefix] = true
-			v := verdict(0)
-			for _, port := range smtp.Ports {
-				v |= f.verdicts(policy.Rule{Prefix: e.Prefix, Port: port, Proto: tcp})
-			}
-			if v != passes {
-				if v&passes != 0 && !slices.Contains(smtp.Exempt, e.Prefix) {
-					tr.note(s.rule, Stricter, "the exception is not carried over: smtp.exempt is for every packet to every port of mail, and other rules limit or stop some of those to %s", e.Prefix)
+	for _, f := range tr.families {
+		for _, p := range f.passes {
+			for i := range p.steps {
+				s := &p.steps[i]
+				done := map[netip.Prefix]bool{}
+				for _, e := range tr.exceptions(f, p, i) {
+					if e.Prefix.Bits() == 0 || e.Proto != 0 && e.Proto != tcp || e.Port != 0 && !tr.mail[e.Port] || done[e.Prefix] {
+						continue
+					}
+					done[e.Prefix] = true
+					if slices.ContainsFunc(tr.result.Config.Block, func(b policy.Rule) bool {
+						c, ok := intersect(policy.Rule{Prefix: e.Prefix, Proto: tcp}, b)
+						return ok && c.Prefix == e.Prefix && c.Port == 0 // nothing gets there
+					}) {
+						continue
+					}
+					if s.act == skip && !p.followed(i, f.v6, policy.Rule{Prefix: e.Prefix, Proto: tcp}) {
+						continue
+					}
+					v := verdict(0)
+					for _, port := range smtp.Ports {
+						v |= f.verdicts(policy.Rule{Prefix: e.Prefix, Port: port, Proto: tcp})
+					}
+					if v != passes {
+						if v&passes != 0 && !slices.Contains(smtp.Exempt, e.Prefix) {
+							tr.note(s.rule, Stricter, "the exception is not carried over: smtp.exempt is for every packet to every port of mail, and the rules limit or stop some of those to %s", e.Prefix)
+						}
+						continue
+					}
+					if !slices.Contains(smtp.Exempt, e.Prefix) {
+						smtp.Exempt = append(smtp.Exempt, e.Prefix)
+					}
+					tr.comment("smtp.exempt", s)
+					tr.carriedAs(s)
 				}
-				continue
 			}
-			if !slices.Contains(smtp.Exempt, e.Prefix) {
-				smtp.Exempt = append(smtp.Exempt, e.Prefix)
-			}
-			tr.comment("smtp.exempt", s)
-			tr.carriedAs(s)
 		}
-	})
+	}
 }
 
 // account sees to it that no rule of DOCKER-USER is passed over in silence.
@@ -755,6 +852,7 @@ func (tr *translator) account() {
 		}
 		never := s.never()
 		switch {
+		case s.aside:
 		case s.act == none && r.target == "":
 			tr.refuse(s, "it has no target: it counts, or puts sources on a list")
 		case s.act == none && (tr.jumps(r) || dockers(r.target)):
@@ -763,6 +861,8 @@ func (tr *translator) account() {
 			}
 		case s.act == none && slices.Contains([]string{"LOG", "NFLOG", "ULOG", "AUDIT"}, r.target):
 			tr.refuse(s, "it writes a log; egressbpf stats counts what is stopped")
+		case s.act == none && slices.Contains([]string{"MARK", "CONNMARK", "CONNSECMARK", "SECMARK", "DSCP", "TOS", "ECN", "TTL", "HL", "TCPMSS", "CLASSIFY", "CHECKSUM", "CT", "NOTRACK", "SET", "TRACE"}, r.target):
+			tr.refuse(s, "it marks or changes packets, and stops none")
 		case s.act == none:
 			tr.note(r, Unknown, "the target %s is not known here", r.target)
 		case tr.jumps(r):
@@ -770,8 +870,10 @@ func (tr *translator) account() {
 			tr.refuse(s, never+"; the policy has no exception for these, and needs none where it stops nothing")
 		case never != "":
 			tr.refuse(s, never)
+		case s.act == skip && s.limit() != nil && s.conditions() != "":
+			tr.refuse(s, "a limit that depends on "+s.conditions()+" cannot be carried over")
 		case s.act == skip && s.limit() != nil:
-			tr.refuse(s, "it limits nothing that is stopped when it is over the limit, or nothing but mail can be limited")
+			tr.refuse(s, "what is over the limit is not stopped, or it is not mail, or other rules decide before")
 		case s.act == skip:
 			tr.refuse(s, "nothing that the policy stops is let through by it")
 		default:
@@ -779,7 +881,7 @@ func (tr *translator) account() {
 		}
 	})
 	if len(others) > 0 {
-		tr.note(nil, NotCarried, "%d more rules decide about forwarded packets; they are neither in %s nor about metadata services or mail", len(others), user)
+		tr.note(nil, NotCarried, "rules about forwarded packets that are neither in %s nor about metadata services or mail: %d", user, len(others))
 	}
 	// Elsewhere: what was meant to do the same and does something else.
 	for _, t := range tr.tables {
@@ -868,13 +970,13 @@ func contains(list []policy.Rule, p packet) bool {
 
 // missed notes that the policy lets through what the rules may stop.
 func (tr *translator) missed(f *family, p packet) {
-	s := f.decides(p)
-	switch {
-	case s == nil: // a limit alone, which has been judged
-	case tr.has(s.rule, NotCarried, Unknown, Weaker):
-	case !s.inUser && !s.about(f.v6) && !tr.carried[s.rule]:
-	default:
-		tr.note(s.rule, Weaker, "the rule stops packets that the policy lets through, such as one to %s", p)
+	for _, s := range f.deciders(p) {
+		switch {
+		case tr.has(s.rule, NotCarried, Unknown, Weaker):
+		case !s.inUser && !s.about(f.v6) && !tr.carried[s.rule]:
+		default:
+			tr.note(s.rule, Weaker, "the rule stops packets that the policy lets through, such as one to %s", p)
+		}
 	}
 }
 
@@ -918,6 +1020,13 @@ func (tr *translator) conclude() {
 		proto := cmp.Or(r.Proto, tcp)
 		if !cfg.Blocks(r.Prefix.Addr(), proto, cmp.Or(r.Port, 80)) {
 			open = append(open, r.String())
+		}
+	}
+	hangs := func(r *rule) bool { return r.target == "DROP" }
+	for _, rules := range tr.origins {
+		if slices.ContainsFunc(rules, hangs) {
+			tr.note(nil, Differs, "DROP leaves connections to what is blocked hanging; the policy makes them fail at once, as REJECT does")
+			break
 		}
 	}
 	if len(open) > 0 && len(tr.carried) > 0 {

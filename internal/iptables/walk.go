@@ -32,6 +32,7 @@ type step struct {
 	act    action
 	end    int
 	inUser bool // in DOCKER-USER, or a chain it jumps to
+	aside  bool // it would drop, were it understood
 }
 
 func (s step) limit() *limit {
@@ -265,16 +266,44 @@ func (f *family) judge(pk packet) (possible verdict) {
 	return possible
 }
 
-// decides returns a rule that may drop a packet that is over every limit.
-func (f *family) decides(pk packet) *step {
+// deciders returns the rules that may drop a packet that is over every limit.
+func (f *family) deciders(pk packet) (steps []*step) {
 	for _, w := range f.worlds {
 		for _, p := range f.passes {
-			if s := p.decides(pk, w); s != nil {
-				return s
+			if s := p.decides(pk, w); s != nil && !slices.Contains(steps, s) {
+				steps = append(steps, s)
 			}
 		}
 	}
-	return nil
+	return steps
+}
+
+// reaches reports whether a packet may come to a step, within or over the limits
+// before it.
+func (f *family) reaches(pk packet, to *step) bool {
+	for _, w := range f.worlds {
+		for _, p := range f.passes {
+			at := make([]bool, len(p.steps)+1)
+			at[0] = true
+			for i := range p.steps {
+				s := &p.steps[i]
+				if !at[i] {
+					continue
+				}
+				applies := s.applies(pk, w)
+				if s == to && applies {
+					return true
+				}
+				if s.act == none || !applies || s.limit() != nil {
+					at[i+1] = true
+				}
+				if s.act == skip && applies {
+					at[s.end] = true
+				}
+			}
+		}
+	}
+	return false
 }
 
 // survey finds the worlds and the packets that have to be looked at.
