@@ -91,6 +91,17 @@ type translator struct {
 // does the same for what containers send. The error is that of a dump that cannot be
 // read, or [ErrNothing].
 func Translate(sources ...Source) (*Result, error) {
+	tr, err := translate(sources...)
+	if err != nil {
+		return nil, err
+	}
+	if len(tr.carried) == 0 {
+		return &tr.result, ErrNothing
+	}
+	return &tr.result, nil
+}
+
+func translate(sources ...Source) (*translator, error) {
 	tr := &translator{
 		sources: sources, noted: map[*rule][]Kind{}, carried: map[*rule]bool{},
 		origins: map[policy.Rule][]*rule{}, mail: map[uint16]bool{},
@@ -124,10 +135,7 @@ func Translate(sources ...Source) (*Result, error) {
 	for r := range tr.carried {
 		tr.result.rules[r.place] = true
 	}
-	if len(tr.carried) == 0 {
-		return &tr.result, ErrNothing
-	}
-	return &tr.result, nil
+	return tr, nil
 }
 
 func (tr *translator) note(r *rule, kind Kind, format string, args ...any) {
@@ -163,6 +171,9 @@ func (tr *translator) layOut() error {
 		f := both[0]
 		if t.v6 {
 			f = both[1]
+		}
+		if c := t.chains["FORWARD"]; c != nil && c.policy == "DROP" && !slices.ContainsFunc(c.rules, func(r *rule) bool { return dockers(r.target) }) {
+			tr.note(nil, NotCarried, "%s: the policy of FORWARD in the table %s is DROP, and no rules of Docker accept what containers send: what no rule accepts is stopped there, and not by the policy", t.source, t.name)
 		}
 		roots := slices.Clone(hooks[t.name])
 		reached := false
