@@ -151,6 +151,9 @@ func TestBadInput(t *testing.T) {
 		{"limit get a --output xml", "--output xml"},
 		{"limit unset", "1 arg"},
 		{"limit unset a b", "1 arg"},
+		{"import nonsense", `"nonsense"`},
+		{"import iptables --nonsense", "--nonsense egressbpf import iptables --help"},
+		{"import iptables --live DIR/rule.yaml", "--live files"},
 		{"version extra", `"extra"`},
 		{"version --output xml", "--output xml"},
 		{"completion bash extra", `"extra"`},
@@ -288,7 +291,7 @@ func TestHelp(t *testing.T) {
 			}
 		}
 	})
-	for _, want := range []string{"attach", "detach", "status", "stats", "limit set", "limit get", "limit unset", "version", "completion bash"} {
+	for _, want := range []string{"attach", "detach", "status", "stats", "limit set", "limit get", "limit unset", "import iptables", "version", "completion bash"} {
 		if !slices.Contains(names, want) {
 			t.Errorf("there is no command %q", want)
 		}
@@ -315,6 +318,7 @@ func TestVersionAndCompletion(t *testing.T) {
 		"completion powershell": "Register-ArgumentCompleter",
 		"":                      "Available Commands:",
 		"limit":                 "Available Commands:",
+		"import":                "Available Commands:",
 		"help attach":           "--smtp-rate",
 	} {
 		code, stdout, stderr := execute(t.Context(), strings.Fields(args)...)

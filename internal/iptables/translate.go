@@ -72,7 +72,7 @@ const (
 	maxPorts = 256
 	// maxWork bounds the comparison of rules and policy, in steps and entries
 	// looked at.
-	maxWork = 300_000_000
+	maxWork = 50_000_000
 )
 
 type translator struct {
@@ -994,6 +994,9 @@ func (tr *translator) missed(f *family, p packet) {
 // excess notes that the policy stops what the rules may let through.
 func (tr *translator) excess(f *family, p packet, blocked bool) {
 	var from []*rule
+	if !blocked && !f.limits(tr.result.Config.SMTP.Ports) {
+		return // said of the family as a whole
+	}
 	if blocked {
 		for e, rules := range tr.origins {
 			if contains([]policy.Rule{e}, p) {
@@ -1018,7 +1021,7 @@ func (tr *translator) conclude() {
 	if len(tr.mail) > 0 {
 		v4, v6 := false, false
 		for _, f := range tr.families {
-			limits := f.judge(packet{dst: f.other, proto: tcp, port: cfg.SMTP.Ports[0]}) != passes
+			limits := f.limits(cfg.SMTP.Ports)
 			v4, v6 = v4 || limits && !f.v6, v6 || limits && f.v6
 		}
 		if v4 != v6 {
@@ -1046,6 +1049,13 @@ func (tr *translator) conclude() {
 	}
 	slices.SortStableFunc(tr.result.Notes, func(a, b Note) int {
 		return cmp.Or(cmp.Compare(tr.index(a.Source), tr.index(b.Source)), cmp.Compare(a.Line, b.Line))
+	})
+}
+
+// limits reports whether the family's rules do anything about ports of mail.
+func (f *family) limits(ports []uint16) bool {
+	return slices.ContainsFunc(ports, func(port uint16) bool {
+		return f.judge(packet{dst: f.other, proto: tcp, port: port}) != passes
 	})
 }
 

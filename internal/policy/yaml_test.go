@@ -1,0 +1,60 @@
+package policy
+
+import (
+	"net/netip"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestYAML(t *testing.T) {
+	full := Config{
+		Cgroups: []string{"/sys/fs/cgroup/docker", `/sys/fs/cgroup/a "b": #c`},
+		Policy: Policy{
+			Mode: Audit, Presets: []string{"aws", "gcp"},
+			Block:    rules(t, "10.0.0.0/8", "[2001:db8::1]:80/tcp", "::/0", "192.0.2.1/32/47"),
+			Allow:    rules(t, "169.254.169.254:53/udp"),
+			AllowDNS: true,
+			SMTP: SMTP{
+				Ports: []uint16{25, 2525}, Rate: Rate{120, time.Hour}, Burst: 30, OverLimit: Reject,
+				Exempt: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32"), netip.MustParsePrefix("2001:db8::/32")},
+			},
+			Families: "packet,vsock", HostSide: Off, HostDevices: []Device{"podman0", "cali*"},
+		},
+	}
+	none := Config{Cgroups: []string{}, Policy: Default()}
+	none.Presets, none.SMTP.Rate = []string{None}, Rate{}
+	for _, want := range []Config{full, none, {Cgroups: []string{}, Policy: Default()}} {
+		before := want.Cgroups
+		text := want.YAML(nil)
+		got, err := ParseConfig("config.yaml", text)
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("got %+v, %v, want %+v\n%s", got, err, want, text)
+		}
+		if !reflect.DeepEqual(before, want.Cgroups) {
+			t.Error("the config was changed")
+		}
+	}
+}
+
+// Whatever is in a comment, it stays one, above its key.
+func TestYAMLComments(t *testing.T) {
+	cfg := Config{Cgroups: []string{}, Policy: Default()}
+	cfg.Block = rules(t, "10.0.0.1", "10.0.0.2")
+	text := string(cfg.YAML(map[string][]string{
+		"":            {"head"},
+		"block":       {"two\nmode: audit", "\x1b[31m\u2028\u0085\ttab\x00 \xff"},
+		"smtp":        {"limit"},
+		"smtp.exempt": {"none: []"},
+	}))
+	got, err := ParseConfig("config.yaml", []byte(text))
+	if err != nil || !reflect.DeepEqual(got, cfg) {
+		t.Errorf("got %+v, %v, want %+v\n%s", got, err, cfg, text)
+	}
+	for _, want := range []string{"# head\nmode:", "tab\uFFFD \uFFFD\nblock:\n", "# limit\nsmtp:\n", "  # none: []\n  exempt:"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is missing in:\n%s", want, text)
+		}
+	}
+}
