@@ -148,7 +148,7 @@ func liveRules(ctx context.Context, stderr io.Writer) ([]iptables.Source, error)
 				}
 			}
 			fmt.Fprintf(stderr, "%s: %d rules\n", name, rules)
-			if rules > 0 {
+			if rules > 0 || strings.Contains(out.String(), "incompatible") { // made with nft, and not shown
 				sources = append(sources, iptables.Source{Name: name, Text: out.String()})
 			}
 		}

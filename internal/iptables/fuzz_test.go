@@ -96,6 +96,14 @@ func TestRefusedTexts(t *testing.T) {
 	}
 }
 
+// Rules that iptables-save cannot show are not taken for none.
+func TestHiddenRules(t *testing.T) {
+	r, err := Translate(Source{"dump", "# Table `filter' is incompatible, use 'nft' tool.\n"})
+	if !errors.Is(err, ErrNothing) || len(r.Notes) != 1 || r.Notes[0].Kind != Unknown || !strings.Contains(r.Notes[0].Text, "use 'nft' tool") {
+		t.Errorf("got %v, %v", r, err)
+	}
+}
+
 // tree makes chains, each of which jumps twice to the next.
 func tree(depth int) string {
 	var b strings.Builder

@@ -219,7 +219,9 @@ func parse(src Source) (tables []*table, err error) {
 			t.stray = append(t.stray, &rule{place: place{src.Name, n}, text: text, garbled: "it is not a line that iptables-save prints"})
 		}
 	}
-	if !seen {
+	if !seen && len(hidden) > 0 {
+		newTable("filter")
+	} else if !seen {
 		return nil, fmt.Errorf("%s: %w", src.Name, ErrNoRules)
 	}
 	tables[0].hidden = hidden

@@ -70,9 +70,8 @@ const (
 	tcp = 6
 	// maxPorts are the ports of one rule: each is an entry of its own.
 	maxPorts = 256
-	// maxWork bounds the comparison of rules and policy, in steps and entries
-	// looked at.
-	maxWork = 50_000_000
+	// maxWork bounds the comparison of rules and policy: some seconds.
+	maxWork = 300_000_000
 )
 
 type translator struct {
@@ -263,6 +262,9 @@ func (tr *translator) setAside() {
 		}
 		s.act = none
 		s.aside = true
+		for _, p := range f.passes {
+			p.addr = netip.Addr{} // without this step
+		}
 		if !s.inUser && !s.about(f.v6) {
 			return
 		}
@@ -646,7 +648,7 @@ func (tr *translator) block() {
 			tr.note(s.rule, Stricter, "the policy holds for every container, whatever is true of %s", c)
 		}
 		for _, e := range add {
-			if !slices.Contains(cfg.Block, e) {
+			if tr.origins[e] == nil {
 				cfg.Block = append(cfg.Block, e)
 			}
 			if !slices.Contains(tr.origins[e], s.rule) {
@@ -656,18 +658,22 @@ func (tr *translator) block() {
 				tr.note(s.rule, Stricter, "FORWARD does not see what containers send to the host itself, nor always what they send each other on one bridge; the policy stops that too, where it is for %s", e.Prefix)
 			}
 		}
-		// Of entries for the same addresses, the wider stays. A network does not
-		// stand for an address in it: the address is refused as a source, too.
-		cfg.Block = slices.DeleteFunc(cfg.Block, func(a policy.Rule) bool {
-			return slices.ContainsFunc(cfg.Block, func(b policy.Rule) bool {
-				c, ok := intersect(a, b)
-				return ok && a != b && a.Prefix == b.Prefix && c == a
-			})
-		})
 		tr.comment("block", s)
 		if s.newOnly() && (entries[0].Proto == 0 || entries[0].Proto == tcp) {
 			tr.note(s.rule, Stricter, "the rule stops new connections; the policy stops every packet, those of connections that exist too")
 		}
+	})
+	// Of entries for the same addresses, the wider stays. A network does not stand
+	// for an address in it: the address is refused as a source, too.
+	same := map[netip.Prefix][]policy.Rule{}
+	for _, e := range cfg.Block {
+		same[e.Prefix] = append(same[e.Prefix], e)
+	}
+	cfg.Block = slices.DeleteFunc(cfg.Block, func(a policy.Rule) bool {
+		return slices.ContainsFunc(same[a.Prefix], func(b policy.Rule) bool {
+			c, ok := intersect(a, b)
+			return ok && a != b && c == a
+		})
 	})
 }
 
@@ -952,15 +958,24 @@ func (tr *translator) compare() {
 		for _, p := range f.passes {
 			steps += len(p.steps)
 		}
-		kinds := len(f.addrs) * (len(f.protos) + 2*len(f.ports))
-		if kinds*(len(f.worlds)*steps+len(blocked)+len(allowed)) > maxWork {
+		if f.partial {
+			tr.note(nil, Weaker, "the rules ask for more than %d devices, sources and the like: the policy was compared with them in %d combinations of these, not in all", few, len(f.worlds))
+		}
+		kinds := len(f.addrs) * (len(f.protos) + 4*len(f.ports))
+		if len(f.addrs)*(steps+len(blocked)+len(allowed))+kinds*len(f.worlds)*10 > maxWork {
 			tr.note(nil, Weaker, "too many rules to compare with the policy in every case: what the order of the rules means may be lost")
 			continue
 		}
 		everything := policy.Rule{Prefix: netip.PrefixFrom(f.addrs[0], 0)}
+		var addr netip.Addr
+		var nearBlocked, nearAllowed []policy.Rule
 		f.within(everything, func(p packet) bool {
+			if p.dst != addr {
+				addr = p.dst
+				nearBlocked, nearAllowed = about(blocked, addr), about(allowed, addr)
+			}
 			want := f.judge(p)
-			b := contains(blocked, p) && !contains(allowed, p)
+			b := contains(nearBlocked, p) && !contains(nearAllowed, p)
 			l := !b && p.proto == tcp && tr.mail[p.port] && !slices.ContainsFunc(cfg.SMTP.Exempt, func(e netip.Prefix) bool { return e.Contains(p.dst) })
 			if want&dropped != 0 && !b || want&limited != 0 && !b && !l {
 				tr.missed(f, p)
@@ -971,6 +986,17 @@ func (tr *translator) compare() {
 			return true
 		})
 	}
+}
+
+// about returns the entries for an address.
+func about(list []policy.Rule, addr netip.Addr) []policy.Rule {
+	var near []policy.Rule
+	for _, r := range list {
+		if r.Prefix.Contains(addr) {
+			near = append(near, r)
+		}
+	}
+	return near
 }
 
 func contains(list []policy.Rule, p packet) bool {

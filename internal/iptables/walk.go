@@ -45,7 +45,47 @@ func (s step) limit() *limit {
 }
 
 // pass is what one table does with the packets of containers.
-type pass struct{ steps []step }
+type pass struct {
+	steps []step
+
+	// Of them, those that can be about packets to one address, the last one asked
+	// for, and where those go on that skip others.
+	addr netip.Addr
+	near []int
+	next []int
+}
+
+// at makes near and next those of an address.
+func (p *pass) at(addr netip.Addr) {
+	if p.addr == addr {
+		return
+	}
+	p.addr, p.near, p.next = addr, p.near[:0], p.next[:0]
+	for i := range p.steps {
+		s := &p.steps[i]
+		if s.act != none && s.possible(addr) {
+			p.near = append(p.near, i)
+		}
+	}
+	for _, i := range p.near {
+		n, _ := slices.BinarySearch(p.near, p.steps[i].end)
+		p.next = append(p.next, n)
+	}
+}
+
+// possible reports whether a step applies to any packet to an address.
+func (s *step) possible(addr netip.Addr) bool {
+	for _, m := range s.when {
+		if m.never != "" || !m.to(addr) {
+			return false
+		}
+	}
+	return true
+}
+
+func (m *match) to(addr netip.Addr) bool {
+	return m.dst == nil || slices.ContainsFunc(m.dst, func(n netip.Prefix) bool { return n.Contains(addr) }) != m.dstNot
+}
 
 const maxSteps = 20_000
 
@@ -147,7 +187,7 @@ func (m *match) applies(p packet, w world) bool {
 	if p.old && m.notOld || !p.old && m.notNew || m.never != "" {
 		return false
 	}
-	if m.dst != nil && slices.ContainsFunc(m.dst, func(n netip.Prefix) bool { return n.Contains(p.dst) }) == m.dstNot {
+	if !m.to(p.dst) {
 		return false
 	}
 	if m.proto != 0 && (m.proto == p.proto) == m.protoNot {
@@ -175,24 +215,22 @@ const (
 	dropped
 )
 
-// judge returns the verdict on a packet.
+// judge returns the verdict on a packet; buf has room for one of each step and one
+// more.
 func (p *pass) judge(pk packet, w world, buf []verdict) verdict {
-	n := len(p.steps)
-	if cap(buf) < n+1 {
-		buf = make([]verdict, n+1)
-	}
-	buf = buf[:n+1]
+	p.at(pk.dst)
+	n := len(p.near)
 	buf[n] = passes
 	for i := n - 1; i >= 0; i-- {
-		s := &p.steps[i]
+		s := &p.steps[p.near[i]]
 		next := buf[i+1]
 		buf[i] = next
-		if s.act == none || !s.applies(pk, w) {
+		if !s.applies(pk, w) {
 			continue
 		}
 		then := dropped
 		if s.act == skip {
-			then = buf[s.end]
+			then = buf[p.next[i]]
 		}
 		within, over := then, then
 		if l := s.limit(); l != nil {
@@ -216,10 +254,12 @@ func (p *pass) judge(pk packet, w world, buf []verdict) verdict {
 
 // decides returns the rule that drops a packet that is over every limit, or nil.
 func (p *pass) decides(pk packet, w world) *step {
-	for i := 0; i < len(p.steps); {
-		s := &p.steps[i]
+	p.at(pk.dst)
+	for i := 0; i < len(p.near); {
+		s := &p.steps[p.near[i]]
+		end := p.next[i]
 		i++
-		if s.act == none || !s.applies(pk, w) {
+		if !s.applies(pk, w) {
 			continue
 		}
 		if l := s.limit(); l != nil && !l.over {
@@ -228,17 +268,18 @@ func (p *pass) decides(pk packet, w world) *step {
 		if s.act == drop {
 			return s
 		}
-		i = s.end
+		i = end
 	}
 	return nil
 }
 
 // family is all that judges packets of IPv4, or of IPv6.
 type family struct {
-	v6     bool
-	passes []*pass
-	worlds []world
-	buf    []verdict
+	v6      bool
+	passes  []*pass
+	worlds  []world
+	partial bool // there are more worlds
+	buf     []verdict
 
 	// Between two that follow each other, in each list, all packets are alike.
 	addrs  []netip.Addr
@@ -382,10 +423,12 @@ func (f *family) survey() {
 	}))
 }
 
+// few conditions can be looked at in all combinations.
+const few = 6
+
 // imagine makes the worlds: all of them for a few conditions; else those in which
-// all hold, none does, and one differs from the rest.
+// all hold, none does, one differs from the rest, or those of one rule that drops do.
 func (f *family) imagine(names []string) {
-	const few = 6
 	if len(names) <= few {
 		for bits := range 1 << len(names) {
 			w := world{}
@@ -405,4 +448,27 @@ func (f *family) imagine(names []string) {
 			f.worlds = append(f.worlds, w)
 		}
 	}
+	seen := map[string]bool{}
+	for _, p := range f.passes {
+		for _, s := range p.steps {
+			key := s.conditions()
+			if s.act != drop || key == "" || seen[key] {
+				continue
+			}
+			seen[key] = true
+			for _, rest := range []bool{true, false} {
+				w := world{}
+				for _, n := range names {
+					w[n] = rest
+				}
+				for _, m := range s.when {
+					for _, c := range m.conditions {
+						w[c.text] = !c.not
+					}
+				}
+				f.worlds = append(f.worlds, w)
+			}
+		}
+	}
+	f.partial = true
 }
