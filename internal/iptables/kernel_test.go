@@ -3,12 +3,14 @@ package iptables
 import (
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -52,10 +54,69 @@ func TestKernel(t *testing.T) {
 				if _, want := imported(t, Source{name, string(text)}); len(tr.families) != 1 {
 					t.Fatalf("%d families, want %s", len(tr.families), want)
 				}
-				compareWithKernel(t, host, tr, r)
+				counts := compareWithKernel(t, host, tr, r)
+				t.Log(counts)
+				if counts["arrived true"]+counts["weaker"] == 0 || counts["arrived false"] == 0 && len(r.Config.Block) > 0 {
+					t.Errorf("%v: nothing was compared", counts)
+				}
 			})
 		}
 	}
+}
+
+// Rules in any order and combination; the seed of those that fail is in the name.
+func TestKernelRandomRules(t *testing.T) {
+	parts := [][]string{
+		{"", "", "-d 169.254.169.254", "-d 169.254.0.0/16", "! -d 169.254.169.254", "-d 100.100.100.200", "-d 192.0.2.25"},
+		{"", "", "-p tcp", "-p udp --dport 53", "! -p udp", "-p icmp", "-p tcp --dport 25", "-p tcp -m multiport --dports 25,587", "-p tcp ! --dport 80", "-p tcp --syn --dport 25", "-p tcp ! --syn"},
+		{"", "", "", "-m conntrack --ctstate NEW", "-m conntrack --ctstate RELATED,ESTABLISHED", "-m state ! --state NEW"},
+		{"", "", "", "", "-i docker0", "! -i docker0", "-i eth0", "-o eth0", "! -o docker0", "-i br-7"},
+		{"", "", "", "", "-s 172.17.0.0/16", "! -s 172.17.0.0/16", "-s 10.0.0.0/8", "-s 203.0.113.1"},
+		{"", "", "", "", "", "-m limit --limit 1/min --limit-burst 1000"},
+		{"-j DROP", "-j DROP", "-j REJECT", "-j RETURN", "-j RETURN", "-j ACCEPT", "-j C", "-g C", "-j LOG", ""},
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	rounds := 40
+	if testing.Short() {
+		rounds = 5
+	}
+	total := map[string]int{}
+	for round := range rounds {
+		t.Run(strconv.Itoa(round), func(t *testing.T) {
+			text := "*filter\n:FORWARD ACCEPT [0:0]\n:DOCKER-USER - [0:0]\n:C - [0:0]\n-A FORWARD -j DOCKER-USER\n"
+			for range 4 + random.IntN(8) {
+				chain := "DOCKER-USER"
+				for strings.HasPrefix(chain, "D") && random.IntN(3) == 0 {
+					chain = "C"
+				}
+				rule := "-A " + chain
+				for i, choice := range parts {
+					part := choice[random.IntN(len(choice))]
+					if i == len(parts)-1 && chain == "C" && strings.HasSuffix(part, " C") {
+						part = "-j DROP"
+					}
+					if part != "" {
+						rule += " " + part
+					}
+				}
+				text += rule + "\n"
+			}
+			text += "COMMIT\n"
+			variant := []string{"legacy", "nft"}[round%2]
+			host := newHost(t)
+			restore := exec.Command("iptables-" + variant + "-restore")
+			restore.Stdin = strings.NewReader(text)
+			host.run(t, restore)
+			tr, r := translated(t, Source{"saved", host.run(t, exec.Command("iptables-"+variant+"-save"))})
+			for what, n := range compareWithKernel(t, host, tr, r) {
+				total[what] += n
+			}
+			if t.Failed() {
+				t.Logf("%s\n%s\n%v", text, r.Config.YAML(r.Comments), r.Notes)
+			}
+		})
+	}
+	t.Log(total)
 }
 
 func translated(t *testing.T, s Source) (*translator, *Result) {
@@ -72,7 +133,9 @@ func conditionsHere(c string) bool {
 	return slices.Contains([]string{"-i docker0", "-s 172.17.0.0/16", "-o eth0", "--icmpv6-type 128"}, c)
 }
 
-func compareWithKernel(t *testing.T, host *host, tr *translator, r *Result) {
+// compareWithKernel returns how many packets came to what.
+func compareWithKernel(t *testing.T, host *host, tr *translator, r *Result) map[string]int {
+	t.Helper()
 	f := tr.families[0]
 	w := world{}
 	for name := range f.worlds[0] {
@@ -97,7 +160,7 @@ func compareWithKernel(t *testing.T, host *host, tr *translator, r *Result) {
 			t.Errorf("%s: arrived %v, read as %b", p, arrived, reading)
 		}
 		if !arrived && !blocked && !mail {
-			said := set || slices.ContainsFunc(f.deciders(p), func(s *step) bool { return tr.has(s.rule, NotCarried, Unknown, Weaker) })
+			said := set || slices.ContainsFunc(f.droppers(p), func(s *step) bool { return tr.has(s.rule, NotCarried, Unknown, Weaker) })
 			if !said {
 				t.Errorf("%s: the kernel drops it, the policy does not, and no note says so", p)
 			}
@@ -112,10 +175,7 @@ func compareWithKernel(t *testing.T, host *host, tr *translator, r *Result) {
 		counts[fmt.Sprint("arrived ", arrived)]++
 		return true
 	})
-	t.Log(counts)
-	if counts["arrived true"]+counts["weaker"] == 0 || counts["arrived false"] == 0 && len(r.Config.Block) > 0 {
-		t.Errorf("%v: nothing was compared", counts)
-	}
+	return counts
 }
 
 // asides are rules that were set aside and may decide about a packet.

@@ -506,7 +506,7 @@ func flagList(s string) []string {
 func network(s string) (netip.Prefix, error) {
 	host, bits, ok := strings.Cut(s, "/")
 	addr, err := netip.ParseAddr(host)
-	if err != nil || addr.Zone() != "" {
+	if err != nil || addr.Zone() != "" || addr.Is4In6() { // a policy takes the last for IPv4, ip6tables does not
 		return netip.Prefix{}, errUnknown
 	}
 	n := addr.BitLen()
@@ -551,7 +551,7 @@ func addressRange(s string) ([]netip.Prefix, error) {
 	}
 	a, err := netip.ParseAddr(from)
 	b, err2 := netip.ParseAddr(to)
-	if err != nil || err2 != nil || a.BitLen() != b.BitLen() || b.Less(a) || a.Zone()+b.Zone() != "" {
+	if err != nil || err2 != nil || a.BitLen() != b.BitLen() || b.Less(a) || a.Zone()+b.Zone() != "" || a.Is4In6() || b.Is4In6() {
 		return nil, errUnknown
 	}
 	var list []netip.Prefix

@@ -119,7 +119,11 @@ func translate(sources ...Source) (*translator, error) {
 	p.Presets = []string{policy.None}
 	p.SMTP.Rate = policy.Rate{}
 	tr.result.Config = policy.Config{Cgroups: []string{}, Policy: p}
-	tr.result.Comments = map[string][]string{}
+	var names []string
+	for _, s := range sources {
+		names = append(names, s.Name)
+	}
+	tr.result.Comments = map[string][]string{"": {"Made by egressbpf import iptables of " + strings.Join(names, ", ") + "."}}
 
 	tr.setAside()
 	tr.limitMail()
@@ -501,7 +505,7 @@ func (tr *translator) limitMail() {
 			if v&limited == 0 || v&dropped != 0 {
 				continue // not limited, or not only: that blocks
 			}
-			by := f.deciders(pk)
+			by := f.deciders(pk, true)
 			if s.limit() == nil && !slices.ContainsFunc(by, func(d *step) bool { return d.rule == s.rule }) || s.limit() != nil && !f.reaches(pk, s) {
 				continue
 			}
@@ -513,12 +517,7 @@ func (tr *translator) limitMail() {
 			if c := s.conditions(); c != "" {
 				tr.note(s.rule, Stricter, "the policy limits every container, whatever is true of %s", c)
 			}
-			if s.limit() != nil && !slices.ContainsFunc(tr.limits, func(o *step) bool { return o.rule == s.rule }) {
-				tr.limits = append(tr.limits, s)
-				if old := pk; f.matters(s, old) {
-					tr.note(s.rule, Weaker, "the rule counts every packet to these ports; the policy counts new connections, and lets through what belongs to one that it let through")
-				}
-			}
+			tr.gather(f, pk)
 			for _, d := range by {
 				if d.rule.target == "REJECT" {
 					rejects = append(rejects, d.rule)
@@ -544,6 +543,24 @@ func (tr *translator) limitMail() {
 	}
 	tr.setLimit()
 	tr.comment("smtp", tr.limits...)
+}
+
+// gather adds the limits that a mail packet meets, of rules about mail or not.
+func (tr *translator) gather(f *family, pk packet) {
+	for _, p := range f.passes {
+		for i := range p.steps {
+			s := &p.steps[i]
+			if s.act == none || s.limit() == nil || !f.reaches(pk, s) ||
+				slices.ContainsFunc(tr.limits, func(o *step) bool { return o.rule == s.rule }) {
+				continue
+			}
+			tr.limits = append(tr.limits, s)
+			tr.carried[s.rule] = true
+			if f.matters(s, pk) {
+				tr.note(s.rule, Weaker, "the rule counts every packet to these ports; the policy counts new connections, and lets through what belongs to one that it let through")
+			}
+		}
+	}
 }
 
 // matters reports whether a step with a limit decides about packets of a connection
@@ -637,6 +654,13 @@ func (tr *translator) block() {
 				add = append(add, e)
 			}
 		}
+		add = slices.DeleteFunc(add, func(e policy.Rule) bool {
+			err := e.Validate() // such as for IPv4's ICMP in ip6tables
+			if err != nil {
+				tr.note(s.rule, NotCarried, "%v", err)
+			}
+			return err != nil
+		})
 		if len(add) == 0 {
 			if !tr.carried[s.rule] {
 				tr.refuse(s, "it stops nothing: other rules let all of it through before, or stop it")
@@ -730,7 +754,7 @@ func (tr *translator) allow() {
 						case !ok || s.act == skip && !p.followed(i, f.v6, c):
 						case slices.Contains(cfg.Allow, c):
 							tr.carriedAs(s)
-						case f.lets(c, e.Prefix.Bits() > 0):
+						case c.Validate() == nil && f.lets(c, e.Prefix.Bits() > 0):
 							cfg.Allow = append(cfg.Allow, c)
 							tr.comment("allow", s)
 							tr.carriedAs(s)
@@ -1007,7 +1031,7 @@ func contains(list []policy.Rule, p packet) bool {
 
 // missed notes that the policy lets through what the rules may stop.
 func (tr *translator) missed(f *family, p packet) {
-	for _, s := range f.deciders(p) {
+	for _, s := range f.droppers(p) {
 		switch {
 		case tr.has(s.rule, NotCarried, Unknown, Weaker):
 		case !s.inUser && !s.about(f.v6) && !tr.carried[s.rule]:

@@ -252,8 +252,9 @@ func (p *pass) judge(pk packet, w world, buf []verdict) verdict {
 	return buf[0]
 }
 
-// decides returns the rule that drops a packet that is over every limit, or nil.
-func (p *pass) decides(pk packet, w world) *step {
+// decides returns the rule that drops a packet that is over every limit, or within
+// every limit, or nil.
+func (p *pass) decides(pk packet, w world, over bool) *step {
 	p.at(pk.dst)
 	for i := 0; i < len(p.near); {
 		s := &p.steps[p.near[i]]
@@ -262,7 +263,7 @@ func (p *pass) decides(pk packet, w world) *step {
 		if !s.applies(pk, w) {
 			continue
 		}
-		if l := s.limit(); l != nil && !l.over {
+		if l := s.limit(); l != nil && l.over != over {
 			continue
 		}
 		if s.act == drop {
@@ -307,16 +308,22 @@ func (f *family) judge(pk packet) (possible verdict) {
 	return possible
 }
 
-// deciders returns the rules that may drop a packet that is over every limit.
-func (f *family) deciders(pk packet) (steps []*step) {
+// deciders returns the rules that may drop a packet that is over every limit, or
+// within every limit.
+func (f *family) deciders(pk packet, over bool) (steps []*step) {
 	for _, w := range f.worlds {
 		for _, p := range f.passes {
-			if s := p.decides(pk, w); s != nil && !slices.Contains(steps, s) {
+			if s := p.decides(pk, w, over); s != nil && !slices.Contains(steps, s) {
 				steps = append(steps, s)
 			}
 		}
 	}
 	return steps
+}
+
+// droppers returns all that may drop a packet.
+func (f *family) droppers(pk packet) []*step {
+	return append(f.deciders(pk, true), f.deciders(pk, false)...)
 }
 
 // reaches reports whether a packet may come to a step, within or over the limits

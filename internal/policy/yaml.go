@@ -59,12 +59,16 @@ func (c Config) YAML(comments map[string][]string) []byte {
 	for i, p := range c.SMTP.Ports {
 		ports[i] = strconv.Itoa(int(p))
 	}
+	exempt := make([]string, len(c.SMTP.Exempt))
+	for i, p := range c.SMTP.Exempt {
+		exempt[i] = Rule{Prefix: p}.String() // an address without its length
+	}
 	for _, k := range [][2]string{
 		{"ports", "[" + strings.Join(ports, ", ") + "]"},
 		{"rate", c.SMTP.Rate.String()},
 		{"burst", strconv.FormatUint(uint64(c.SMTP.Burst), 10)},
 		{"over_limit", string(c.SMTP.OverLimit)},
-		{"exempt", list(texts(c.SMTP.Exempt))},
+		{"exempt", list(exempt)},
 	} {
 		comment("smtp."+k[0], "  ")
 		fmt.Fprintf(&b, "  %s: %s\n", k[0], k[1])
@@ -72,7 +76,7 @@ func (c Config) YAML(comments map[string][]string) []byte {
 	return b.Bytes()
 }
 
-func texts[T fmt.Stringer](list []T) []string {
+func texts(list []Rule) []string {
 	all := make([]string, len(list))
 	for i, v := range list {
 		all[i] = v.String()
