@@ -77,6 +77,7 @@ const (
 type translator struct {
 	sources  []Source
 	tables   []*table
+	site     *site
 	families []*family
 	result   Result
 	noted    map[*rule][]Kind
@@ -163,12 +164,12 @@ var hooks = map[string][]string{
 
 // layOut makes the families of the tables.
 func (tr *translator) layOut() error {
-	s := learn(tr.tables)
+	tr.site = learn(tr.tables)
 	both := [2]*family{{}, {v6: true}}
 	for _, t := range tr.tables {
 		for _, c := range t.order {
 			for _, r := range c.rules {
-				s.resolve(&r.match)
+				tr.site.resolve(&r.match)
 			}
 		}
 		f := both[0]
@@ -856,7 +857,9 @@ func (tr *translator) exempt() {
 						v |= f.verdicts(policy.Rule{Prefix: e.Prefix, Port: port, Proto: tcp})
 					}
 					if v != passes {
-						if v&passes != 0 && !slices.Contains(smtp.Exempt, e.Prefix) {
+						if why := s.conditions(); why != "" && v&passes != 0 {
+							tr.note(s.rule, Stricter, "the exception is not carried over, since it depends on %s: the policy limits mail to %s", why, e.Prefix)
+						} else if v&passes != 0 && !slices.Contains(smtp.Exempt, e.Prefix) {
 							tr.note(s.rule, Stricter, "the exception is not carried over: smtp.exempt is for every packet to every port of mail, and the rules limit or stop some of those to %s", e.Prefix)
 						}
 						continue
@@ -886,7 +889,9 @@ func (tr *translator) account() {
 			return
 		}
 		if !s.inUser && !s.about(f.v6) {
-			if s.act != none && !tr.jumps(r) {
+			// What Docker itself lets through between its bridges and the rest is no news.
+			ofDocker := s.never() != "" || r.target == "ACCEPT" && tr.site.bridge(r.match.in.value)
+			if s.act != none && !tr.jumps(r) && !ofDocker {
 				others[r] = true
 			}
 			return
