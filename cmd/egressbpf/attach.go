@@ -170,8 +170,11 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 		}
 	}
 	for _, d := range s.Defences {
-		if !d.Active {
+		switch {
+		case !d.Active:
 			fmt.Fprintf(w, "warning: no defence %s: %s\n", d.Name, d.Reason)
+		case d.Reason != "":
+			fmt.Fprintf(w, "warning: defence %s is not as the policy says: %s\n", d.Name, d.Reason)
 		}
 	}
 	if s.Policy != nil && len(s.Policy.Blocked()) == 0 {

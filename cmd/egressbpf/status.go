@@ -80,11 +80,11 @@ func printStatus(w io.Writer, s *loader.Status) error {
 	row("")
 	row("DEFENCE\tACTIVE")
 	for _, d := range s.Defences {
-		if d.Active {
-			row("%s\tyes", d.Name)
-		} else {
-			row("%s\tno: %s", d.Name, d.Reason)
+		what := yesNo(d.Active)
+		if d.Reason != "" {
+			what += ": " + d.Reason
 		}
+		row("%s\t%s", d.Name, what)
 	}
 	for i, u := range s.Uncovered {
 		if i == 0 {

@@ -164,7 +164,7 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	var refuser *refuser
 	if p.Families != policy.AnyFamily {
 		// Without one the filter works, and Status tells that it is missing and why.
-		refuser, _ = findRefuser()
+		refuser, _ = f.findRefuser()
 	}
 	for _, t := range targets {
 		was := &policed{id: t.id, dir: filepath.Join(f.pins, fmt.Sprint(cgroupPrefix, t.id))}

@@ -23,6 +23,9 @@ const FamiliesHook = familiesHook
 // CgroupsHooks are the names of the hooks that follow cgroups.
 var CgroupsHooks = cgroupsHooks
 
+// TryStep begins the names of steps that may fail, and the attach go on.
+const TryStep = tryStep
+
 // HostHookNames are the names of the host side's hooks.
 func HostHookNames() (names []string) {
 	for _, h := range hostHooks {

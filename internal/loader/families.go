@@ -50,7 +50,10 @@ var refusers = []refuser{
 // can be attached without an error and never be asked, where bpf is missing from the
 // kernel's list of security modules. So each is tried with a socket of this process's
 // own that no other would make.
-func findRefuser() (*refuser, error) {
+func (f *Filter) findRefuser() (*refuser, error) {
+	if err := f.step(tryStep + socketFamilies); err != nil {
+		return nil, err
+	}
 	state, err := maps.CreateState()
 	if err != nil {
 		return nil, err
@@ -251,12 +254,15 @@ func progLoad(code []byte, spec *ebpf.ProgramSpec, target btf.TypeID) (*ebpf.Pro
 	return ebpf.NewProgramFromFD(int(fd))
 }
 
-// attachFamilies has the sockets of a policed cgroup refused as the policy says, if
-// this kernel has a way to.
+// attachFamilies has the sockets of a policed cgroup refused as the policy says.
+// Without a way to, an earlier attach's link stays: see kept.
 func (f *Filter) attachFamilies(r *refuser, t *target, dir string, p policy.Policy, state *maps.State, back *undo) error {
 	pin := filepath.Join(dir, familiesHook)
-	if r == nil || p.Families == policy.AnyFamily {
+	if p.Families == policy.AnyFamily {
 		return f.dropLink(pin, back)
+	}
+	if r == nil {
+		return nil
 	}
 	prog, err := r.loadFor(state, map[string]any{
 		bpf.FamiliesVarEnforce:      p.Mode == policy.Enforce,
@@ -269,6 +275,9 @@ func (f *Filter) attachFamilies(r *refuser, t *target, dir string, p policy.Poli
 		return err
 	}
 	defer prog.Close()
+	if err := bindDocument(prog, document{Version: Version(), Cgroup: t.rel, Policy: p}); err != nil {
+		return err
+	}
 	return f.replaceLink(pin, back, func() (link.Link, error) { return r.attach(prog, t.dir) })
 }
 

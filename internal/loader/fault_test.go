@@ -13,9 +13,15 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/testenv"
 )
 
 // withBurst is a policy that differs from others by its burst.
@@ -26,10 +32,14 @@ func withBurst(burst uint32) policy.Policy {
 }
 
 // faultAt has the n-th step from now on do something, and returns the steps
-// that are taken until then.
+// that are taken until then. Those in which something is only tried are not among
+// them.
 func faultAt(f *loader.Filter, n int, do func() error) *[]string {
 	steps := new([]string)
 	f.SetFault(func(step string) error {
+		if strings.HasPrefix(step, loader.TryStep) {
+			return nil
+		}
 		*steps = append(*steps, step)
 		if len(*steps) == n {
 			return do()
@@ -321,4 +331,192 @@ func TestDetachAfterKill(t *testing.T) {
 		h.mustDetach()
 		h.nothingLeft(o)
 	}
+}
+
+// failDefences has nothing be in the kernel that stands beside the hooks.
+func failDefences(f *loader.Filter) {
+	f.SetFault(func(step string) error {
+		if strings.HasPrefix(step, loader.TryStep) {
+			return errInjected
+		}
+		return nil
+	})
+}
+
+// refuseSockets puts a link in the place of the one that refuses sockets, which the
+// kernel of the test's machine may not be able to have; a link is all that counts here.
+func (h *host) refuseSockets(name string) {
+	h.t.Helper()
+	pin := fmt.Sprintf("%s/cgroup-%d/%s", h.pins, h.id(name), loader.FamiliesHook)
+	if _, err := os.Stat(pin); err == nil {
+		return
+	}
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.CGroupSKB, AttachType: ebpf.AttachCGroupInetIngress, License: "MIT",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+	})
+	check(h.t, err)
+	defer prog.Close()
+	dir, err := os.Open(h.paths(name)[0])
+	check(h.t, err)
+	defer dir.Close()
+	l, err := link.AttachRawLink(link.RawLinkOptions{Target: int(dir.Fd()), Program: prog, Attach: ebpf.AttachCGroupInetIngress})
+	check(h.t, err)
+	defer l.Close()
+	check(h.t, l.Pin(pin))
+}
+
+func (h *host) defence(name string) loader.Defence {
+	h.t.Helper()
+	for _, d := range h.status().Defences {
+		if d.Name == name {
+			return d
+		}
+	}
+	h.t.Fatalf("status does not tell of %s", name)
+	return loader.Defence{}
+}
+
+// What stands beside the hooks stays in force when a later attach cannot have it
+// anew, and status says that it is of an older one, and why.
+func TestDefencesAreKept(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.mustAttach(withBurst(5), "a")
+	h.refuseSockets("a")
+	hostSide := h.defence("host_side").Active // the kernel has it, from 6.4
+	row := func(name string) loader.Hook {
+		t.Helper()
+		if name == loader.FamiliesHook {
+			return h.hook(name, "a")
+		}
+		return h.hook(name, "")
+	}
+	names := []string{loader.FamiliesHook}
+	if hostSide {
+		names = append(names, loader.HostHookNames()...)
+	}
+	before := map[string]loader.Hook{}
+	for _, name := range names {
+		before[name] = row(name)
+	}
+	expect := func(active bool, reasons ...string) {
+		t.Helper()
+		for _, name := range names {
+			if now := row(name); now != before[name] {
+				t.Errorf("got %+v, want it untouched: %+v", now, before[name])
+			}
+		}
+		for _, name := range []string{"socket_families", "host_side"} {
+			d := h.defence(name)
+			if name == "host_side" && !hostSide {
+				continue
+			}
+			if d.Active != active {
+				t.Errorf("got %+v, want active: %v", d, active)
+			}
+			for _, reason := range reasons {
+				if !strings.Contains(d.Reason, reason) {
+					t.Errorf("got %+v, want it to say %q", d, reason)
+				}
+			}
+		}
+	}
+
+	failDefences(h.Filter)
+	for burst := range uint32(2) {
+		h.mustAttach(withBurst(7 + burst))
+		expect(true, "older attach", errInjected.Error())
+	}
+	// Another cgroup gets none, and does not take what the first one has.
+	h.mustAttach(withBurst(5), "b")
+	if d := h.defence("socket_families"); d.Active || !strings.Contains(d.Reason, errInjected.Error()) {
+		t.Errorf("got %+v, want that b has none, and why", d)
+	}
+	h.mustDetach("b")
+	h.SetFault(nil)
+	if hostSide {
+		if d := h.defence("host_side"); !d.Active || !strings.Contains(d.Reason, "attach again") {
+			t.Errorf("got %+v, want that it can be renewed now", d)
+		}
+	}
+
+	// A policy that does without them has its way.
+	failDefences(h.Filter)
+	without := withBurst(5)
+	without.Families, without.HostSide = policy.AnyFamily, policy.Off
+	for _, hook := range h.mustAttach(without).Hooks {
+		if _, ok := before[hook.Name]; ok {
+			t.Errorf("turned off, and still there: %+v", hook)
+		}
+	}
+	for _, name := range []string{"socket_families", "host_side"} {
+		if d := h.defence(name); d.Active || !strings.Contains(d.Reason, "turned off") {
+			t.Errorf("got %+v, want it turned off", d)
+		}
+	}
+}
+
+// What only audits is no defence where the policy is to be enforced.
+func TestKeptDefenceOfAudit(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	audit := withBurst(5)
+	audit.Mode = policy.Audit
+	check(t, h.attach(audit, "a"))
+	had := map[string]bool{}
+	for _, d := range h.status().Defences {
+		had[d.Name] = d.Active
+	}
+	failDefences(h.Filter)
+	h.mustAttach(withBurst(5))
+	for _, name := range []string{"socket_families", "host_side"} {
+		if d := h.defence(name); had[name] && (d.Active || !strings.Contains(d.Reason, "mode audit")) {
+			t.Errorf("got %+v, want that it only audits", d)
+		}
+	}
+	h.SetFault(nil)
+	h.mustAttach(withBurst(5))
+	for _, name := range []string{"socket_families", "host_side"} {
+		if d := h.defence(name); had[name] && (!d.Active || d.Reason != "") {
+			t.Errorf("attached again: got %+v", d)
+		}
+	}
+}
+
+// A process of a policed cgroup makes no packet socket while the defence is kept.
+func TestKeptFamiliesRefuse(t *testing.T) {
+	h := newHost(t)
+	h.mustAttach(withBurst(5), "a")
+	if !h.defence("socket_families").Active {
+		t.Logf("this kernel refuses no sockets: %s", h.defence("socket_families").Reason)
+	}
+	refuses := h.defence("socket_families").Active
+	failDefences(h.Filter)
+	h.mustAttach(withBurst(7))
+	h.mkdir("a/web")
+	testenv.Enter(t, h.paths("a/web")[0])
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		unix.Close(fd)
+	}
+	if errors.Is(err, unix.EPERM) != refuses {
+		t.Errorf("got %v, want it refused: %v", err, refuses)
+	}
+	if n := h.denied("a/web"); n != uint64(btoi(refuses)) {
+		t.Errorf("%d refused sockets are counted", n)
+	}
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func (h *host) denied(name string) uint64 {
+	h.t.Helper()
+	containers, _ := h.counters()
+	return containers[h.id(name)].Counters.FamiliesDenied
 }

@@ -166,6 +166,10 @@ type policed struct {
 	info  map[string]*link.Info
 	// families is the link that refuses sockets; nil if there is none.
 	families *link.Info
+	// familiesDoc and familiesSince are of its program, as doc and since are of the
+	// egress program.
+	familiesDoc   *document
+	familiesSince time.Time
 	// doc is read from the egress program; nil if that is missing.
 	doc *document
 	// since is when the egress program was loaded.
@@ -288,6 +292,8 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 			// While an exchange goes on, either is in force.
 			if info, err := pinnedInfo(filepath.Join(dir, familiesHook)); err == nil && inForce(info, id) {
 				p.families = info
+				// Without them, the link is as much in force.
+				p.familiesDoc, p.familiesSince, _ = readDocument(info.Program)
 			}
 			continue
 		}

@@ -145,10 +145,13 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 			devices = append(devices, d)
 		}
 	}
+	if err := f.step(tryStep + hostSide); err != nil {
+		return nil
+	}
 	progs, err := shared.hostSide(state, targets, devices)
 	if err != nil {
-		// Status tries again, and tells.
-		return f.detachHost(back)
+		// What an earlier attach put in force stays. Status tries again, and tells.
+		return nil
 	}
 	defer progs.Close()
 	for _, h := range hostHooks {
@@ -265,11 +268,13 @@ func (f *Filter) findDevices(targets []*target, p policy.Policy) ([]string, erro
 func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 	d := Defence{Name: hostSide, Active: true}
 	var doc *document
+	var programs []ebpf.ProgramID
 	for _, h := range hostHooks {
 		row := Hook{Name: h.name}
 		info, err := pinnedInfo(filepath.Join(f.pins, h.name))
 		if err == nil {
 			row.Attached, row.Program, row.Link = true, uint32(info.Program), uint32(info.ID)
+			programs = append(programs, info.Program)
 			if h.program == bpf.HostProgHostForward {
 				doc, row.Since, err = readDocument(info.Program)
 			} else {
@@ -293,6 +298,7 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 		return d
 	}
 	s.HostDevices = doc.Devices
+	d = f.olderHost(d, doc, s, all, programs)
 	var targets []*target
 	for _, p := range all {
 		if !p.gone && p.rel != "" {
@@ -317,20 +323,30 @@ func (f *Filter) whyNoHostSide(s *Status) string {
 	if s.Policy != nil && s.Policy.HostSide == policy.Off {
 		return "turned off by the policy" + open
 	}
-	state, err := statemaps.CreateState()
-	if err != nil {
-		return err.Error()
-	}
-	defer state.Close()
-	progs, err := LoadHost(policy.Default(), state)
-	if err != nil {
+	if err := f.tryHost(); err != nil {
 		if errors.Is(err, ebpf.ErrNotSupported) {
 			return "this kernel has no BPF netfilter programs, which came with 6.4" + open
 		}
 		return firstLine(err) + open
 	}
-	progs.Close()
 	return "an attach was interrupted; attach again"
+}
+
+// tryHost says why the programs of the host side do not load; nil if they do.
+func (f *Filter) tryHost() error {
+	if err := f.step(tryStep + hostSide); err != nil {
+		return err
+	}
+	state, err := statemaps.CreateState()
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	progs, err := LoadHost(policy.Default(), state)
+	if err != nil {
+		return err
+	}
+	return progs.Close()
 }
 
 func firstLine(err error) string {
@@ -350,18 +366,18 @@ func (f *Filter) familiesStatus(s *Status, all []*policed) Defence {
 		}
 		s.Hooks = append(s.Hooks, Hook{
 			Name: familiesHook, Attached: true, Cgroup: f.root.Path(p.rel),
-			Program: uint32(p.families.Program), Link: uint32(p.families.ID), Since: p.since,
+			Program: uint32(p.families.Program), Link: uint32(p.families.ID), Since: p.familiesSince,
 		})
 	}
 	if d.Active {
-		return d
+		return f.olderFamilies(d, s, all)
 	}
 	const open = ": with CAP_NET_RAW, containers can send by packet sockets, past the filter; where nothing needs them, run containers with --cap-drop=NET_RAW"
 	if s.Policy != nil && s.Policy.Families == policy.AnyFamily {
 		d.Reason = "turned off by the policy" + open
 		return d
 	}
-	if _, err := findRefuser(); err != nil {
+	if _, err := f.findRefuser(); err != nil {
 		d.Reason = "this kernel refuses no sockets for us (" + strings.ReplaceAll(err.Error(), "\n", "; ") + ")" + open
 	} else {
 		d.Reason = "an attach was interrupted; attach again"

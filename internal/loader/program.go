@@ -77,6 +77,24 @@ func readDocument(id ebpf.ProgramID) (*document, time.Time, error) {
 	return nil, since, nil
 }
 
+// loadTime returns when a program was loaded, in nanoseconds since boot.
+func loadTime(id ebpf.ProgramID) (time.Duration, error) {
+	prog, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return 0, err
+	}
+	defer prog.Close()
+	info, err := prog.Info()
+	if err != nil {
+		return 0, err
+	}
+	age, ok := info.LoadTime()
+	if !ok {
+		return 0, ebpf.ErrNotSupported
+	}
+	return age, nil
+}
+
 func readDocumentMap(id ebpf.MapID) (*document, error) {
 	m, err := ebpf.NewMapFromID(id)
 	if err != nil {

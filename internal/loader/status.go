@@ -66,7 +66,7 @@ func (s *Status) Optional(h Hook) bool {
 type Defence struct {
 	Name   string `json:"name"`
 	Active bool   `json:"active"`
-	// Reason says why it is not active.
+	// Reason says why it is not active, or if it is, why not as the policy says.
 	Reason string `json:"reason"`
 }
 

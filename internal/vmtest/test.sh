@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 
 tests=(
     internal/verdict '^(TestVerdict|TestOwner|TestContention)$'
-    internal/loader '^(TestAttach|TestSwap|TestModes|TestContainersOfEachLevel|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestManyRules|TestMountsBPFFS|TestErrorInSwap)$'
+    internal/loader '^(TestAttach|TestSwap|TestModes|TestContainersOfEachLevel|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestManyRules|TestMountsBPFFS|TestErrorInSwap|TestDefencesAreKept|TestKeptDefenceOfAudit|TestKeptFamiliesRefuse)$'
 )
 
 kernels=("$@")
