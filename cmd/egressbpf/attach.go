@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -80,6 +81,9 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	}
 	names.addToStatus(ctx, status)
 	warn(stderr, status, blockedResolvers(config.Policy))
+	if err := warnHolders(stderr, filter, status); err != nil {
+		return err
+	}
 	if *o.output == jsonText {
 		return writeJSON(stdout, status)
 	}
@@ -189,6 +193,23 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 	for _, addr := range resolvers {
 		fmt.Fprintf(w, "warning: containers cannot reach the DNS server %s of this host, which is blocked: use --allow-dns\n", addr)
 	}
+}
+
+// warnHolders tells of containers that have sockets which they could not make now. If
+// they can, a restart is no remedy.
+func warnHolders(w io.Writer, filter *loader.Filter, s *loader.Status) error {
+	if !slices.ContainsFunc(s.Defences, func(d loader.Defence) bool { return d.Name == loader.SocketFamilies && d.Active }) {
+		return nil
+	}
+	holders, err := filter.Holders()
+	if err != nil {
+		return err
+	}
+	for _, h := range holders {
+		fmt.Fprintf(w, "warning: container %s has sockets from before that it could not make now (%s), and can send by them past the filter: restart it\n",
+			printable(fmt.Sprintf("%.12s", path.Base(h.Cgroup))), strings.Join(h.Families, ", "))
+	}
+	return nil
 }
 
 // resolvConfs are read for the DNS servers that Docker hands to containers: the

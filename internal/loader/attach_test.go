@@ -16,6 +16,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/loader"
@@ -580,4 +581,49 @@ func TestExcluded(t *testing.T) {
 	h.unchanged(before, "a program that excludes others")
 	check(t, link.RawDetachProgram(link.RawDetachProgramOptions{Target: other.Target, Program: prog, Attach: other.Attach}))
 	h.mustAttach(withBurst(5), "a/b")
+}
+
+func TestHolders(t *testing.T) {
+	h := newHost(t)
+	open := func(family int) {
+		t.Helper()
+		fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+		check(t, err)
+		t.Cleanup(func() { unix.Close(fd) })
+	}
+	// Before the filter, which may refuse them.
+	open(unix.AF_PACKET)
+	open(unix.AF_XDP)
+	open(unix.AF_NETLINK)
+	h.mustAttach(withBurst(5), "a", "b")
+	h.mkdir("a/web/nested", "a/idle")
+	expect := func(want ...loader.Holder) {
+		t.Helper()
+		got, err := h.Holders()
+		check(t, err)
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("got %+v, want %+v", got, want)
+		}
+	}
+	expect()
+	rel := func(name string) string {
+		rel, err := h.root.Rel(h.paths(name)[0])
+		check(t, err)
+		return rel
+	}
+	both := []string{"packet", "xdp"}
+	for in, container := range map[string]string{"a/web": "a/web", "a/web/nested": "a/web", "b": "b"} {
+		t.Run(in, func(t *testing.T) {
+			testenv.Enter(t, filepath.Join(h.base, in))
+			expect(loader.Holder{Cgroup: rel(container), Families: both})
+		})
+	}
+	testenv.Enter(t, filepath.Join(h.base, "a/idle"))
+	p := withBurst(5)
+	p.Families = "packet"
+	h.mustAttach(p)
+	expect(loader.Holder{Cgroup: rel("a/idle"), Families: []string{"xdp"}})
+	p.Families = policy.AnyFamily
+	h.mustAttach(p)
+	expect()
 }

@@ -51,7 +51,7 @@ var refusers = []refuser{
 // kernel's list of security modules. So each is tried with a socket of this process's
 // own that no other would make.
 func (f *Filter) findRefuser() (*refuser, error) {
-	if err := f.step(tryStep + socketFamilies); err != nil {
+	if err := f.step(tryStep + SocketFamilies); err != nil {
 		return nil, err
 	}
 	state, err := maps.CreateState()
@@ -125,16 +125,11 @@ func ownCgroup() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	text, err := os.ReadFile("/proc/self/cgroup")
+	rel, err := cgroupOf("self")
 	if err != nil {
 		return nil, err
 	}
-	for line := range strings.Lines(string(text)) {
-		if rel, ok := strings.CutPrefix(line, "0::"); ok {
-			return os.Open(root.Path(strings.TrimSpace(rel)))
-		}
-	}
-	return nil, cgroup.ErrNoCgroup2
+	return os.Open(root.Path(rel))
 }
 
 func loadModifyReturn(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map) (*ebpf.Program, error) {

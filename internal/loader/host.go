@@ -355,7 +355,7 @@ func firstLine(err error) string {
 }
 
 func (f *Filter) familiesStatus(s *Status, all []*policed) Defence {
-	d := Defence{Name: socketFamilies, Active: len(s.Cgroups) > 0}
+	d := Defence{Name: SocketFamilies, Active: len(s.Cgroups) > 0}
 	for _, p := range all {
 		if p.rel == "" {
 			continue

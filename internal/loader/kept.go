@@ -21,7 +21,7 @@ func kept(d Defence, doc *document, s *Status, why error) Defence {
 	d.Reason = "an older attach put it in force"
 	if doc != nil {
 		d.Reason += fmt.Sprintf(" (version %s, mode %s", doc.Version, doc.Policy.Mode)
-		if d.Name == socketFamilies {
+		if d.Name == SocketFamilies {
 			d.Reason += fmt.Sprintf(", families %s", doc.Policy.Families)
 		}
 		d.Reason += ")"

@@ -16,8 +16,8 @@ import (
 
 // ProbeFamilies says why this kernel refuses no sockets for the filter, or nil if it
 // does. It makes a socket that must be refused.
-func ProbeFamilies() error {
-	_, err := findRefuser()
+func (f *Filter) ProbeFamilies() error {
+	_, err := f.findRefuser()
 	return err
 }
 

@@ -72,7 +72,7 @@ type Defence struct {
 
 // The names of the defences.
 const (
-	socketFamilies = "socket_families"
+	SocketFamilies = "socket_families"
 	hostSide       = "host_side"
 )
 
@@ -117,7 +117,7 @@ func (f *Filter) Status() (*Status, error) {
 		s.Defences = append(s.Defences, f.familiesStatus(s, all), f.hostStatus(s, all))
 	} else {
 		const reason = "nothing is attached"
-		s.Defences = append(s.Defences, Defence{Name: socketFamilies, Reason: reason}, Defence{Name: hostSide, Reason: reason})
+		s.Defences = append(s.Defences, Defence{Name: SocketFamilies, Reason: reason}, Defence{Name: hostSide, Reason: reason})
 	}
 	if gap, err := socketIdentityGap(); err != nil {
 		return nil, err

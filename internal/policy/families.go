@@ -52,6 +52,9 @@ func ParseFamilies(s string) (Families, error) {
 	return Families(strings.Join(slices.Compact(names), ",")), nil
 }
 
+// Allows says whether containers may make sockets of a family, by name.
+func (f Families) Allows(name string) bool { return f.Mask()>>families[name]&1 != 0 }
+
 // UnmarshalText is [ParseFamilies].
 func (f *Families) UnmarshalText(text []byte) (err error) {
 	*f, err = ParseFamilies(string(text))

@@ -143,7 +143,7 @@ func (h Host) programs(r *Report, state *maps.State) {
 	} else {
 		r.add("recognise", OK, "containers are known from the moment that their cgroup is made")
 	}
-	switch err := loader.ProbeFamilies(); {
+	switch err := h.Filter.ProbeFamilies(); {
 	case h.Config.Families == policy.AnyFamily:
 		r.add("socket_families", Warn, "turned off by the policy: containers with CAP_NET_RAW can send past the filter")
 	case err != nil:
