@@ -12,6 +12,7 @@ import (
 	"net/rpc"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -162,6 +163,35 @@ func (s *Socket) Set(level, option, value int, data []byte) {
 	if r := s.do("set", netip.AddrPort{}, data, level, option, value); r.Errno != 0 {
 		s.agent.t.Fatalf("agent: setsockopt(%d, %d): %v", level, option, r.Errno)
 	}
+}
+
+// BindLink binds a packet socket to a device, for sending frames.
+func (s *Socket) BindLink(device string) Result {
+	return s.do("bind link", netip.AddrPort{}, []byte(device), 0, 0, 0)
+}
+
+// Give hands the socket to another agent, as processes do (SCM_RIGHTS), and closes it
+// here. Both agents see the same files.
+func (s *Socket) Give(to *Agent) *Socket {
+	s.agent.t.Helper()
+	// Not in t.TempDir, whose path may be too long for an address.
+	dir, err := os.MkdirTemp("", "give-")
+	if err != nil {
+		s.agent.t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	taken := &Socket{agent: to, family: s.family}
+	handover := Handover{Path: dir + "/s", FD: s.fd}
+	to.call("Await", handover, &handover.At)
+	s.agent.call("Give", handover, &Result{})
+	to.call("Take", handover, &taken.fd)
+	return taken
+}
+
+// Enter moves the agent into a cgroup. Its sockets stay what they are.
+func (a *Agent) Enter(cgroupPath string) {
+	a.t.Helper()
+	a.call("Enter", cgroupPath, &Result{})
 }
 
 // Close closes the socket.
@@ -327,6 +357,12 @@ func (c *Call) do(r *Result) (err error) {
 		return unix.Connect(c.FD, to)
 	case "bind":
 		return unix.Bind(c.FD, to)
+	case "bind link":
+		device, err := net.InterfaceByName(string(c.Data))
+		if err != nil {
+			return unix.ENODEV
+		}
+		return unix.Bind(c.FD, &unix.SockaddrLinklayer{Ifindex: device.Index})
 	case "send":
 		if c.To.IsValid() {
 			return unix.Sendto(c.FD, c.Data, c.Flags, to)
@@ -350,6 +386,57 @@ func (c *Call) do(r *Result) (err error) {
 		return unix.Close(c.FD)
 	}
 	return err
+}
+
+// Handover is a socket on its way from one agent to another: FD of the one, through
+// a socket at Path, which is At of the other.
+type Handover struct {
+	Path   string
+	FD, At int
+}
+
+// Await makes the socket through which another one comes.
+func (*Remote) Await(h Handover, at *int) (err error) {
+	if *at, err = unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
+		return err
+	}
+	return unix.Bind(*at, &unix.SockaddrUnix{Name: h.Path})
+}
+
+// Give sends a socket.
+func (*Remote) Give(h Handover, _ *Result) error {
+	via, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(via)
+	err = unix.Sendmsg(via, []byte{0}, unix.UnixRights(h.FD), &unix.SockaddrUnix{Name: h.Path}, 0)
+	return errors.Join(err, unix.Close(h.FD))
+}
+
+// Take receives a socket.
+func (*Remote) Take(h Handover, fd *int) error {
+	defer unix.Close(h.At)
+	control := make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := unix.Recvmsg(h.At, make([]byte, 1), control, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	messages, err := unix.ParseSocketControlMessage(control[:n])
+	if err != nil || len(messages) != 1 {
+		return fmt.Errorf("%d messages: %w", len(messages), err)
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		return fmt.Errorf("%d descriptors: %w", len(fds), err)
+	}
+	*fd = fds[0]
+	return nil
+}
+
+// Enter is Agent.Enter.
+func (*Remote) Enter(cgroupPath string, _ *Result) error {
+	return os.WriteFile(filepath.Join(cgroupPath, "cgroup.procs"), []byte("0"), 0)
 }
 
 func errnoError(e syscall.Errno) error {
