@@ -595,7 +595,9 @@ func TestHolders(t *testing.T) {
 	open(unix.AF_PACKET)
 	open(unix.AF_XDP)
 	open(unix.AF_NETLINK)
-	h.mustAttach(withBurst(5), "a", "b")
+	scope := "own.slice/docker-" + id + ".scope"
+	h.mkdir("own.slice/tcpdump.service", scope+"/nested")
+	h.mustAttach(withBurst(5), "a", "b", "own.slice")
 	h.mkdir("a/web/nested", "a/idle")
 	expect := func(want ...loader.Holder) {
 		t.Helper()
@@ -612,12 +614,16 @@ func TestHolders(t *testing.T) {
 		return rel
 	}
 	both := []string{"packet", "xdp"}
-	for in, container := range map[string]string{"a/web": "a/web", "a/web/nested": "a/web", "b": "b"} {
+	for in, container := range map[string]string{"a/web": "a/web", "a/web/nested": "a/web", "b": "b", scope + "/nested": scope} {
 		t.Run(in, func(t *testing.T) {
 			testenv.Enter(t, filepath.Join(h.base, in))
 			expect(loader.Holder{Cgroup: rel(container), Families: both})
 		})
 	}
+	t.Run("service", func(t *testing.T) {
+		testenv.Enter(t, filepath.Join(h.base, "own.slice/tcpdump.service"))
+		expect()
+	})
 	testenv.Enter(t, filepath.Join(h.base, "a/idle"))
 	p := withBurst(5)
 	p.Families = "packet"

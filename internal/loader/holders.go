@@ -45,16 +45,26 @@ func (f *Filter) Holders() ([]Holder, error) {
 		if p.gone || p.doc == nil {
 			continue
 		}
-		err := f.root.Processes(p.rel, func(pid int) {
-			for _, family := range refusedSockets(pid, p.doc.Policy.Families) {
-				container := containerOf(pid, p.rel)
-				if container != "" && !slices.Contains(found[container], family) {
-					found[container] = append(found[container], family)
-				}
-			}
-		})
+		recognises := p.doc.Policy.Recognises(p.rel)
+		rels, err := f.containersIn(p.rel, p.doc.Policy)
 		if err != nil {
-			return nil, fmt.Errorf("look for open sockets: %w", err)
+			return nil, err
+		}
+		for _, rel := range rels {
+			err := f.root.Processes(rel, func(pid int) {
+				for _, family := range refusedSockets(pid, p.doc.Policy.Families) {
+					container := rel
+					if !recognises {
+						container = containerOf(pid, rel)
+					}
+					if container != "" && !slices.Contains(found[container], family) {
+						found[container] = append(found[container], family)
+					}
+				}
+			})
+			if err != nil {
+				return nil, fmt.Errorf("look for open sockets: %w", err)
+			}
 		}
 	}
 	var holders []Holder

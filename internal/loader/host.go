@@ -212,11 +212,7 @@ func coversDevice(devices []policy.Device, name string) bool {
 func (f *Filter) findDevices(targets []*target, p policy.Policy) ([]string, error) {
 	var rels []string
 	for _, t := range targets {
-		if !t.recognises {
-			rels = append(rels, t.rel)
-			continue
-		}
-		found, err := f.root.Outermost(t.rel, p.IsContainer)
+		found, err := f.containersIn(t.rel, p)
 		if err != nil {
 			return nil, err
 		}

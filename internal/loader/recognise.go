@@ -147,15 +147,28 @@ func (f *Filter) enrolAll(targets []*target, p policy.Policy, state *maps.State,
 	return f.enrol(targets, p, state, back)
 }
 
+// containersIn returns the cgroups in which all processes are containers': those of the
+// containers where these are told by their names, else the policed one.
+func (f *Filter) containersIn(policed string, p policy.Policy) ([]string, error) {
+	if !p.Recognises(policed) {
+		return []string{policed}, nil
+	}
+	found, err := f.root.Outermost(policed, p.IsContainer)
+	if err != nil {
+		return nil, fmt.Errorf("look for containers below %s: %w", f.root.Path(policed), err)
+	}
+	return found, nil
+}
+
 // enrol gives state to the containers that exist.
 func (f *Filter) enrol(targets []*target, p policy.Policy, state *maps.State, back *undo) error {
 	for _, t := range targets {
 		if !t.recognises {
 			continue
 		}
-		found, err := f.root.Outermost(t.rel, p.IsContainer)
+		found, err := f.containersIn(t.rel, p)
 		if err != nil {
-			return fmt.Errorf("look for containers below %s: %w", f.root.Path(t.rel), err)
+			return err
 		}
 		for _, rel := range found {
 			id, err := f.root.ID(rel)
