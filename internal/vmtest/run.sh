@@ -357,6 +357,10 @@ while [[ ${1-} == -* ]]; do
         awk 'NF { print $1 }' <<<"$kernels"
         exit
         ;;
+    --mirror) # for debian.sh
+        mirror
+        exit
+        ;;
     --packages)
         printf '%s\n' "${packages[@]}"
         exit
