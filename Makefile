@@ -79,7 +79,7 @@ lint:
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	@$(INSTALL) shellcheck:shellcheck
-	shellcheck --severity=warning internal/*/*.sh .ci/run
+	shellcheck --severity=warning internal/*/*.sh internal/vmtest/debian/run .ci/run
 
 .PHONY: clean
 clean:

@@ -29,7 +29,15 @@ struct cgroup___ids {
 	__u64 ancestor_ids[];
 } __attribute__((preserve_access_index));
 
-/* On its own, so that the compiler does not look for the field where there is none. */
+/* Both on their own, so that the compiler does not look for a field where there is none. */
+static __noinline __u64 ancestor_id_since_6_1(struct cgroup *cgrp, __u32 level)
+{
+	struct cgroup *above;
+
+	bpf_core_read(&above, sizeof(above), &cgrp->ancestors[level]);
+	return BPF_CORE_READ(above, kn, id);
+}
+
 static __noinline __u64 ancestor_id_before_6_1(struct cgroup___ids *cgrp, __u32 level)
 {
 	__u64 id = 0;
@@ -42,14 +50,12 @@ static __noinline __u64 ancestor_id_before_6_1(struct cgroup___ids *cgrp, __u32 
 static __always_inline __u64 ancestor_id(struct cgroup *cgrp, __u32 level)
 {
 	struct cgroup___ids *old = (void *)cgrp;
-	struct cgroup *above;
 
 	if (level > (__u32)BPF_CORE_READ(cgrp, level))
 		return 0;
 	if (bpf_core_field_exists(old->ancestor_ids))
 		return ancestor_id_before_6_1(old, level);
-	bpf_core_read(&above, sizeof(above), &cgrp->ancestors[level]);
-	return BPF_CORE_READ(above, kn, id);
+	return ancestor_id_since_6_1(cgrp, level);
 }
 
 #endif

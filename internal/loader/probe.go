@@ -24,11 +24,7 @@ func (f *Filter) ProbeFamilies() error {
 // ProbeRecognise says why this kernel cannot tell containers from what else is in a
 // cgroup, or nil if it can.
 func ProbeRecognise(state *maps.State) error {
-	prog, err := loadCgroups(bpf.CgroupsProgRecognise, state, nil)
-	if err != nil {
-		return err
-	}
-	return prog.Close()
+	return probeCgroups(bpf.CgroupsProgRecognise, state)
 }
 
 // SocketIdentityGap says why sockets may not be known for a container's, or nothing if

@@ -131,6 +131,15 @@ func (f *Filter) attachCgroups(name string, constants map[string]any, state *map
 	})
 }
 
+// probeCgroups loads one of the programs as for the root, and closes it.
+func probeCgroups(name string, state *maps.State) error {
+	prog, err := loadCgroups(name, state, cgroupsConstants([maxPlaces]bpf.CgroupsPlace{{Id: 1, Recognises: 1}}, policy.Default()))
+	if err != nil {
+		return err
+	}
+	return prog.Close()
+}
+
 // enrolAll gives state to the containers that exist. If there was no room for some, now
 // there is.
 func (f *Filter) enrolAll(targets []*target, p policy.Policy, state *maps.State, back *undo) error {

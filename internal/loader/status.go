@@ -203,11 +203,9 @@ func (f *Filter) whyNoCgroups(name string, err error) error {
 		return err
 	}
 	defer state.Close()
-	prog, err := loadCgroups(name, state, nil)
-	if err != nil {
+	if err := probeCgroups(name, state); err != nil {
 		return err
 	}
-	prog.Close()
 	return errors.New("an attach was interrupted; attach again")
 }
 
