@@ -72,7 +72,7 @@ struct {
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 4096);
+	__uint(max_entries, 1024);
 	__type(key, struct flow_key);
 	__type(value, __u32);
 } permitted SEC(".maps");
