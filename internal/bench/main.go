@@ -52,6 +52,9 @@ type benchmark struct {
 	policy  policy.Policy
 	// crowded runs it beside the state of many other containers.
 	crowded bool
+	// sender is who sends, if the root is policed; empty for a container that is a child
+	// of the policed cgroup.
+	sender sender
 	// bound is in nanoseconds over the empty program, or over the benchmark
 	// named by base.
 	bound float64
@@ -72,6 +75,13 @@ func main() {
 		os.Exit(1)
 	}
 }
+
+type sender string
+
+const (
+	service   sender = "service"   // which is no container
+	container sender = "container" // which was recognised, two levels below the root
+)
 
 const emptyProgram = "empty program"
 
@@ -106,11 +116,16 @@ func benchmarks() []*benchmark {
 		{name: "tcp4, 20,000 blocked prefixes", packet: tcp4.bytes(), verdict: 1, policy: many, bound: 1, base: "pass tcp4 64 B"},
 		{name: "tcp6, 20,000 blocked prefixes", packet: with(tcp6, func(p *packet) { p.size = 80 }).bytes(), verdict: 1, policy: many, bound: 1, base: "pass tcp6 64 B"},
 		{name: "tcp4, 10,000 containers", packet: tcp4.bytes(), verdict: 1, policy: def, crowded: true, bound: 1, base: "pass tcp4 64 B"},
+		{name: "tcp4 of a service, root policed", packet: tcp4.bytes(), verdict: 1, policy: def, sender: service, bound: 2, base: "pass tcp4 64 B"},
+		{name: "tcp6 of a service, root policed", packet: with(tcp6, func(p *packet) { p.size = 80 }).bytes(), verdict: 1, policy: def, sender: service, bound: 2, base: "pass tcp6 64 B"},
+		{name: "tcp4 of a container, root policed", packet: tcp4.bytes(), verdict: 1, policy: def, sender: container, bound: 2, base: "pass tcp4 64 B"},
 		{name: "syn4 to another port", packet: with(v4, func(p *packet) { p.flags, p.size = syn, 60 }).bytes(), verdict: 1, policy: def, bound: 5},
 		{name: "syn6 to another port", packet: with(v6, func(p *packet) { p.flags, p.size = syn, 80 }).bytes(), verdict: 1, policy: def, bound: 5},
 		{name: "refused mail syn4", packet: with(v4, func(p *packet) { p.flags, p.size, p.port = syn, 60, mail }).bytes(), policy: def, bound: 60},
 		{name: "refused mail syn6", packet: with(v6, func(p *packet) { p.flags, p.size, p.port = syn, 80, mail }).bytes(), policy: def, bound: 60},
 		{name: "refused mail syn4, 10,000 containers", packet: with(v4, func(p *packet) { p.flags, p.size, p.port = syn, 60, mail }).bytes(), policy: def, crowded: true, bound: 60},
+		{name: "refused mail syn4, root policed", packet: with(v4, func(p *packet) { p.flags, p.size, p.port = syn, 60, mail }).bytes(), policy: def, sender: container},
+		{name: "mail syn4 of a service", packet: with(v4, func(p *packet) { p.flags, p.size, p.port = syn, 60, mail }).bytes(), verdict: 1, policy: def, sender: service},
 		{name: "blocked tcp4", packet: with(packet{dst: "169.254.169.254", port: 80}, func(p *packet) { p.flags, p.size = syn, 60 }).bytes(), policy: def},
 		{name: "blocked tcp6", packet: with(packet{dst: "fd00:ec2::254", port: 80}, func(p *packet) { p.flags, p.size = syn, 80 }).bytes(), policy: def},
 	}
@@ -175,21 +190,21 @@ func measureAll() (_ []*benchmark, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.Remove(policed)) }()
-	container, err := os.MkdirTemp(policed, "container-")
+	inner, err := os.MkdirTemp(policed, "container-")
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, os.Remove(container)) }()
+	defer func() { err = errors.Join(err, os.Remove(inner)) }()
 	home, err := ownCgroup()
 	if err != nil {
 		return nil, err
 	}
-	if err := enter(container); err != nil {
+	if err := enter(inner); err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, enter(root.Path(home))) }()
 
-	l, err := newLab(root, policed)
+	l, err := newLab(root, policed, inner)
 	if err != nil {
 		return nil, err
 	}
@@ -206,17 +221,25 @@ func measureAll() (_ []*benchmark, err error) {
 
 // lab is where the packets seem to be.
 type lab struct {
-	policed string
-	id      uint64
+	policed   string
+	id        uint64
+	container uint64
 	// context is a struct __sk_buff.
 	context []byte
 }
 
-func newLab(root cgroup.Root, policed string) (l lab, err error) {
+func newLab(root cgroup.Root, policed, container string) (l lab, err error) {
 	if l.policed, err = root.Rel(policed); err != nil {
 		return l, err
 	}
 	if l.id, err = root.ID(l.policed); err != nil {
+		return l, err
+	}
+	inner, err := root.Rel(container)
+	if err != nil {
+		return l, err
+	}
+	if l.container, err = root.ID(inner); err != nil {
 		return l, err
 	}
 	// They leave by any device but the loopback, over which mail is free.
@@ -314,7 +337,16 @@ func (b *benchmark) program(l lab) (_ *ebpf.Program, free func(), err error) {
 			}
 		}
 	}
-	progs, err := loader.Load(b.policy, state, l.policed, l.id)
+	policed, id := l.policed, l.id
+	if b.sender != "" {
+		policed, id = "/", 1
+	}
+	if b.sender == container {
+		if _, err := state.Enrol(l.container); err != nil {
+			return nil, nil, err
+		}
+	}
+	progs, err := loader.Load(b.policy, state, policed, id)
 	if err != nil {
 		return nil, nil, err
 	}

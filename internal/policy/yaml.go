@@ -3,6 +3,7 @@ package policy
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -48,11 +49,10 @@ func (c Config) YAML(comments map[string][]string) []byte {
 	key("allow_dns", strconv.FormatBool(c.AllowDNS))
 	key("socket_families", string(c.Families))
 	key("host_side", strconv.Quote(string(c.HostSide))) // YAML 1.1 takes on and off for booleans
-	devices := make([]string, len(c.HostDevices))
-	for i, d := range c.HostDevices {
-		devices[i] = string(d)
+	key("host_devices", list(strs(c.HostDevices)))
+	if !slices.Equal(c.Scopes, DefaultScopes()) {
+		key("scopes", list(strs(c.Scopes)))
 	}
-	key("host_devices", list(devices))
 	comment("smtp", "")
 	fmt.Fprintln(&b, "smtp:")
 	ports := make([]string, len(c.SMTP.Ports))
@@ -73,7 +73,31 @@ func (c Config) YAML(comments map[string][]string) []byte {
 		comment("smtp."+k[0], "  ")
 		fmt.Fprintf(&b, "  %s: %s\n", k[0], k[1])
 	}
+	if len(c.Containers) > 0 {
+		comment("containers", "")
+		fmt.Fprintln(&b, "containers:")
+	}
+	for _, r := range c.Containers {
+		begin := "  - "
+		for _, k := range [][2]string{{"name", r.Name}, {"image", r.Image}, {"label", r.Label}, {"metadata", string(r.Metadata)}} {
+			if k[1] != "" {
+				fmt.Fprintf(&b, "%s%s: %s\n", begin, k[0], strconv.Quote(k[1]))
+				begin = "    "
+			}
+		}
+		if r.SMTP != nil {
+			fmt.Fprintf(&b, "%ssmtp: {rate: %s, burst: %d}\n", begin, r.SMTP.Rate, r.SMTP.Burst)
+		}
+	}
 	return b.Bytes()
+}
+
+func strs[T ~string](list []T) []string {
+	all := make([]string, len(list))
+	for i, v := range list {
+		all[i] = string(v)
+	}
+	return all
 }
 
 func texts(list []Rule) []string {

@@ -21,6 +21,12 @@ func TestYAML(t *testing.T) {
 				Exempt: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32"), netip.MustParsePrefix("2001:db8::/32")},
 			},
 			Families: "packet,vsock", HostSide: Off, HostDevices: []Device{"podman0", "cali*"},
+			Scopes: []Scope{"docker-{id}.scope", "/ci/*"},
+			Containers: []ContainerRule{
+				{Name: "mailer-*", Image: "a:b", SMTP: &Limit{Rate{1, time.Hour}, 2}},
+				{Label: `x="y": #z`, Metadata: Allowed},
+				{Name: "*", SMTP: &Limit{Burst: 1}, Metadata: Denied},
+			},
 		},
 	}
 	none := Config{Cgroups: []string{}, Policy: Default()}
