@@ -17,7 +17,8 @@ func newDetach(g *globals) *cobra.Command {
 		Use:   "detach [--cgroup PATH]...",
 		Short: "Take the filter away",
 		Long: `Takes the filter off the named cgroups, or off all of them, and removes its pins.
-With the last cgroup the counters go too. Doing it twice is no error.`,
+With the last cgroup the counters go too. Doing it twice is no error. The service
+(egressbpf run) puts back what is taken off: stop it before.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			filter, _, err := o.filter()
