@@ -35,11 +35,8 @@ func TestDocker(t *testing.T) {
 		t.Fatalf("this machine runs other Docker containers, which status would tell of: %+v", status.Uncovered)
 	}
 	n.Egressbpf(t, "attach")
-	if _, err := os.Stat(policed); err != nil {
-		t.Fatalf("attach did not make Docker's cgroup: %v", err)
-	}
 	expectStatus(t, n, 0)
-	lab.ExpectPrograms(t, policed, 1)
+	lab.ExpectPrograms(t, cgroups, 1)
 	e := startEngine(t, n)
 	for _, test := range []struct {
 		name string
@@ -52,7 +49,7 @@ func TestDocker(t *testing.T) {
 		{"exec", testExec},
 		{"restart", testRestart},
 		{"limit", testLimit},
-		{"uncovered", testUncovered},
+		{"other parent", testOtherParent},
 		{"removal", testRemoval},
 		{"firewall", testFirewall},
 		{"detach", testDetach},
@@ -288,17 +285,13 @@ func testLimit(t *testing.T, e *engine) {
 	}
 }
 
-func testUncovered(t *testing.T, e *engine) {
-	expectStatus(t, e.Network, 0)
-	id := e.sleeper(t, "uncovered", "--cgroup-parent", outside)
-	status := expectStatus(t, e.Network, 3)
-	if len(status.Uncovered) != 1 || status.Uncovered[0].ID != id || status.Uncovered[0].Cgroup != outside+"/"+id {
-		t.Errorf("uncovered: %+v, want container %s", status.Uncovered, id)
+// Wherever a container is put, it is one.
+func testOtherParent(t *testing.T, e *engine) {
+	c := e.run(t, "other-parent", "--cgroup-parent", outside)
+	expectMetadataRefused(t, c.Agent)
+	if got := row(t, e.Network, c.id); got.Cgroup != outside+"/"+c.id || got.Blocked.Connects == 0 {
+		t.Errorf("stats: %+v", got)
 	}
-	if !status.Enforcing {
-		t.Error("not enforcing because of a container elsewhere")
-	}
-	e.docker(t, "rm", "-f", "uncovered")
 	expectStatus(t, e.Network, 0)
 }
 
@@ -345,9 +338,9 @@ func testFirewall(t *testing.T, e *engine) {
 
 func testDetach(t *testing.T, e *engine) {
 	c := e.run(t, "detach")
-	lab.ExpectPrograms(t, policed, 1) // no other filter is here
+	lab.ExpectPrograms(t, cgroups, 1) // no other filter is here
 	e.Egressbpf(t, "detach")
-	lab.ExpectPrograms(t, policed, 0)
+	lab.ExpectPrograms(t, cgroups, 0)
 	expectStatus(t, e.Network, 3)
 	if _, err := os.Stat(loader.DefaultPinPath); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("%s is left: %v", loader.DefaultPinPath, err)
