@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/egressbpf/egressbpf/bpf"
 	statemaps "github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -213,5 +215,34 @@ func TestRecogniseOverflow(t *testing.T) {
 	h.mustAttach(policy.Default())
 	if first, err := state.Overflow(); err != nil || first != 0 || !h.enrolled()[name] {
 		t.Errorf("with room again: got overflow %d, %v, containers %v", first, err, h.enrolled())
+	}
+}
+
+// TestRefusedSocketsOfRecognised makes packet sockets in a slice: a container's is
+// refused, where the kernel refuses any, and no service's.
+func TestRefusedSocketsOfRecognised(t *testing.T) {
+	h := newHost(t)
+	scope := "own.slice/sub.slice/docker-" + id + ".scope"
+	h.mkdir("own.slice/tcpdump.service", "own.slice/sub.slice")
+	h.mustAttach(policy.Default(), "own.slice")
+	h.mkdir(scope + "/nested")
+	refuses := h.defence("socket_families").Active
+	for _, tt := range []struct {
+		in      string
+		refused bool
+	}{{scope, refuses}, {scope + "/nested", refuses}, {"own.slice/tcpdump.service", false}, {"own.slice/sub.slice", false}, {"own.slice", false}} {
+		t.Run(tt.in, func(t *testing.T) {
+			testenv.Enter(t, h.paths(tt.in)[0])
+			fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+			if err == nil {
+				unix.Close(fd)
+			}
+			if errors.Is(err, unix.EPERM) != tt.refused || !tt.refused && err != nil {
+				t.Errorf("got %v, want it refused: %v", err, tt.refused)
+			}
+		})
+	}
+	if n := h.denied(scope); n != uint64(2*btoi(refuses)) {
+		t.Errorf("%d refused sockets are counted", n)
 	}
 }

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 
 tests=(
     internal/verdict '^(TestVerdict|TestOwner|TestRecognised|TestPermitted|TestContention)$'
-    internal/loader '^(TestAttach|TestSwap|TestModes|TestContainersOfEachLevel|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestManyRules|TestMountsBPFFS|TestErrorInSwap|TestDefencesAreKept|TestKeptDefenceOfAudit|TestKeptFamiliesRefuse|TestRecognise|TestRecogniseOtherScopes)$'
+    internal/loader '^(TestAttach|TestSwap|TestModes|TestContainersOfEachLevel|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestManyRules|TestMountsBPFFS|TestErrorInSwap|TestDefencesAreKept|TestKeptDefenceOfAudit|TestKeptFamiliesRefuse|TestRecognise|TestRecogniseOtherScopes|TestRefusedSocketsOfRecognised)$'
 )
 
 kernels=("$@")
