@@ -73,7 +73,7 @@ static __always_inline bool in_container(struct cgroup *cgrp, __u32 top)
 {
 	__u32 level = BPF_CORE_READ(cgrp, level);
 
-	for (__u32 l = 1; l < MAX_DEPTH && top + l < level; l++) {
+	for (__u32 l = 1; l <= MAX_DEPTH && top + l < level; l++) {
 		__u64 id = ancestor_id(cgrp, top + l);
 
 		if (bpf_map_lookup_elem(&containers, &id))

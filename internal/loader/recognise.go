@@ -20,10 +20,7 @@ import (
 // that containers cannot be told from what is beside them.
 var ErrCannotRecognise = errors.New("this kernel cannot tell containers from what else is in there")
 
-const (
-	maxPlaces = 8  // MAX_PLACES
-	maxDepth  = 16 // MAX_DEPTH
-)
+const maxPlaces = 8 // MAX_PLACES
 
 // loadCgroups loads one of the programs that follow cgroups. The caller closes it.
 func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebpf.Program, error) {
@@ -68,19 +65,25 @@ func scopesOf(p policy.Policy) (scopes [16]bpf.CgroupsScope, n uint32) { // MAX_
 	return scopes, uint32(len(p.Scopes))
 }
 
-// placesOf returns the policed cgroups, and whether containers are told by their names
-// in any of them.
+// placesOf returns the policed cgroups, those first in which containers are told by their
+// names, and whether there are any of these. What there is no room for of the others does
+// without.
 func placesOf(targets []*target) (places [maxPlaces]bpf.CgroupsPlace, recognises bool, err error) {
-	if len(targets) > maxPlaces {
-		return places, false, fmt.Errorf("%d policed cgroups: want at most %d, or one above them", len(targets), maxPlaces)
-	}
-	for i, t := range targets {
-		places[i] = bpf.CgroupsPlace{Id: t.id, Level: cgroup.Level(t.rel)}
+	var first, rest []bpf.CgroupsPlace
+	for _, t := range targets {
+		place := bpf.CgroupsPlace{Id: t.id, Level: cgroup.Level(t.rel)}
 		if t.recognises {
-			places[i].Recognises, recognises = 1, true
+			place.Recognises = 1
+			first = append(first, place)
+		} else {
+			rest = append(rest, place)
 		}
 	}
-	return places, recognises, nil
+	if len(first) > maxPlaces {
+		return places, false, fmt.Errorf("%d policed slices: want at most %d, or one above them", len(first), maxPlaces)
+	}
+	copy(places[:], append(first, rest...))
+	return places, len(first) > 0, nil
 }
 
 func cgroupsConstants(places [maxPlaces]bpf.CgroupsPlace, p policy.Policy) map[string]any {

@@ -2,6 +2,7 @@ package loader_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -215,6 +216,30 @@ func TestRecogniseOverflow(t *testing.T) {
 	h.mustAttach(policy.Default())
 	if first, err := state.Overflow(); err != nil || first != 0 || !h.enrolled()[name] {
 		t.Errorf("with room again: got overflow %d, %v, containers %v", first, err, h.enrolled())
+	}
+}
+
+// There can be more policed cgroups than the programs that follow containers know of, but
+// not more slices.
+func TestManyPlaces(t *testing.T) {
+	h := newHost(t)
+	var names []string
+	for i := range 9 {
+		names = append(names, fmt.Sprint("c", i))
+	}
+	h.mustAttach(policy.Default(), names...)
+	for i := range 9 {
+		names[i] += ".slice"
+	}
+	before := h.snapshot()
+	if err := h.attach(policy.Default(), names...); err == nil || !strings.Contains(err.Error(), "9 policed slices") {
+		t.Errorf("got %v, want that there are too many slices", err)
+	}
+	h.unchanged(before, "too many slices")
+	h.mustAttach(policy.Default(), names[:8]...)
+	h.mkdir("c7.slice/" + id)
+	if !h.enrolled()["c7.slice/"+id] {
+		t.Error("the container in the last slice is not enrolled")
 	}
 }
 
