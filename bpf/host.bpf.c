@@ -44,9 +44,21 @@ const volatile bool has_device_names;
 #define MAX_PLACES 8
 const volatile struct place places[MAX_PLACES];
 
+struct list_head {
+	struct list_head *next;
+} __attribute__((preserve_access_index));
+
 struct net_device {
 	char name[IFNAMSIZ];
 	int ifindex;
+	struct {
+		struct list_head upper;	/* a bridge comes first */
+	} adj_list;
+} __attribute__((preserve_access_index));
+
+struct netdev_adjacent {
+	struct net_device *dev;
+	struct list_head list;
 } __attribute__((preserve_access_index));
 
 struct nf_hook_state {
@@ -100,8 +112,7 @@ static __always_inline bool docker_network(const union device_key *k)
 	return true;
 }
 
-/* Whether what the device receives comes from containers. */
-static __always_inline bool from_containers(struct net_device *in)
+static __always_inline bool leads_to_containers(struct net_device *in)
 {
 	const union device_key docker0 = { .name = "docker0" }, swarm = { .name = "docker_gwbridge" };
 	union device_key k;
@@ -118,6 +129,23 @@ static __always_inline bool from_containers(struct net_device *in)
 	name.len = 8 * IFNAMSIZ;
 	__builtin_memcpy(name.name, k.name, sizeof(name.name));
 	return bpf_map_lookup_elem(&device_names, &name);
+}
+
+/* Whether what the device receives comes from containers. A bridge hands up frames to
+ * the groups of IEEE 802.1D (01:80:c2:00:00:0x) as what its port has received,
+ * whatever is in them.
+ */
+static __always_inline bool from_containers(struct net_device *in)
+{
+	struct list_head *first = in->adj_list.upper.next;
+	struct netdev_adjacent *upper;
+
+	if (leads_to_containers(in))
+		return true;
+	if (first == &in->adj_list.upper)
+		return false;
+	upper = (void *)first - bpf_core_field_offset(struct netdev_adjacent, list);
+	return leads_to_containers(BPF_CORE_READ(upper, dev));
 }
 
 /* The container that a cgroup is or is within; NULL if there is none, or no room for its

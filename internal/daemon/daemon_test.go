@@ -253,7 +253,7 @@ func (s *service) told(state string) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, got := range s.notified {
-		if got == state {
+		if strings.HasPrefix(got, state) {
 			n++
 		}
 	}

@@ -95,3 +95,31 @@ func TestMetadataForOneContainer(t *testing.T) {
 		t.Errorf("host side: %d packets, want %d", got, sent)
 	}
 }
+
+// TestForgedToTheBridgesGroup sends to the host as the metadata service, in a frame to a
+// group that a bridge does not forward: the host would answer to the service.
+func TestForgedToTheBridgesGroup(t *testing.T) {
+	s := newScene(t)
+	seen := s.Capture(t)
+	forge := func() int {
+		header := lab.Header{Src: lab.Metadata4, Dst: lab.Gateway4, Proto: unix.IPPROTO_ICMP}
+		link := lab.Link{
+			Device: "eth0", Source: net.HardwareAddr{2, 0, 0, 0, 0x90, 9}, Gateway: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 0x0e},
+		}
+		if err := s.a.Send("AF_PACKET", link, header.Finished(lab.Echo(false))); err != nil {
+			t.Fatal(err)
+		}
+		defer seen.Forget()
+		return lab.Count(seen.Settle(t), func(p lab.Packet) bool { return p.Dst.Addr() == lab.Metadata4 })
+	}
+	if forge() == 0 {
+		t.Error("without the filter nothing arrived")
+	}
+	s.attach("--host-devices", "br0")
+	if n := forge(); n != 0 {
+		t.Errorf("%d packets arrived", n)
+	}
+	if got := s.Stats(t).Total.HostSide.Packets; got == 0 {
+		t.Error("nothing is counted")
+	}
+}

@@ -53,7 +53,7 @@ After=docker.service multi-user.target
 [Service]
 Type=oneshot
 TimeoutStartSec=infinity
-ExecStart=/bin/sh -c 'mount -o ro /dev/vdb /mnt/test; /mnt/test/run $(sed "s/.*vmtest.boot=//; s/ .*//" /proc/cmdline) >/dev/ttyS1 2>&1 </dev/null; echo "vmtest exit code $?" >/dev/ttyS1; sync; systemctl poweroff --force'
+ExecStart=/bin/sh -c 'mount -o ro /dev/vdb /mnt/test; /mnt/test/run $(sed "s/.*vmtest.boot=//; s/ .*//" /proc/cmdline) >/dev/ttyS1 2>&1 </dev/null; echo "vmtest exit code $?" >/dev/ttyS1; sync; systemctl poweroff --force --force'
 [Install]
 WantedBy=default.target
 END
@@ -63,8 +63,9 @@ END
     rm -rf "$root" "$dir/log" "$dir/apt.conf"
 }
 
-# cached prints the folder of the image.
+# cached prints the folder of the image. In a subshell of its own: an error ends it.
 cached() {
+    set -e
     local cache=${VMTEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/egressbpf-vmtest} key making
     key=$(sha256sum internal/vmtest/debian.sh | cut -c1-16)
     mkdir -p "$cache"
@@ -73,8 +74,10 @@ cached() {
     if [ ! -e "$cache/debian-$key" ]; then
         rm -rf "$cache"/debian-*
         making=$(mktemp -d "$cache/debian-making.XXXXXX")
-        make_image "$making" >&2 || { rm -rf "$making"; exit "$harness_failed"; }
+        trap 'rm -rf "$making"' EXIT
+        make_image "$making" >&2
         mv -T "$making" "$cache/debian-$key"
+        trap - EXIT
     fi
     exec {lock}>&-
     echo "$cache/debian-$key"
@@ -93,7 +96,7 @@ done
 
 [ "$(id -u)" = 0 ] || die 'this needs root, to make the image'
 internal/testenv/install.sh "${needed[@]}"
-image=$(cached)
+image=$(cached) || exit "$harness_failed"
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 cp --sparse=always "$image/disk" "$dir/disk"
@@ -101,12 +104,14 @@ mke2fs -q -F -t ext4 -d "$1" "$dir/files" 256M >/dev/null
 
 code=$reboot
 for ((boot = 1; code == reboot; boot++)); do
+    rm -f "$dir/out"
     timeout --kill-after=10 "$timeout" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 2G \
         -nodefaults -display none -no-reboot -nic none -serial "file:$dir/console" -serial "file:$dir/out" \
         -kernel "$image/vmlinuz" -initrd "$image/initrd" \
         -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 systemd.show_status=no vmtest.boot=$boot" \
         -drive "file=$dir/disk,if=virtio,format=raw,cache=unsafe" -drive "file=$dir/files,if=virtio,format=raw,readonly=on" \
         </dev/null >"$dir/qemu" 2>&1 || true
+    [ -e "$dir/out" ] || { cat "$dir/qemu" >&2 && die "boot $boot: the emulator did not start"; }
     tr -d '\r' <"$dir/out" | grep -v '^vmtest exit code ' || true
     code=$(tr -d '\r' <"$dir/out" | sed -n 's/^vmtest exit code //p')
     if [ -z "$code" ]; then
