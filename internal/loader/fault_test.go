@@ -25,7 +25,14 @@ import (
 )
 
 // withBurst is a policy that differs from others by its burst.
+// withBurst leaves the host side off, which takes the kernel most of an attach to verify.
 func withBurst(burst uint32) policy.Policy {
+	p := withDefences(burst)
+	p.HostSide = policy.Off
+	return p
+}
+
+func withDefences(burst uint32) policy.Policy {
 	p := policy.Default()
 	p.SMTP.Burst = burst
 	return p
@@ -382,7 +389,7 @@ func (h *host) defence(name string) loader.Defence {
 func TestDefencesAreKept(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
-	h.mustAttach(withBurst(5), "a")
+	h.mustAttach(withDefences(5), "a")
 	h.refuseSockets("a")
 	hostSide := h.defence("host_side").Active // the kernel has it, from 6.4
 	row := func(name string) loader.Hook {
@@ -425,11 +432,11 @@ func TestDefencesAreKept(t *testing.T) {
 
 	failDefences(h.Filter)
 	for burst := range uint32(2) {
-		h.mustAttach(withBurst(7 + burst))
+		h.mustAttach(withDefences(7 + burst))
 		expect(true, "older attach", errInjected.Error())
 	}
 	// Another cgroup gets none, and does not take what the first one has.
-	h.mustAttach(withBurst(5), "b")
+	h.mustAttach(withDefences(5), "b")
 	if d := h.defence("socket_families"); d.Active || !strings.Contains(d.Reason, errInjected.Error()) {
 		t.Errorf("got %+v, want that b has none, and why", d)
 	}
@@ -443,7 +450,7 @@ func TestDefencesAreKept(t *testing.T) {
 
 	// A policy that does without them has its way.
 	failDefences(h.Filter)
-	without := withBurst(5)
+	without := withDefences(5)
 	without.Families, without.HostSide = policy.AnyFamily, policy.Off
 	for _, hook := range h.mustAttach(without).Hooks {
 		if _, ok := before[hook.Name]; ok {
@@ -461,7 +468,7 @@ func TestDefencesAreKept(t *testing.T) {
 func TestKeptDefenceOfAudit(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
-	audit := withBurst(5)
+	audit := withDefences(5)
 	audit.Mode = policy.Audit
 	check(t, h.attach(audit, "a"))
 	had := map[string]bool{}
@@ -469,14 +476,14 @@ func TestKeptDefenceOfAudit(t *testing.T) {
 		had[d.Name] = d.Active
 	}
 	failDefences(h.Filter)
-	h.mustAttach(withBurst(5))
+	h.mustAttach(withDefences(5))
 	for _, name := range []string{"socket_families", "host_side"} {
 		if d := h.defence(name); had[name] && (d.Active || !strings.Contains(d.Reason, "mode audit")) {
 			t.Errorf("got %+v, want that it only audits", d)
 		}
 	}
 	h.SetFault(nil)
-	h.mustAttach(withBurst(5))
+	h.mustAttach(withDefences(5))
 	for _, name := range []string{"socket_families", "host_side"} {
 		if d := h.defence(name); had[name] && (!d.Active || d.Reason != "") {
 			t.Errorf("attached again: got %+v", d)
@@ -487,13 +494,13 @@ func TestKeptDefenceOfAudit(t *testing.T) {
 // A process of a policed cgroup makes no packet socket while the defence is kept.
 func TestKeptFamiliesRefuse(t *testing.T) {
 	h := newHost(t)
-	h.mustAttach(withBurst(5), "a")
+	h.mustAttach(withDefences(5), "a")
 	if !h.defence("socket_families").Active {
 		t.Logf("this kernel refuses no sockets: %s", h.defence("socket_families").Reason)
 	}
 	refuses := h.defence("socket_families").Active
 	failDefences(h.Filter)
-	h.mustAttach(withBurst(7))
+	h.mustAttach(withDefences(7))
 	h.mkdir("a/web")
 	testenv.Enter(t, h.paths("a/web")[0])
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)

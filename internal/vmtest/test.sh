@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 
 tests=(
     internal/verdict '^(TestVerdict|TestOwner|TestRecognised|TestPermitted|TestContention)$'
-    internal/loader '^(TestAttach|TestSwap|TestModes|TestContainersOfEachLevel|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestManyRules|TestMountsBPFFS|TestErrorInSwap|TestDefencesAreKept|TestKeptDefenceOfAudit|TestKeptFamiliesRefuse|TestRecognise|TestRecogniseOtherScopes|TestRefusedSocketsOfRecognised)$'
+    internal/loader '^(TestAttach|TestSwap|TestContainersOfEachLevel|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestMountsBPFFS|TestDefencesAreKept|TestKeptFamiliesRefuse|TestRecognise|TestRefusedSocketsOfRecognised)$'
 )
 
 kernels=("$@")
