@@ -103,6 +103,7 @@ cp --sparse=always "$image/disk" "$dir/disk"
 mke2fs -q -F -t ext4 -d "$1" "$dir/files" 256M >/dev/null
 
 code=$reboot
+failures=0
 for ((boot = 1; code == reboot; boot++)); do
     rm -f "$dir/out"
     timeout --kill-after=10 "$timeout" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 2G \
@@ -114,6 +115,12 @@ for ((boot = 1; code == reboot; boot++)); do
     [ -e "$dir/out" ] || { cat "$dir/qemu" >&2 && die "boot $boot: the emulator did not start"; }
     tr -d '\r' <"$dir/out" | grep -v '^vmtest exit code ' || true
     code=$(tr -d '\r' <"$dir/out" | sed -n 's/^vmtest exit code //p')
+    # Emulation can fail by itself: once more, if the script had not begun.
+    if [ -z "$code" ] && [ ! -s "$dir/out" ] && ((++failures < 3)); then
+        code=$reboot
+        ((boot--)) || true
+        continue
+    fi
     if [ -z "$code" ]; then
         tail -n 20 "$dir/console" "$dir/qemu" >&2
         die "boot $boot: no result after at most $timeout s"

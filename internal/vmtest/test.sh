@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 #
 # Runs the tests whose answer can differ from kernel to kernel on each of Debian's
-# kernels, and on a whole Debian what needs systemd. Emulation is some ten times slower:
-# what is only arithmetic stays out.
+# kernels. Emulation is some ten times slower: what is only arithmetic stays out.
 # Usage: test.sh [KERNEL]...   (default: all that run.sh knows)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -18,30 +17,7 @@ if [ ${#kernels[@]} = 0 ]; then
 fi
 
 dir=$(mktemp -d)
-debian=
-trap '[ -z "$debian" ] || kill -- "-$debian" 2>/dev/null || true; wait; rm -rf "$dir"' EXIT
-
-# The whole Debian, meanwhile: it mostly waits.
-sudo=()
-[ "$(id -u)" = 0 ] || sudo=(sudo -E)
-internal/testenv/install.sh mmdebstrap:mmdebstrap mke2fs:e2fsprogs
-mkdir "$dir/debian"
-cp internal/vmtest/debian/run "$dir/debian/run"
-make --no-print-directory -s install DESTDIR="$dir/debian/root" SUDO= >/dev/null
-debian() {
-    local code
-    for _ in 1 2; do
-        code=0
-        "${sudo[@]}" internal/vmtest/debian.sh --timeout 900 "$dir/debian" || code=$?
-        [ "$code" = 125 ] || break
-    done
-    return "$code"
-}
-set -m # in a process group, to be ended as one
-debian >"$dir/debian.out" 2>&1 &
-debian=$!
-set +m
-
+trap 'rm -rf "$dir"' EXIT
 for ((i = 0; i < ${#tests[@]}; i += 2)); do
     CGO_ENABLED=0 go test -c -o "$dir/${tests[i]##*/}" "./${tests[i]}"
 done
@@ -77,13 +53,3 @@ for kernel in "${kernels[@]}"; do
     guest internal/dockertest "$kernel" --root --timeout 900 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
         "$kernel" "$dir/dockertest" -test.run '^TestAttacks$'
 done
-
-code=0
-wait "$debian" || code=$?
-debian=
-if [ "$code" != 0 ]; then
-    cat "$dir/debian.out"
-    echo 'Debian: failed'
-    exit "$code"
-fi
-echo "ok   Debian with systemd and Docker, $SECONDS s from the start"
