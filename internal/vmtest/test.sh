@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 
 tests=(
     internal/verdict '^(TestVerdict|TestOwner|TestRecognised|TestPermitted|TestContention)$'
-    internal/loader '^(TestAttach|TestSwap|TestContainersOfEachLevel|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestMountsBPFFS|TestDefencesAreKept|TestKeptFamiliesRefuse|TestRecognise|TestRefusedSocketsOfRecognised)$'
+    internal/loader '^(TestAttach|TestSwap|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestKeptFamiliesRefuse|TestRecognise|TestRefusedSocketsOfRecognised)$'
 )
 
 kernels=("$@")
