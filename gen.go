@@ -10,3 +10,4 @@ package egressbpf
 //go:generate compile -no-global-types -type scope_kind -type scope -type place -type name_key -type past Cgroups bpf/cgroups.bpf.c -- -std=gnu17 -O2 -g -mcpu=v3 -Wall -Wextra -Werror -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
 //go:generate compile -no-global-types Families bpf/families.bpf.c -- -std=gnu17 -O2 -g -mcpu=v3 -Wall -Wextra -Werror -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
 //go:generate compile -no-global-types -type device_name -type place Host bpf/host.bpf.c -- -std=gnu17 -O2 -g -mcpu=v3 -Wall -Wextra -Werror -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
+//go:generate compile -no-global-types -type place Tc bpf/tc.bpf.c -- -std=gnu17 -O2 -g -mcpu=v3 -Wall -Wextra -Werror -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu

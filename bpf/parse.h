@@ -65,6 +65,7 @@ struct flow {
 	__u8 proto;
 	bool has_ports;		/* false too for later fragments */
 	bool syn;		/* TCP, SYN set and ACK clear */
+	bool fragment;		/* others may follow */
 };
 
 static __always_inline void map4(union address *a, __be32 ip)
@@ -216,6 +217,7 @@ static __always_inline bool parse_headers(const struct packet *p, __u32 off, str
 		switch (f->proto) {
 		case EXT_FRAGMENT:
 			f->proto = ext.next;
+			f->fragment = true;
 			if (ext.fragment & bpf_htons(0xfff8))
 				return parse_later_fragment(f, bpf_ntohs(ext.fragment) & 0xfff8, v6);
 			off += sizeof(ext);
@@ -259,6 +261,7 @@ static __always_inline bool parse4(const struct packet *p, struct flow *f)
 	map4(&f->src, ip.saddr);
 	map4(&f->dst, ip.daddr);
 	f->proto = ip.protocol;
+	f->fragment = ip.frag_off & bpf_htons(IP_MF);
 	if (ip.frag_off & bpf_htons(IP_OFFSET))
 		return parse_later_fragment(f, (bpf_ntohs(ip.frag_off) & IP_OFFSET) * 8, false);
 	return parse_headers(p, header, f, false);

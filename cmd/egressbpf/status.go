@@ -97,6 +97,9 @@ func printStatus(w io.Writer, s *loader.Status) error {
 }
 
 func place(h loader.Hook) string {
+	if h.Device != "" {
+		return "(" + printable(h.Device) + ")"
+	}
 	if h.Cgroup == "" {
 		return "(host)"
 	}

@@ -60,6 +60,10 @@ type Daemon struct {
 // error means that the filter could not be put in force; what was in force stays.
 func (d *Daemon) Run(ctx context.Context) error {
 	file := newWatched(d.File)
+	watchCtx, stopWatching := context.WithCancel(ctx)
+	defer stopWatching()
+	// Before the attach, which finds those that are there.
+	devices := d.devices(watchCtx)
 	config, err := d.Load()
 	if err != nil {
 		return err
@@ -73,7 +77,6 @@ func (d *Daemon) Run(ctx context.Context) error {
 
 	events := make(chan docker.Event)
 	watched := make(chan struct{})
-	watchCtx, stopWatching := context.WithCancel(ctx)
 	go func() {
 		defer close(watched)
 		_ = d.Docker.Watch(watchCtx, func(e docker.Event) {
@@ -102,6 +105,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 			return nil
 		case e := <-events:
 			d.event(ctx, e)
+		case name := <-devices:
+			d.appeared(ctx, name)
 		case <-d.Reload:
 			d.reload(ctx)
 		case <-look.C:

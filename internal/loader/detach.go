@@ -80,6 +80,9 @@ func (f *Filter) removePoliced(p *policed) error {
 
 // removeState removes everything but policed cgroups.
 func (f *Filter) removeState() error {
+	if err := f.dropFilters(func(filter) bool { return false }, nil); err != nil {
+		return err
+	}
 	for _, name := range pinNames() {
 		if err := os.Remove(filepath.Join(f.pins, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err

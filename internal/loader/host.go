@@ -82,15 +82,8 @@ func (l *loaded) hostSide(state *statemaps.State, targets []*target, devices []p
 	if err != nil {
 		return nil, err
 	}
-	var places [8]bpf.HostPlace // MAX_PLACES
-	for i, t := range targets[:min(len(targets), len(places))] {
-		places[i] = bpf.HostPlace{Id: t.id, Level: cgroup.Level(t.rel)}
-		if t.recognises {
-			places[i].Recognises = 1
-		}
-	}
 	err = set(spec, map[string]any{
-		bpf.HostVarPlaces:         places,
+		bpf.HostVarPlaces:         places(targets),
 		bpf.HostVarHasDeviceNames: len(devices) > 0,
 		bpf.HostVarHasCoarseClock: false, // not for programs of this type
 	})
@@ -112,6 +105,17 @@ func (l *loaded) hostSide(state *statemaps.State, targets []*target, devices []p
 		return nil, err
 	}
 	return progs, nil
+}
+
+// places returns the targets as the programs know them.
+func places(targets []*target) (all [8]bpf.HostPlace) { // MAX_PLACES
+	for i, t := range targets[:min(len(targets), len(all))] {
+		all[i] = bpf.HostPlace{Id: t.id, Level: cgroup.Level(t.rel)}
+		if t.recognises {
+			all[i].Recognises = 1
+		}
+	}
+	return all
 }
 
 // deviceName returns d as a key of the trie of names.
@@ -148,7 +152,10 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 	if err := f.step(tryStep + hostSide); err != nil {
 		return nil
 	}
-	progs, err := shared.hostSide(state, targets, devices)
+	progs, err := f.loadHost(shared, state, targets, devices)
+	if errors.Is(err, ebpf.ErrNotSupported) {
+		return f.attachOlderHost(shared, state, targets, devices, back)
+	}
 	if err != nil {
 		// What an earlier attach put in force stays. Status tries again, and tells.
 		return nil
@@ -160,6 +167,24 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 		}
 	}
 	return nil
+}
+
+// loadHost loads the host side of kernels since 6.4.
+func (f *Filter) loadHost(shared *loaded, state *statemaps.State, targets []*target, devices []policy.Device) (*HostPrograms, error) {
+	if err := f.step(tryStep + "netfilter"); err != nil {
+		return nil, err
+	}
+	return shared.hostSide(state, targets, devices)
+}
+
+// attachOlderHost attaches the host side of kernels before.
+func (f *Filter) attachOlderHost(shared *loaded, state *statemaps.State, targets []*target, devices []policy.Device, back *undo) error {
+	prog, err := shared.hostIngress(state, targets, devices)
+	if err != nil {
+		return nil // as above
+	}
+	defer prog.Close()
+	return f.attachIngress(prog, devices, back)
 }
 
 func (f *Filter) attachHostHook(h hostHook, progs *HostPrograms, back *undo) error {
@@ -186,7 +211,7 @@ func (f *Filter) detachHost(back *undo) error {
 			return err
 		}
 	}
-	return nil
+	return f.dropFilters(func(filter) bool { return false }, back)
 }
 
 func pinnedInfo(pin string) (*link.Info, error) {
@@ -201,6 +226,9 @@ func pinnedInfo(pin string) (*link.Info, error) {
 // dockerDevice matches what the programs take for a bridge of Docker's without being
 // told (from_containers in bpf/host.bpf.c).
 var dockerDevice = regexp.MustCompile(`^(?:docker0|docker_gwbridge|br-[0-9a-f]{12})$`)
+
+// CoversDevice says whether the host side of a policy judges what a device receives.
+func CoversDevice(p policy.Policy, name string) bool { return coversDevice(p.HostDevices, name) }
 
 func coversDevice(devices []policy.Device, name string) bool {
 	return dockerDevice.MatchString(name) || slices.ContainsFunc(devices, func(d policy.Device) bool { return d.Matches(name) })
@@ -238,9 +266,9 @@ func (f *Filter) findDevices(targets []*target, p policy.Policy) ([]string, erro
 	if len(ids) == 0 {
 		return nil, nil
 	}
-	links, err := netlink.LinkList()
+	links, err := links()
 	if err != nil {
-		return nil, fmt.Errorf("list network devices: %w", err)
+		return nil, err
 	}
 	names, found := map[int]string{}, map[string]bool{}
 	for _, l := range links {
@@ -258,6 +286,15 @@ func (f *Filter) findDevices(targets []*target, p policy.Policy) ([]string, erro
 		}
 	}
 	return slices.Sorted(maps.Keys(found)), nil
+}
+
+// links returns the devices of this network namespace.
+func links() ([]netlink.Link, error) {
+	all, err := retry(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list network devices: %w", err)
+	}
+	return all, nil
 }
 
 // hostStatus reads the host side back.
@@ -286,14 +323,23 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 		}
 		s.Hooks = append(s.Hooks, row)
 	}
+	if len(programs) == 0 && d.Reason == "" {
+		var err error
+		if doc, programs, err = f.ingressStatus(s, &d); err != nil {
+			d.Active, d.Reason = false, err.Error()
+			return d
+		}
+	}
+	if doc != nil {
+		s.HostDevices = doc.Devices
+	}
 	if !d.Active || doc == nil {
 		d.Active = false
 		if d.Reason == "" {
-			d.Reason = f.whyNoHostSide(s)
+			d.Active, d.Reason = f.whyNoHostSide(s)
 		}
 		return d
 	}
-	s.HostDevices = doc.Devices
 	d = f.olderHost(d, doc, s, all, programs)
 	var targets []*target
 	for _, p := range all {
@@ -306,7 +352,7 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 		d.Active, d.Reason = false, err.Error()
 	}
 	for _, name := range found {
-		if !coversDevice(doc.Devices, name) {
+		if d.Active && !coversDevice(doc.Devices, name) {
 			d.Active = false
 			d.Reason = fmt.Sprintf("containers reach the host through %s, which is not judged: attach again, or name it with --host-devices", strconv.Quote(name))
 		}
@@ -314,35 +360,58 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 	return d
 }
 
-func (f *Filter) whyNoHostSide(s *Status) string {
+// whyNoHostSide says why there is none, or that there is nothing for it to judge yet.
+func (f *Filter) whyNoHostSide(s *Status) (active bool, reason string) {
 	const open = ": what does not come from a container's own IP socket passes"
 	if s.Policy != nil && s.Policy.HostSide == policy.Off {
-		return "turned off by the policy" + open
+		return false, "turned off by the policy" + open
 	}
-	if err := f.tryHost(); err != nil {
-		if errors.Is(err, ebpf.ErrNotSupported) {
-			return "this kernel has no BPF netfilter programs, which came with 6.4" + open
+	older, err := f.tryHost()
+	if err != nil {
+		return false, firstLine(err) + open
+	}
+	if older && s.Policy != nil {
+		links, err := links()
+		if err != nil {
+			return false, err.Error()
 		}
-		return firstLine(err) + open
+		devices := judged(links, s.Policy.HostDevices)
+		if len(devices) == 0 {
+			return true, ingressRemark
+		}
+		return false, notJudged(devices[0])
 	}
-	return "an attach was interrupted; attach again"
+	return false, "an attach was interrupted; attach again"
 }
 
-// tryHost says why the programs of the host side do not load; nil if they do.
-func (f *Filter) tryHost() error {
+// tryHost says why the programs of the host side do not load, those of before 6.4
+// included; and if they do, whether it is those.
+func (f *Filter) tryHost() (older bool, err error) {
 	if err := f.step(tryStep + hostSide); err != nil {
-		return err
+		return false, err
 	}
 	state, err := statemaps.CreateState()
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer state.Close()
-	progs, err := LoadHost(policy.Default(), state)
+	shared, err := loadPolicy(policy.Default())
 	if err != nil {
-		return err
+		return false, err
 	}
-	return progs.Close()
+	defer shared.close()
+	progs, err := f.loadHost(shared, state, nil, nil)
+	if err == nil {
+		return false, progs.Close()
+	}
+	if !errors.Is(err, ebpf.ErrNotSupported) {
+		return false, err
+	}
+	prog, err := shared.hostIngress(state, nil, nil)
+	if err != nil {
+		return true, err
+	}
+	return true, prog.Close()
 }
 
 func firstLine(err error) string {

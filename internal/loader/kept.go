@@ -60,7 +60,8 @@ func (f *Filter) olderHost(d Defence, doc *document, s *Status, all []*policed, 
 		}
 		for _, id := range host {
 			if older(id, egress.Program) {
-				return kept(d, doc, s, f.tryHost())
+				_, why := f.tryHost()
+				return kept(d, doc, s, why)
 			}
 		}
 	}

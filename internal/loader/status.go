@@ -48,9 +48,12 @@ type Hook struct {
 	Attached bool   `json:"attached"`
 	// Cgroup is the path of the policed cgroup, or was; empty for hooks of the
 	// whole host.
-	Cgroup  string `json:"cgroup"`
+	Cgroup string `json:"cgroup"`
+	// Device is the network device, of a hook that is at one.
+	Device  string `json:"device,omitempty"`
 	Program uint32 `json:"program_id"`
-	Link    uint32 `json:"link_id"`
+	// Link is 0 if it is attached without one.
+	Link uint32 `json:"link_id"`
 	// Since is when the program was loaded; zero if it is not attached.
 	Since time.Time `json:"since,omitzero"`
 	// Reason says why it is not attached.

@@ -158,7 +158,13 @@ func (h Host) programs(r *Report, state *maps.State) {
 	host, err := loader.LoadHost(h.Config.Policy, state)
 	switch {
 	case errors.Is(err, ebpf.ErrNotSupported):
-		r.add("host_side", Warn, "this kernel has no BPF netfilter programs, which came with 6.4")
+		prog, err := loader.LoadHostIngress(h.Config.Policy, state, "/", 1)
+		if err != nil {
+			r.add("host_side", Warn, "%s", firstLine(err))
+			return
+		}
+		prog.Close()
+		r.add("host_side", OK, "the kernel accepts its program, at each bridge of containers that is there at attach (before 6.4)")
 	case err != nil:
 		r.add("host_side", Warn, "%s", firstLine(err))
 	default:

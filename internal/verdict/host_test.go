@@ -1,0 +1,335 @@
+package verdict
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math/bits"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+const (
+	etherARP = 0x0806
+	ether8Q  = 0x8100
+	etherAD  = 0x88a8
+
+	actUnspec = ^uint32(0) // pass, on to the next filter
+	actShot   = 2
+)
+
+// ingress is the host side as a filter of devices, loaded and attached to none. The
+// sockets that test runs have are in the place's container, so that is the sender.
+type ingress struct {
+	*filter
+}
+
+func (p *place) loadIngress(t testing.TB, pol policy.Policy) *ingress {
+	t.Helper()
+	state, err := maps.CreateState()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { state.Close() })
+	prog, err := loader.LoadHostIngress(pol, state, p.rel, p.policed)
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() { prog.Close() })
+	return &ingress{&filter{p, prog, state, pol, false}}
+}
+
+// wants receives a frame and holds what becomes of it against what should.
+func (f *ingress) wants(t *testing.T, what string, etherType uint16, data []byte, passes bool) {
+	t.Helper()
+	before := f.counts(t)
+	returned := f.run(t, etherType, data, f.device)
+	after := f.counts(t)
+	want, drops := actUnspec, uint64(0)
+	if !passes {
+		want, drops = actShot, 1
+	}
+	if !passes && f.policy.Mode == policy.Audit {
+		want = actUnspec
+	}
+	if returned != want {
+		t.Errorf("%s: returned %d, want %d", what, int32(returned), int32(want))
+	}
+	if got := after.total.HostSide.Packets - before.total.HostSide.Packets; got != drops {
+		t.Errorf("%s: %d packets counted in total, want %d", what, got, drops)
+	}
+	if got := after.container.HostSide.Packets - before.container.HostSide.Packets; got != drops {
+		t.Errorf("%s: %d packets counted for the container, want %d", what, got, drops)
+	}
+}
+
+// refill gives the device its tokens back, and forgets mail connections.
+func (f *ingress) refill(t *testing.T) {
+	t.Helper()
+	for _, name := range []string{bpf.TcMapDevices, bpf.TcMapMails} {
+		m := f.state.ByName()[name]
+		var key []byte
+		for m.NextKey(nil, &key) == nil {
+			if err := m.Delete(key); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// TestHostIngress holds the rows of all tables against it. A mail connection that the
+// egress hook has not announced takes a token of the device.
+func TestHostIngress(t *testing.T) {
+	place := newPlace(t)
+	place.inside(t, func() { place.forwards(t) })
+	for _, table := range tables() {
+		t.Run(table.name, func(t *testing.T) {
+			enforce := policies(t)[table.policy]
+			audit := enforce
+			audit.Mode = policy.Audit
+			all := []*ingress{place.loadIngress(t, enforce), place.loadIngress(t, audit)}
+			for _, row := range table.rows {
+				etherType := row.packet.etherType()
+				if row.packet.length < 0 || len(row.packet.addition) > 0 {
+					continue // the frame is longer: see below
+				}
+				t.Run(row.name, func(t *testing.T) {
+					place.inside(t, func() {
+						for _, f := range all {
+							f.refill(t)
+							f.wants(t, string(f.policy.Mode), etherType, row.packet.bytes(),
+								row.want == pass || row.want == admitted || etherType == etherARP)
+							if row.want == admitted {
+								f.wants(t, string(f.policy.Mode)+", again", etherType, row.packet.bytes(), f.policy.SMTP.Rate.Unlimited())
+							}
+						}
+					})
+				})
+			}
+		})
+	}
+}
+
+// The addresses of the host that forwards.
+const host4, host6 = "192.0.2.1", "2001:db8:77::1"
+
+// forwards makes the place a host with a way to everywhere. The caller has to be inside.
+func (p *place) forwards(t *testing.T) {
+	t.Helper()
+	for _, args := range []string{
+		"link set lo up", "link set verdict up",
+		"addr add " + host4 + "/24 dev verdict", "addr add " + host6 + "/128 dev lo", // at once
+		"route add default dev verdict", "-6 route add default dev verdict",
+	} {
+		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %s: %v: %s", args, err, out)
+		}
+	}
+	for _, family := range []string{"ipv4", "ipv6"} {
+		if err := os.WriteFile("/proc/sys/net/"+family+"/conf/all/forwarding", []byte("1"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// tagged puts VLAN tags before a packet, and returns it with the type of the first one.
+func tagged(p packet, tags ...uint16) (etherType uint16, data []byte) {
+	etherType, data = p.etherType(), p.bytes()
+	for _, tag := range slices.Backward(tags) {
+		data = append([]byte{0, 7, byte(etherType >> 8), byte(etherType)}, data...)
+		etherType = tag
+	}
+	return etherType, data
+}
+
+// TestHostIngressFrames is about what lies around the packet.
+func TestHostIngressFrames(t *testing.T) {
+	place := newPlace(t)
+	f := place.loadIngress(t, policies(t)["default"])
+	frame := func(what string, passes bool, etherType uint16, data []byte) {
+		t.Helper()
+		f.wants(t, what, etherType, data, passes)
+	}
+	place.inside(t, func() {
+		for _, dst := range []string{open4, open6, metadata, "fd00:ec2::254"} {
+			p := packet{dst: dst, payload: udp(53)}
+			passes := dst == open4 || dst == open6
+			for n := range 4 {
+				frame(fmt.Sprintf("%s with padding of %d", dst, n), passes, p.etherType(), append(p.bytes(), make([]byte, n*20)...))
+			}
+			for _, tags := range [][]uint16{{ether8Q}, {etherAD}, {ether8Q, ether8Q}, {etherAD, ether8Q}, {ether8Q, etherAD, ether8Q}} {
+				etherType, data := tagged(p, tags...)
+				frame(fmt.Sprintf("%s behind tags %x", dst, tags), passes, etherType, data)
+			}
+			etherType, data := tagged(p, ether8Q, ether8Q, ether8Q, ether8Q)
+			frame(dst+" behind four tags", false, etherType, data)
+		}
+		blocked := packet{dst: metadata, payload: udp(53)}
+		frame("a packet cut short", false, etherIPv4, packet{dst: open4, payload: udp(53), length: 1}.bytes())
+		frame("IPv6 without a length", false, etherIPv6, packet{dst: open6, payload: udp(53), length: -8}.bytes())
+		frame("IPv4 without a length", false, etherIPv4, packet{dst: open4, payload: udp(53), length: -28}.bytes())
+		frame("ARP", true, etherARP, make([]byte, 28))
+		frame("ARP behind a tag", false, ether8Q, append([]byte{0, 7, 8, 6}, make([]byte, 28)...))
+		frame("MPLS", false, 0x8847, append([]byte{0, 0, 1, 64}, blocked.bytes()...))
+		frame("IEEE 802.3", false, 0x0100, append([]byte{0xaa, 0xaa, 3, 0, 0, 0, 8, 0}, blocked.bytes()...))
+	})
+}
+
+// TestHostIngressMail lets pass what the egress hook has announced, once each time.
+func TestHostIngressMail(t *testing.T) {
+	place := newPlace(t)
+	f := place.loadIngress(t, policies(t)["default"])
+	announce := func(p packet, seq uint32) {
+		t.Helper()
+		key := bpf.EgressSynKey{Dst: netip.MustParseAddr(p.dst).As16(), Dport: htons(25), Seq: bits.ReverseBytes32(seq)}
+		if err := f.state.ByName()[bpf.EgressMapAdmitted].Put(key, uint32(1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	connection := func(seq byte) packet { return packet{dst: open4, payload: tcp(25, syn).edit(7, seq)} }
+	place.inside(t, func() {
+		f.wants(t, "the device's only token", etherIPv4, connection(1).bytes(), true)
+		f.wants(t, "without a token", etherIPv4, connection(2).bytes(), false)
+		announce(connection(3), 3)
+		f.wants(t, "announced", etherIPv4, connection(3).bytes(), true)
+		f.wants(t, "announced once", etherIPv4, connection(3).bytes(), false)
+		for range 3 {
+			f.wants(t, "what follows", etherIPv4, packet{dst: open4, payload: tcp(25, ack).grow(100)}.bytes(), true)
+		}
+		announce(connection(3), 3)
+		f.wants(t, "opened again with the same number", etherIPv4, connection(3).bytes(), false)
+	})
+}
+
+// TestHostIngressPermits lets pass as many packets to the metadata service as the
+// egress hook has permitted.
+func TestHostIngressPermits(t *testing.T) {
+	place := newPlace(t)
+	f := place.loadIngress(t, policies(t)["default"])
+	p := packet{dst: metadata, payload: tcp(80, syn)}
+	flow := bpf.EgressFlowKey{
+		Src: addressOf(p.bytes()[12:16]), Dst: netip.MustParseAddr(metadata).As16(),
+		Sport: htons(40000), Dport: htons(80), Proto: protoTCP,
+	}
+	place.inside(t, func() {
+		f.wants(t, "without a permit", etherIPv4, p.bytes(), false)
+		if err := f.state.ByName()[bpf.EgressMapPermitted].Put(flow, uint32(2)); err != nil {
+			t.Fatal(err)
+		}
+		other := packet{dst: metadata, payload: tcp(80, syn).from(40001)}
+		f.wants(t, "of another flow", etherIPv4, other.bytes(), false)
+		f.wants(t, "the first", etherIPv4, p.bytes(), true)
+		f.wants(t, "the second", etherIPv4, p.bytes(), true)
+		f.wants(t, "the third", etherIPv4, p.bytes(), false)
+		bare := packet{dst: metadata, payload: tcp(80, ack)}
+		f.wants(t, "an acknowledgement of its kernel's", etherIPv4, bare.bytes(), true)
+		f.wants(t, "data", etherIPv4, packet{dst: metadata, payload: tcp(80, ack).grow(1)}.bytes(), false)
+	})
+}
+
+// within puts a packet behind the header of a tunnel.
+func within(p packet, header segment) segment {
+	header.data = append(slices.Clone(header.data), p.bytes()...)
+	return header
+}
+
+func vxlan(p packet) segment {
+	frame := make([]byte, 14)
+	binary.BigEndian.PutUint16(frame[12:], p.etherType())
+	header := udp(4789)
+	header.data = append(append(header.data, 8, 0, 0, 0, 0, 0, 1, 0), frame...)
+	return within(p, header)
+}
+
+func geneve(p packet, options int) segment {
+	header := udp(6081)
+	header.data = append(header.data, byte(options/4), 0, byte(p.etherType()>>8), byte(p.etherType()), 0, 0, 1, 0)
+	return within(p, header.grow(options))
+}
+
+func gre(p packet, flags byte, fields int) segment {
+	header := segment{protoGRE, []byte{flags, 0, byte(p.etherType() >> 8), byte(p.etherType())}}
+	return within(p, header.grow(fields))
+}
+
+func fou(p packet) segment { return within(p, udp(5555)) }
+
+func gue(p packet) segment {
+	header := udp(6080)
+	proto := byte(protoIPv4)
+	if p.etherType() == etherIPv6 {
+		proto = protoIPv6
+	}
+	header.data = append(header.data, 0, proto, 0, 0)
+	return within(p, header)
+}
+
+func ipip(p packet) segment {
+	if p.etherType() == etherIPv6 {
+		return within(p, segment{protoIPv6, nil})
+	}
+	return within(p, segment{protoIPv4, nil})
+}
+
+// TestHostIngressTunnels sends to the host what its tunnels might unpack, and elsewhere
+// what others might.
+func TestHostIngressTunnels(t *testing.T) {
+	place := newPlace(t)
+	f := place.loadIngress(t, policies(t)["default"])
+	wants := func(what string, to string, payload segment, passes bool) {
+		t.Helper()
+		p := packet{dst: to, payload: payload}
+		f.wants(t, what+" to "+to, p.etherType(), p.bytes(), passes)
+	}
+	place.inside(t, func() {
+		place.forwards(t)
+		for _, dst := range []string{open4, open6, metadata, "fd00:ec2::254"} {
+			harmless := dst == open4 || dst == open6
+			p := packet{dst: dst, payload: udp(53)}
+			tunnels := map[string]segment{
+				"VXLAN": vxlan(p), "GENEVE": geneve(p, 0), "GENEVE with options": geneve(p, 40), "GRE": gre(p, 0, 0),
+				"GRE with a key": gre(p, 0x20, 4), "GRE with all": gre(p, 0xb0, 12), "FOU": fou(p), "GUE": gue(p), "IPIP": ipip(p),
+				"IPIP in VXLAN": vxlan(packet{dst: host4, payload: ipip(p)}),
+				"VXLAN in GRE":  gre(packet{dst: host6, payload: vxlan(p)}, 0, 0),
+			}
+			for name, tunnel := range tunnels {
+				for _, host := range []string{host4, host6} {
+					wants(name+" with "+dst, host, tunnel, harmless)
+				}
+				// To others: what they unpack is theirs.
+				wants(name+" with "+dst, "192.0.2.77", tunnel, true)
+				wants(name+" with "+dst, "2001:4860::99", tunnel, true)
+				// In fragments: the first tells, or is too short to.
+				first := packet{dst: host4, payload: tunnel, flags: 1}
+				f.wants(t, name+" with "+dst+", first fragment", etherIPv4, first.bytes(), false)
+				long := packet{dst: host4, payload: tunnel.grow(512), flags: 1}
+				f.wants(t, name+" with "+dst+", long first fragment", etherIPv4, long.bytes(), harmless)
+				wants(name+" with "+dst+", long first fragment", host6, fragment(0, true, tunnel.grow(512)), harmless)
+				f.wants(t, name+" with "+dst+", short fragment to others", etherIPv4, packet{dst: "192.0.2.77", payload: tunnel, flags: 1}.bytes(), true)
+			}
+			wants("a source route to "+dst, host4, within(p, udp(53)), harmless)
+		}
+		mail := packet{dst: open4, payload: tcp(25, syn)}
+		f.refill(t)
+		wants("mail in VXLAN", host4, vxlan(mail), true)
+		wants("more mail in VXLAN", host4, vxlan(mail), false)
+		wants("plain UDP", host4, udp(53).grow(100), true)
+		wants("an empty datagram", host4, udp(53), true)
+		forged := packet{src: metadata, dst: host4, payload: udp(53)}
+		f.wants(t, "sent as the metadata service", etherIPv4, forged.bytes(), false)
+		wants("sent as the metadata service, in VXLAN", host4, vxlan(forged), false)
+	})
+}
+
+func addressOf(ip4 []byte) [16]byte { return netip.AddrFrom4([4]byte(ip4)).As16() }
+
+// htons returns a port as it lies in a key.
+func htons(port uint16) uint16 { return bits.ReverseBytes16(port) }
