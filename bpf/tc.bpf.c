@@ -90,7 +90,9 @@ static __always_inline bool open_packet(struct __sk_buff *skb, struct packet *p)
 
 __noinline int count(struct __sk_buff *skb)
 {
-	count_host_side(container_of_sender(skb), skb->len);
+	struct packet p = {};
+
+	count_host_side(container_of_sender(skb), open_packet(skb, &p) ? p.len : skb->len);
 	return 0;
 }
 

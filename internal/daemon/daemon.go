@@ -153,7 +153,8 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 // optional returns the names of what is in force and does not have to be.
 func optional(s *loader.Status) (names []string) {
 	for _, h := range s.Hooks {
-		if h.Attached && s.Optional(h) {
+		// Those at devices come and go with these: their defence says what is amiss.
+		if h.Attached && s.Optional(h) && h.Device == "" {
 			names = append(names, h.Name)
 		}
 	}

@@ -66,6 +66,10 @@ func (f *ingress) wants(t *testing.T, what string, etherType uint16, data []byte
 	if got := after.total.HostSide.Packets - before.total.HostSide.Packets; got != drops {
 		t.Errorf("%s: %d packets counted in total, want %d", what, got, drops)
 	}
+	bytes := after.total.HostSide.Bytes - before.total.HostSide.Bytes
+	if whole := etherType == etherIPv4 && !passes && int(binary.BigEndian.Uint16(data[2:])) == len(data); whole && bytes != uint64(len(data)) {
+		t.Errorf("%s: %d bytes counted, want those from the IP header on, %d", what, bytes, len(data))
+	}
 	if got := after.container.HostSide.Packets - before.container.HostSide.Packets; got != drops {
 		t.Errorf("%s: %d packets counted for the container, want %d", what, got, drops)
 	}
