@@ -2,6 +2,7 @@ package dockertest
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/e2e/lab"
@@ -47,6 +49,7 @@ func TestDocker(t *testing.T) {
 		{"metadata", testMetadata},
 		{"buckets", testBuckets},
 		{"host network", testHostNetwork},
+		{"meddling", testMeddling},
 		{"exec", testExec},
 		{"restart", testRestart},
 		{"limit", testLimit},
@@ -216,6 +219,38 @@ func testHostNetwork(t *testing.T, e *engine) {
 	if got := row(t, e.Network, c.id); got.SMTP.Allowed != 5 || got.Blocked.Connects != 3 || got.Blocked.Packets != 2 {
 		t.Errorf("counted %+v", got)
 	}
+}
+
+// testMeddling has containers lay hands on the filter, with what Docker gives them and
+// with more.
+func testMeddling(t *testing.T, e *engine) {
+	status, _ := e.Status(t)
+	egress := status.Hooks[0]
+	prog, err := ebpf.NewProgramFromID(ebpf.ProgramID(egress.Program))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer prog.Close()
+	info, err := prog.Info()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ids, _ := info.MapIDs()
+	if len(ids) == 0 {
+		t.Fatal("the program has no maps")
+	}
+	of := lab.Meddling{Link: egress.Link, Program: egress.Program, Map: uint32(ids[0])}
+	for _, with := range [][]string{nil, {"--cap-add=NET_ADMIN", "--cap-add=NET_RAW", "--security-opt=seccomp=unconfined"}} {
+		c := e.run(t, fmt.Sprint("meddler-", len(with)), with...)
+		if done := c.Meddle(of); len(done) > 0 {
+			t.Errorf("with %v, a container could %s", with, strings.Join(done, ", "))
+		}
+		if c.Overrule(lab.OwnCgroup) == nil {
+			t.Errorf("with %v, a container could attach a program of its own", with)
+		}
+		expectMetadataRefused(t, c.Agent)
+	}
+	expectStatus(t, e.Network, 0)
 }
 
 func testExec(t *testing.T, e *engine) {

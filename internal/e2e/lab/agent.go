@@ -21,6 +21,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
 
@@ -317,6 +318,8 @@ type Remote struct {
 	flood   sync.WaitGroup
 	mu      sync.Mutex
 	flooded Flooded
+
+	overruling *link.RawLink // held
 }
 
 // SocketArgs are those of socket(2).
