@@ -4,6 +4,7 @@
  * hooks give its verdict early, so that a program is refused at once instead of
  * waiting for an answer that will not come.
  */
+#include "glance.h"
 #include "limit.h"
 #include "owner.h"
 #include "parse.h"
@@ -192,107 +193,18 @@ static __noinline int judge(struct __sk_buff *skb)
 	return 1;
 }
 
-/* What a glance at the headers, where they lie, tells of a packet. */
-enum glance {
-	PLAIN,		/* passes */
-	MAIL,		/* TCP to a mail port, not blocked; the flow is filled in */
-	UNCLEAR,	/* anything else: to be parsed */
-};
-
-static __always_inline enum glance glance_transport(__u8 proto, const struct tcp *tcp, const void *end,
-						    struct flow *f)
-{
-	if (proto == IPPROTO_UDP)
-		return PLAIN;
-	if (proto != IPPROTO_TCP || (const void *)(tcp + 1) > end)
-		return UNCLEAR;
-	if (!smtp_ports[tcp->dport])
-		return PLAIN;
-	*f = (struct flow){
-		.sport = tcp->sport,
-		.dport = tcp->dport,
-		.seq = tcp->seq,
-		.proto = IPPROTO_TCP,
-		.has_ports = true,
-		.syn = syn_without_ack(tcp->flags),
-	};
-	return MAIL;
-}
-
-#define UDP_HEADER 8
-
-/* The first eight bytes of IP headers. */
-union header4 {
-	__u64 word;
-	struct {
-		__u8 version_ihl;
-		__u8 tos;
-		__be16 tot_len;
-		__be16 id;
-		__be16 frag_off;
-	};
-};
-
-union header6 {
-	__u64 word;
-	struct {
-		__u8 version;
-		__u8 traffic_class;
-		__be16 flow_label;
-		__be16 payload_len;
-		__u8 nexthdr;
-		__u8 hop_limit;
-	};
-};
-
-/* Both compare the first eight bytes at once: version, length and what else has
- * to be as it is in a plain header.
- */
-static __always_inline enum glance glance4(const struct __sk_buff *skb, struct flow *f)
-{
-	const void *end = (void *)(long)skb->data_end;
-	const struct iphdr *ip = (void *)(long)skb->data;
-	const union header4 mask = { .version_ihl = 0xff, .tot_len = 0xffff, .frag_off = bpf_htons(IP_OFFSET | IP_MF) };
-	const union header4 plain = { .version_ihl = 0x45, .tot_len = bpf_htons(skb->len) };
-	enum glance g;
-
-	if ((const void *)(ip + 1) + UDP_HEADER > end || (*(const __u64 *)ip & mask.word) != plain.word ||
-	    skb->len > 0xffff || either_suspect4(ip->daddr, ip->saddr))
-		return UNCLEAR;
-	g = glance_transport(ip->protocol, (const void *)(ip + 1), end, f);
-	if (g == MAIL)
-		map4(&f->dst, ip->daddr);
-	return g;
-}
-
-static __always_inline enum glance glance6(const struct __sk_buff *skb, struct flow *f)
-{
-	const void *end = (void *)(long)skb->data_end;
-	const struct ipv6hdr *ip = (void *)(long)skb->data;
-	const union header6 mask = { .version = 0xf0, .payload_len = 0xffff };
-	const union header6 plain = { .version = 0x60, .payload_len = bpf_htons(skb->len - sizeof(*ip)) };
-	enum glance g;
-
-	if ((const void *)(ip + 1) + UDP_HEADER > end || (*(const __u64 *)ip & mask.word) != plain.word ||
-	    skb->len > 0xffff || either_suspect6((const union address *)&ip->daddr, (const union address *)&ip->saddr))
-		return UNCLEAR;
-	g = glance_transport(ip->nexthdr, (const void *)(ip + 1), end, f);
-	if (g == MAIL)
-		__builtin_memcpy(&f->dst, &ip->daddr, sizeof(f->dst));
-	return g;
-}
-
 /* Most packets pass at a glance, which touches no map and calls no helper. */
 SEC("cgroup_skb/egress")
 int egress(struct __sk_buff *skb)
 {
+	const void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	enum glance g = UNCLEAR;
 	struct flow f;
 
 	if (skb->protocol == bpf_htons(ETH_P_IP))
-		g = glance4(skb, &f);
+		g = glance4(data, end, skb->len, &f);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
-		g = glance6(skb, &f);
+		g = glance6(data, end, skb->len, &f);
 	if (g == PLAIN)
 		return 1;
 	if (g == MAIL)

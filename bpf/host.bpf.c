@@ -7,6 +7,7 @@
 #define PACKET_IS_DYNPTR
 
 #include "cgroup.h"
+#include "glance.h"
 
 static __always_inline __u64 ancestor_of(void *cgrp, __u32 level)
 {
@@ -78,6 +79,7 @@ struct bpf_nf_ctx {
 	struct sk_buff *skb;
 };
 
+extern void *bpf_dynptr_slice(const struct bpf_dynptr *data, __u32 offset, void *copy, __u32 size) __ksym;
 extern int bpf_dynptr_from_skb(struct __sk_buff *skb, __u64 flags, struct bpf_dynptr *data) __ksym;
 
 union device_key {
@@ -200,6 +202,24 @@ static __always_inline int judge_forwarded(struct bpf_nf_ctx *ctx, __u32 device)
 	return NF_ACCEPT;
 }
 
+/* Most packets pass at a glance. */
+static __always_inline bool plain(struct bpf_nf_ctx *ctx)
+{
+	__u8 copy[sizeof(struct ipv6hdr) + sizeof(struct tcp)] = {};
+	struct bpf_dynptr data;
+	struct flow f;
+	__u8 *ip;
+
+	if (bpf_dynptr_from_skb((struct __sk_buff *)ctx->skb, 0, &data))
+		return false;
+	if (ctx->state->pf == NFPROTO_IPV4) {
+		ip = bpf_dynptr_slice(&data, 0, copy, sizeof(struct iphdr) + sizeof(struct tcp));
+		return ip && glance4(ip, ip + sizeof(struct iphdr) + sizeof(struct tcp), ctx->skb->len, &f) == PLAIN;
+	}
+	ip = bpf_dynptr_slice(&data, 0, copy, sizeof(copy));
+	return ip && glance6(ip, ip + sizeof(copy), ctx->skb->len, &f) == PLAIN;
+}
+
 /* NF_INET_PRE_ROUTING */
 SEC("netfilter")
 int host_forward(struct bpf_nf_ctx *ctx)
@@ -207,6 +227,8 @@ int host_forward(struct bpf_nf_ctx *ctx)
 	struct net_device *in = ctx->state->in;
 
 	if (!in || !from_containers(ctx))
+		return NF_ACCEPT;
+	if (plain(ctx))
 		return NF_ACCEPT;
 	return judge_forwarded(ctx, in->ifindex);
 }

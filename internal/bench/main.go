@@ -6,6 +6,8 @@
 // of CPU time. How fast a program is depends on where the kernel happened to put
 // it, by tens of nanoseconds for as long as it is loaded: every case is therefore
 // loaded anew many times, in random order, and the median load counts.
+//
+// What the other defences cost is the ratio of the same with and without them.
 package main
 
 import (
@@ -71,7 +73,14 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	if !print(all) {
+	ok := print(all)
+	others, err := measureBeside()
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println()
+	printBeside(os.Stdout, others)
+	if !ok {
 		os.Exit(1)
 	}
 }
@@ -357,8 +366,7 @@ func (b *benchmark) program(l lab) (_ *ebpf.Program, free func(), err error) {
 func print(all []*benchmark) bool {
 	ns := map[string]float64{}
 	for _, b := range all {
-		slices.Sort(b.fastest)
-		ns[b.name] = b.fastest[len(b.fastest)/2]
+		ns[b.name] = median(b.fastest)
 	}
 	ok := true
 	tw := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)

@@ -1,0 +1,242 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"text/tabwriter"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// beside is something that the filter's other defences see, and do not stop: with one
+// of them in force and with none.
+type beside struct {
+	name string
+	// defence is the one, by its name in status.
+	defence string
+	// do does it n times.
+	do func(n int) error
+	n  int
+
+	without, with []float64 // the fastest of each attach, in nanoseconds
+	missing       string    // why this kernel has no such defence
+}
+
+const attaches = 11 // with each defence and without
+
+// measureBeside attaches the filter, to a cgroup that nothing is in, again and again. It
+// needs a network namespace of its own, and leaves its thread in there.
+func measureBeside() (_ []*beside, err error) {
+	root, err := cgroup.FindRoot()
+	if err != nil {
+		return nil, err
+	}
+	policed, err := os.MkdirTemp(string(root), "egressbpf-bench-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.Remove(policed)) }()
+	send, err := newSender()
+	if err != nil {
+		return nil, err
+	}
+	defer send.close()
+
+	filter := loader.New(filepath.Join(filepath.Dir(loader.DefaultPinPath), fmt.Sprint("egressbpf-bench-", os.Getpid())), root)
+	defer func() { err = errors.Join(err, filter.Detach(context.Background(), nil)) }()
+	all := []*beside{
+		{name: "udp4 from a bridge", defence: "host_side", do: send.datagrams, n: 5_000},
+		{name: "socket() and close() elsewhere", defence: loader.SocketFamilies, do: sockets, n: 5_000},
+	}
+	for range attaches {
+		for _, i := range rand.Perm(2 * len(all)) {
+			if err := all[i/2].measure(filter, policed, i%2 == 0); err != nil {
+				return nil, fmt.Errorf("%s: %w", all[i/2].name, err)
+			}
+		}
+	}
+	return all, nil
+}
+
+func (b *beside) measure(filter *loader.Filter, policed string, with bool) error {
+	p := policy.Default()
+	p.Families, p.HostSide = policy.AnyFamily, policy.Off
+	to := &b.without
+	if with {
+		to = &b.with
+		switch b.defence {
+		case loader.SocketFamilies:
+			p.Families = policy.Default().Families
+		default:
+			p.HostSide = policy.On
+		}
+	}
+	if err := filter.Attach(context.Background(), []string{policed}, p); err != nil {
+		return err
+	}
+	if with {
+		s, err := filter.Status()
+		if err != nil {
+			return err
+		}
+		for _, d := range s.Defences {
+			if d.Name == b.defence && !d.Active {
+				b.missing = d.Reason
+				return nil
+			}
+		}
+	}
+	fastest := math.Inf(1)
+	for range timings {
+		before := threadTime()
+		if err := b.do(b.n); err != nil {
+			return err
+		}
+		fastest = min(fastest, float64(threadTime()-before)/float64(b.n))
+	}
+	*to = append(*to, fastest)
+	return nil
+}
+
+func sockets(n int) error {
+	for range n {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+		if err != nil {
+			return err
+		}
+		unix.Close(fd)
+	}
+	return nil
+}
+
+// udpSender sends datagrams from a container, which this host discards as it looks for
+// their route. All of it happens within sendto(), on the thread's time.
+type udpSender struct{ fd int }
+
+func (s udpSender) close() { unix.Close(s.fd) }
+
+func (s udpSender) datagrams(n int) error {
+	data := make([]byte, 36)
+	for range n {
+		if err := unix.Send(s.fd, data, 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// newSender makes the networks of a host and a container.
+func newSender() (s udpSender, err error) {
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return s, err
+	}
+	host, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return s, err
+	}
+	defer host.Close()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return s, err
+	}
+	inside, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return s, err
+	}
+	defer inside.Close()
+	const gateway, address, target = "172.31.0.1/24", "172.31.0.2/24", "198.51.100.1"
+	if err := unix.Setns(int(host.Fd()), unix.CLONE_NEWNET); err != nil {
+		return s, err
+	}
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "docker0"}}
+	if err := netlink.LinkAdd(bridge); err != nil {
+		return s, err
+	}
+	port := &netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: "port", MasterIndex: bridge.Attrs().Index},
+		PeerName:  "eth0", PeerNamespace: netlink.NsFd(inside.Fd()),
+	}
+	if err := netlink.LinkAdd(port); err != nil {
+		return s, err
+	}
+	for _, l := range []netlink.Link{bridge, port} {
+		if err := netlink.LinkSetUp(l); err != nil {
+			return s, err
+		}
+	}
+	if err := addAddress(bridge, gateway); err != nil {
+		return s, err
+	}
+	all := netip.MustParsePrefix(target + "/24").Masked()
+	discard := &netlink.Route{Type: unix.RTN_BLACKHOLE, Dst: &net.IPNet{IP: all.Addr().AsSlice(), Mask: net.CIDRMask(all.Bits(), 32)}}
+	if err := netlink.RouteAdd(discard); err != nil {
+		return s, err
+	}
+	if err := unix.Setns(int(inside.Fd()), unix.CLONE_NEWNET); err != nil {
+		return s, err
+	}
+	eth0, err := netlink.LinkByName("eth0")
+	if err != nil {
+		return s, err
+	}
+	if err := addAddress(eth0, address); err != nil {
+		return s, err
+	}
+	if err := netlink.LinkSetUp(eth0); err != nil {
+		return s, err
+	}
+	via := netip.MustParsePrefix(gateway).Addr().AsSlice()
+	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Gw: via}); err != nil {
+		return s, err
+	}
+	if s.fd, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0); err != nil {
+		return s, err
+	}
+	if err := unix.Connect(s.fd, &unix.SockaddrInet4{Port: 9, Addr: netip.MustParseAddr(target).As4()}); err != nil {
+		return s, err
+	}
+	// The filter is the host's.
+	return s, unix.Setns(int(host.Fd()), unix.CLONE_NEWNET)
+}
+
+func addAddress(l netlink.Link, text string) error {
+	addr, err := netlink.ParseAddr(text)
+	if err != nil {
+		return err
+	}
+	return netlink.AddrAdd(l, addr)
+}
+
+func printBeside(w io.Writer, all []*beside) {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "WHAT\tDEFENCE\tNS WITHOUT\tNS WITH\tRATIO")
+	for _, b := range all {
+		if b.missing != "" {
+			fmt.Fprintf(tw, "%s\t%s\tnot on this kernel: %s\n", b.name, b.defence, b.missing)
+			continue
+		}
+		without, with := median(b.without), median(b.with)
+		fmt.Fprintf(tw, "%s\t%s\t%.0f\t%.0f\t%.3f\n", b.name, b.defence, without, with, with/without)
+	}
+	tw.Flush()
+}
+
+func median(all []float64) float64 {
+	slices.Sort(all)
+	return all[len(all)/2]
+}
