@@ -28,6 +28,8 @@ install: build
 	$(SUDO) install -D -m 755 bin/egressbpf $(DESTDIR)$(PREFIX)/sbin/egressbpf
 	sed 's|@BINDIR@|$(PREFIX)/sbin|' dist/egressbpf.service | \
 		$(SUDO) install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/lib/systemd/system/egressbpf.service
+	rm -rf bin/man8 && bin/egressbpf man bin/man8
+	$(SUDO) install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 bin/man8/*
 	$(SUDO) install -D -m 644 dist/config.yaml $(DESTDIR)$(PREFIX)/share/doc/egressbpf/config.yaml
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl daemon-reload
 
@@ -36,6 +38,7 @@ install: build
 uninstall:
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --now egressbpf
 	$(SUDO) rm -f $(DESTDIR)$(PREFIX)/sbin/egressbpf $(DESTDIR)$(PREFIX)/lib/systemd/system/egressbpf.service
+	$(SUDO) rm -f $(DESTDIR)$(PREFIX)/share/man/man8/egressbpf*.8
 	$(SUDO) rm -rf $(DESTDIR)$(PREFIX)/share/doc/egressbpf
 
 .PHONY: demo

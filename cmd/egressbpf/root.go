@@ -113,7 +113,7 @@ cannot be.`,
 	flags.StringVar(&g.cgroupRoot, "cgroup-root", "", "mount of the cgroup2 filesystem (default: the one in /proc/self/mountinfo)")
 	flags.StringVar(&g.dockerHost, "docker-host", "", "daemon that knows the names of containers: unix:///PATH or tcp://HOST:PORT (default: $DOCKER_HOST, or the usual socket)")
 	flags.BoolVar(&g.debug, "debug", false, "show the kernel verifier's whole log when it refuses a program")
-	cmd.AddCommand(newAttach(g), newCheck(g), newDetach(g), newStatus(g), newStats(g), newLimit(g), newImport(), newRun(g), newVersion())
+	cmd.AddCommand(newAttach(g), newCheck(g), newDetach(g), newStatus(g), newStats(g), newLimit(g), newImport(), newRun(g), newMan(), newVersion())
 	return cmd
 }
 
