@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 tests=(
-    internal/verdict '^(TestVerdict|TestOwner|TestRecognised|TestPermitted|TestContention)$'
-    internal/loader '^(TestAttach|TestSwap|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestKeptFamiliesRefuse|TestRecognise|TestRefusedSocketsOfRecognised)$'
+    internal/verdict '^(TestVerdict|TestOwner|TestRecognised|TestPermitted|TestContention|TestHostIngress.+)$'
+    internal/loader '^(TestAttach|TestSwap|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestKeptFamiliesRefuse|TestRecognise|TestRefusedSocketsOfRecognised|TestHostSideBefore64)$'
 )
 
 kernels=("$@")
@@ -21,6 +21,9 @@ trap 'rm -rf "$dir"' EXIT
 for ((i = 0; i < ${#tests[@]}; i += 2)); do
     CGO_ENABLED=0 go test -c -o "$dir/${tests[i]##*/}" "./${tests[i]}"
 done
+CGO_ENABLED=0 go test -c -o "$dir/dockertest" ./internal/dockertest
+CGO_ENABLED=0 go build -buildvcs=false -o "$dir/egressbpf" ./cmd/egressbpf
+
 # guest NAME KERNEL RUN.SH-ARGUMENT... once more if no result came back: emulation
 # can fail by itself.
 guest() {
@@ -28,28 +31,39 @@ guest() {
     shift 2
     for _ in 1 2; do
         code=0
-        internal/vmtest/run.sh "$@" >"$dir/out" 2>&1 || code=$?
+        internal/vmtest/run.sh "$@" >"$dir/out-$kernel" 2>&1 || code=$?
         [ "$code" = 125 ] || break
     done
     if [ "$code" != 0 ]; then
-        cat "$dir/out"
+        cat "$dir/out-$kernel"
         echo "kernel $kernel: $name failed"
-        exit "$code"
+        return "$code"
     fi
     echo "ok   $name on kernel $kernel, $((SECONDS - from)) s"
 }
 
-for kernel in "${kernels[@]}"; do
+on_kernel() {
+    local kernel=$1 failed=0
     for ((i = 0; i < ${#tests[@]}; i += 2)); do
-        guest "${tests[i]}" "$kernel" --timeout 900 "$kernel" "$dir/${tests[i]##*/}" -test.short -test.run "${tests[i + 1]}"
+        guest "${tests[i]}" "$kernel" --timeout 900 "$kernel" "$dir/${tests[i]##*/}" -test.short -test.run "${tests[i + 1]}" || failed=1
     done
-done
+    # The attacks, where sockets are refused: this machine's own kernel may not be able to.
+    if [ "$kernel" != 5.10 ]; then # its dockertest differs in what connect() says
+        guest internal/dockertest "$kernel" --root --timeout 900 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
+            "$kernel" "$dir/dockertest" -test.run '^TestAttacks$' || failed=1
+    fi
+    return "$failed"
+}
 
-# The attacks, where sockets are refused: this machine's own kernel may not be able to.
-CGO_ENABLED=0 go test -c -o "$dir/dockertest" ./internal/dockertest
-CGO_ENABLED=0 go build -buildvcs=false -o "$dir/egressbpf" ./cmd/egressbpf
-for kernel in "${kernels[@]}"; do
-    [ "$kernel" != 5.10 ] || continue # its dockertest differs in what connect() says
-    guest internal/dockertest "$kernel" --root --timeout 900 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
-        "$kernel" "$dir/dockertest" -test.run '^TestAttacks$'
+# As many at once as there are processors, the longest first.
+failed=0
+for kernel in $(printf '%s\n' "${kernels[@]}" | sort -rV); do
+    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do
+        wait -n || failed=1
+    done
+    on_kernel "$kernel" &
 done
+for job in $(jobs -p); do
+    wait "$job" || failed=1
+done
+exit "$failed"
