@@ -15,10 +15,7 @@
 #define ETH_P_IPV6 0x86dd
 
 struct packet {
-/* Programs define PACKET_IS_DYNPTR if they know no __sk_buff, and PACKET_IS_RECEIVED if
- * theirs begins with what is before the IP header.
- */
-#ifdef PACKET_IS_DYNPTR
+#ifdef PACKET_IS_DYNPTR	/* defined by programs that know no __sk_buff */
 	const struct bpf_dynptr *data;
 #else
 	struct __sk_buff *data;
@@ -35,10 +32,8 @@ static __always_inline long load(const struct packet *p, __u32 off, void *to, __
 {
 	if (off + n > p->len)
 		return -1;
-#if defined(PACKET_IS_DYNPTR)
+#ifdef PACKET_IS_DYNPTR
 	return bpf_dynptr_read(to, n, p->data, p->base + off, 0);
-#elif defined(PACKET_IS_RECEIVED)
-	return bpf_skb_load_bytes_relative(p->data, p->base + off, to, n, BPF_HDR_START_NET);
 #else
 	return bpf_skb_load_bytes(p->data, p->base + off, to, n);
 #endif

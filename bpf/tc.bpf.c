@@ -4,8 +4,6 @@
  * bridges, before the host's IP stack. What that does with a packet first, it has to do
  * by itself: take off VLAN tags and padding, and expect packets in fragments.
  */
-#define PACKET_IS_RECEIVED
-
 #include "types.h"
 
 #include <bpf/bpf_helpers.h>
@@ -24,6 +22,9 @@ static __always_inline __u64 ancestor_of(void *skb, __u32 level)
 #define AF_INET6 10
 
 #define ETH_P_ARP 0x0806
+
+/* What the device has before the network header: 14 bytes if it is an Ethernet. */
+const volatile __u32 link_header;
 
 /* Of the packet that this CPU is at: too much for the stack. */
 struct scratch {
@@ -58,10 +59,9 @@ static __always_inline bool open_packet(struct __sk_buff *skb, struct packet *p)
 		__be16 rest;
 	} ip;
 	__u32 len;
-	__u8 last;
 
 	p->data = skb;
-	p->base = 0;
+	p->base = link_header;
 	p->len = skb->len;
 	p->protocol = skb->protocol;
 	for (int i = 0; i < MAX_TAGS && is_tag(p->protocol); i++) {
@@ -69,8 +69,9 @@ static __always_inline bool open_packet(struct __sk_buff *skb, struct packet *p)
 			return false;
 		p->base += 4;
 	}
-	if (load(p, 0, &ip, sizeof(ip)))
+	if (skb->len < p->base || load(p, 0, &ip, sizeof(ip)))
 		return false;
+	p->len = skb->len - p->base;
 	if (p->protocol == bpf_htons(ETH_P_IP))
 		len = bpf_ntohs(ip.tot_len);
 	else if (p->protocol == bpf_htons(ETH_P_IPV6))
@@ -78,12 +79,12 @@ static __always_inline bool open_packet(struct __sk_buff *skb, struct packet *p)
 	else
 		return false;
 	/* Beyond 64 KiB (BIG TCP) there is no length. */
-	if (skb->len > 0xffff && (p->protocol == bpf_htons(ETH_P_IP) ? !ip.tot_len : !ip.payload_len))
+	if (p->len > 0xffff && (p->protocol == bpf_htons(ETH_P_IP) ? !ip.tot_len : !ip.payload_len))
 		return true;
-	if (!len)
+	if (len > p->len)
 		return false;
 	p->len = len;
-	return !load(p, len - 1, &last, sizeof(last));
+	return true;
 }
 
 /* The next are functions of their own for the verifier's sake. */

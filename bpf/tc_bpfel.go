@@ -41,6 +41,7 @@ const (
 	TcVarEnforce        = "enforce"
 	TcVarHasCoarseClock = "has_coarse_clock"
 	TcVarHasExempt      = "has_exempt"
+	TcVarLinkHeader     = "link_header"
 	TcVarPlaces         = "places"
 	TcVarSmtpPorts      = "smtp_ports"
 	TcVarSuspects4      = "suspects4"
@@ -118,6 +119,7 @@ type TcVariableSpecs struct {
 	Enforce        *ebpf.VariableSpec `ebpf:"enforce"`
 	HasCoarseClock *ebpf.VariableSpec `ebpf:"has_coarse_clock"`
 	HasExempt      *ebpf.VariableSpec `ebpf:"has_exempt"`
+	LinkHeader     *ebpf.VariableSpec `ebpf:"link_header"`
 	Places         *ebpf.VariableSpec `ebpf:"places"`
 	SmtpPorts      *ebpf.VariableSpec `ebpf:"smtp_ports"`
 	Suspects4      *ebpf.VariableSpec `ebpf:"suspects4"`
@@ -183,6 +185,7 @@ type TcVariables struct {
 	Enforce        *ebpf.Variable `ebpf:"enforce"`
 	HasCoarseClock *ebpf.Variable `ebpf:"has_coarse_clock"`
 	HasExempt      *ebpf.Variable `ebpf:"has_exempt"`
+	LinkHeader     *ebpf.Variable `ebpf:"link_header"`
 	Places         *ebpf.Variable `ebpf:"places"`
 	SmtpPorts      *ebpf.Variable `ebpf:"smtp_ports"`
 	Suspects4      *ebpf.Variable `ebpf:"suspects4"`

@@ -42,7 +42,7 @@ func (s *scene) configure(c *container, change maps.Change) {
 // sockets reach it, past the host side, which no container can use to get there too.
 func TestMetadataForOneContainer(t *testing.T) {
 	s := newScene(t)
-	s.attach("--host-devices", "br0")
+	s.attach("--host-devices", "br0", "--socket-families", "any")
 	s.configure(s.a, maps.Change{Mask: maps.MayReachMetadata, Flags: maps.MayReachMetadata})
 	seen := s.Capture(t)
 	for _, to := range []netip.Addr{lab.Metadata4, lab.Metadata6} {

@@ -154,7 +154,7 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 	}
 	progs, err := f.loadHost(shared, state, targets, devices)
 	if errors.Is(err, ebpf.ErrNotSupported) {
-		return f.attachOlderHost(shared, state, targets, devices, back)
+		return f.attachIngress(shared, state, targets, devices, back)
 	}
 	if err != nil {
 		// What an earlier attach put in force stays. Status tries again, and tells.
@@ -175,16 +175,6 @@ func (f *Filter) loadHost(shared *loaded, state *statemaps.State, targets []*tar
 		return nil, err
 	}
 	return shared.hostSide(state, targets, devices)
-}
-
-// attachOlderHost attaches the host side of kernels before.
-func (f *Filter) attachOlderHost(shared *loaded, state *statemaps.State, targets []*target, devices []policy.Device, back *undo) error {
-	prog, err := shared.hostIngress(state, targets, devices)
-	if err != nil {
-		return nil // as above
-	}
-	defer prog.Close()
-	return f.attachIngress(prog, devices, back)
 }
 
 func (f *Filter) attachHostHook(h hostHook, progs *HostPrograms, back *undo) error {
@@ -407,7 +397,7 @@ func (f *Filter) tryHost() (older bool, err error) {
 	if !errors.Is(err, ebpf.ErrNotSupported) {
 		return false, err
 	}
-	prog, err := shared.hostIngress(state, nil, nil)
+	prog, err := shared.hostIngress(state, nil, nil, ethernetHeader)
 	if err != nil {
 		return true, err
 	}

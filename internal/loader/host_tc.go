@@ -35,10 +35,23 @@ func LoadHostIngress(p policy.Policy, state *statemaps.State, rel string, id uin
 	}
 	defer l.close()
 	t := &target{rel: rel, id: id, recognises: p.Recognises(rel)}
-	return l.hostIngress(state, []*target{t}, p.HostDevices)
+	return l.hostIngress(state, []*target{t}, p.HostDevices, ethernetHeader)
 }
 
-func (l *loaded) hostIngress(state *statemaps.State, targets []*target, devices []policy.Device) (*ebpf.Program, error) {
+// ethernetHeader is what is before the network header of most devices, in bytes.
+const ethernetHeader = 14
+
+// linkHeader returns it for any device.
+func linkHeader(device netlink.Link) uint32 {
+	if device.Attrs().EncapType == "ether" {
+		return ethernetHeader
+	}
+	return 0
+}
+
+// hostIngress loads the program for devices with linkHeader bytes before the network
+// header.
+func (l *loaded) hostIngress(state *statemaps.State, targets []*target, devices []policy.Device, linkHeader uint32) (*ebpf.Program, error) {
 	spec, err := bpf.LoadTc()
 	if err != nil {
 		return nil, err
@@ -47,7 +60,7 @@ func (l *loaded) hostIngress(state *statemaps.State, targets []*target, devices 
 	if err != nil {
 		return nil, err
 	}
-	if err := set(spec, map[string]any{bpf.TcVarPlaces: places(targets)}); err != nil {
+	if err := set(spec, map[string]any{bpf.TcVarPlaces: places(targets), bpf.TcVarLinkHeader: linkHeader}); err != nil {
 		return nil, err
 	}
 	var progs struct {
@@ -139,15 +152,31 @@ func retry[T any](list func() ([]T, error)) (all []T, err error) {
 	return all, err
 }
 
-// attachIngress has the program judge what the devices receive, and none else.
-func (f *Filter) attachIngress(prog *ebpf.Program, devices []policy.Device, back *undo) error {
+// attachIngress has what the devices receive judged, and nothing else.
+func (f *Filter) attachIngress(shared *loaded, state *statemaps.State, targets []*target, devices []policy.Device, back *undo) error {
 	links, err := links()
 	if err != nil {
 		return err
 	}
 	wanted := judged(links, devices)
+	progs := map[uint32]*ebpf.Program{}
+	defer func() {
+		for _, prog := range progs {
+			prog.Close()
+		}
+	}()
 	for _, device := range wanted {
-		if err := f.addFilter(device, prog, back); err != nil {
+		header := linkHeader(device)
+		if progs[header] != nil {
+			continue
+		}
+		if progs[header], err = shared.hostIngress(state, targets, devices, header); err != nil {
+			// What an earlier attach put in force stays. Status tries again, and tells.
+			return nil
+		}
+	}
+	for _, device := range wanted {
+		if err := f.addFilter(device, progs[linkHeader(device)], back); err != nil {
 			return fmt.Errorf("judge what %s receives: %w", strconv.Quote(device.Attrs().Name), err)
 		}
 	}
