@@ -230,13 +230,8 @@ func printBeside(w io.Writer, all []*beside) {
 			fmt.Fprintf(tw, "%s\t%s\tnot on this kernel: %s\n", b.name, b.defence, b.missing)
 			continue
 		}
-		without, with := median(b.without), median(b.with)
+		without, with := slices.Min(b.without), slices.Min(b.with)
 		fmt.Fprintf(tw, "%s\t%s\t%.0f\t%.0f\t%.3f\n", b.name, b.defence, without, with, with/without)
 	}
 	tw.Flush()
-}
-
-func median(all []float64) float64 {
-	slices.Sort(all)
-	return all[len(all)/2]
 }

@@ -391,3 +391,8 @@ func print(all []*benchmark) bool {
 	tw.Flush()
 	return ok
 }
+
+func median(all []float64) float64 {
+	slices.Sort(all)
+	return all[len(all)/2]
+}
