@@ -290,7 +290,7 @@ int host_deliver(struct bpf_nf_ctx *ctx)
 		if (f.transport)
 			unpack(ctx, off + f.transport, f.proto, &all);
 	}
-	return NF_ACCEPT;
+	return all.deep ? drop(ctx) : NF_ACCEPT;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -180,6 +180,7 @@ static __always_inline bool may_pass(const struct packet *p, const struct flow *
 #define ETH_P_8021Q 0x8100
 #define ETH_P_8021AD 0x88a8
 #define ETH_P_TEB 0x6558	/* Ethernet, within GRE or GENEVE */
+#define ETH_P_WCCP 0x883e
 #define MAX_TAGS 3
 
 static __always_inline bool is_tag(__be16 protocol)
@@ -196,38 +197,74 @@ struct inner {
 struct inners {
 	struct inner list[MAX_INNER];
 	__u32 n;
+	bool cut;	/* something is behind the end of the packet */
+	bool deep;	/* there is more than is looked at */
 };
 
 static __always_inline void add_inner(struct inners *all, __u32 off, __be16 protocol)
 {
-	if (all->n >= MAX_INNER)
+	if (all->n >= MAX_INNER) {
+		all->deep = true;
 		return;
+	}
 	all->list[all->n & (MAX_INNER - 1)] = (struct inner){ off, protocol };
 	all->n++;
+}
+
+/* What is called type, at off: behind VLAN tags, if that is what follows. */
+static __always_inline void add_by_type(const struct packet *p, struct inners *all, __u32 off, __be16 type)
+{
+	for (int i = 0; i < MAX_TAGS && is_tag(type); i++) {
+		if (load(p, off + 2, &type, sizeof(type))) {
+			all->cut = true;
+			return;
+		}
+		off += 4;
+	}
+	if (is_tag(type))
+		all->deep = true;
+	else if (type == bpf_htons(ETH_P_IP) || type == bpf_htons(ETH_P_IPV6))
+		add_inner(all, off, type);
 }
 
 /* An Ethernet frame at off. */
 static __always_inline void add_frame(const struct packet *p, struct inners *all, __u32 off)
 {
-	__be16 type = 0;
+	__be16 type;
 
-	off += 12;
-	for (int i = 0; i <= MAX_TAGS; i++) {
-		if (load(p, off, &type, sizeof(type)))
-			return;
-		if (!is_tag(type))
-			break;
-		off += 4;
-	}
-	add_inner(all, off + 2, type);
+	if (load(p, off + 12, &type, sizeof(type)))
+		all->cut = true;
+	else
+		add_by_type(p, all, off + 14, type);
 }
 
-static __always_inline void add_by_type(const struct packet *p, struct inners *all, __u32 off, __be16 type)
+/* Of GRE, or of what reads like it. */
+static __always_inline void add_gre(const struct packet *p, struct inners *all, __u32 off)
 {
-	if (type == bpf_htons(ETH_P_TEB))
+	struct {
+		__u8 flags;
+		__u8 version;
+		__be16 type;
+	} h;
+
+	if (load(p, off, &h, sizeof(h))) {
+		all->cut = true;
+		return;
+	}
+	if (h.version & 7)
+		return;
+	/* Of four bytes each: flags, checksum, (routing), key, sequence. */
+	off += 4 + ((h.flags >> 5 & 4) + (h.flags >> 4 & 4) + (h.flags >> 3 & 4) + (h.flags >> 2 & 4));
+	if (h.type == bpf_htons(ETH_P_TEB)) {
 		add_frame(p, all, off);
-	else
-		add_inner(all, off, type);
+	} else if (h.type == bpf_htons(ETH_P_WCCP)) {	/* with a header of its own, or without */
+		add_inner(all, off, bpf_htons(ETH_P_IP));
+		add_inner(all, off + 4, bpf_htons(ETH_P_IP));
+		add_inner(all, off, bpf_htons(ETH_P_IPV6));
+		add_inner(all, off + 4, bpf_htons(ETH_P_IPV6));
+	} else {
+		add_by_type(p, all, off, h.type);
+	}
 }
 
 /* What this host may find in the packet if one of its tunnels unpacks it. Which port
@@ -250,28 +287,39 @@ static __always_inline void add_tunnelled(const struct packet *p, __u8 proto, __
 		add_inner(all, off, bpf_htons(ETH_P_IPV6));
 		return;
 	case PROTO_GRE:
-		if (load(p, off, &h, 4) || h.second & 7)
-			return;
-		/* Of four bytes each: flags, checksum, (routing), key, sequence. */
-		off += 4 + ((h.first >> 5 & 4) + (h.first >> 4 & 4) + (h.first >> 3 & 4) + (h.first >> 2 & 4));
-		add_by_type(p, all, off, h.type);
+		add_gre(p, all, off);
 		return;
 	case IPPROTO_UDP:
 		off += 8;
-		if (load(p, off, &h, sizeof(h)))
+		if (load(p, off, &h, sizeof(h))) {
+			all->cut = true;
 			return;
+		}
 		if (h.first & 0x08)	/* VXLAN */
 			add_frame(p, all, off + 8);
-		if (!(h.first & 0xc0))	/* GENEVE */
-			add_by_type(p, all, off + 8 + (h.first & 0x3f) * 4, h.type);
-		if (!(h.first & 0xe0) && h.second == PROTO_IPIP)	/* GUE */
-			add_inner(all, off + 4 + (h.first & 0x1f) * 4, bpf_htons(ETH_P_IP));
-		if (!(h.first & 0xe0) && h.second == PROTO_IPV6)
-			add_inner(all, off + 4 + (h.first & 0x1f) * 4, bpf_htons(ETH_P_IPV6));
+		if (!(h.first & 0xc0)) {	/* GENEVE */
+			__u32 at = off + 8 + (h.first & 0x3f) * 4;
+
+			if (h.type == bpf_htons(ETH_P_TEB))
+				add_frame(p, all, at);
+			else
+				add_by_type(p, all, at, h.type);
+		}
+		if (!(h.first & 0xe0)) {	/* GUE */
+			__u32 at = off + 4 + (h.first & 0x1f) * 4;
+
+			if (h.second == PROTO_IPIP)
+				add_inner(all, at, bpf_htons(ETH_P_IP));
+			if (h.second == PROTO_IPV6)
+				add_inner(all, at, bpf_htons(ETH_P_IPV6));
+			if (h.second == PROTO_GRE)
+				add_gre(p, all, at);
+		}
 		if (h.first >> 4 == 4)	/* FOU */
 			add_inner(all, off, bpf_htons(ETH_P_IP));
 		if (h.first >> 4 == 6)
 			add_inner(all, off, bpf_htons(ETH_P_IPV6));
+		add_gre(p, all, off);
 		return;
 	}
 }
@@ -280,7 +328,8 @@ static __always_inline bool address4(const struct packet *p, struct flow *f)
 {
 	struct iphdr ip;
 
-	if (load(p, 0, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5 || bpf_ntohs(ip.tot_len) > p->len)
+	if (load(p, 0, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5 ||
+	    bpf_ntohs(ip.tot_len) < ip.ihl * 4 || (!f->fragment && bpf_ntohs(ip.tot_len) > p->len))
 		return false;
 	map4(&f->src, ip.saddr);
 	map4(&f->dst, ip.daddr);
@@ -293,7 +342,7 @@ static __always_inline bool address6(const struct packet *p, struct flow *f)
 {
 	struct ipv6hdr ip;
 
-	if (load(p, 0, &ip, sizeof(ip)) || ip.version != 6 || bpf_ntohs(ip.payload_len) + sizeof(ip) > p->len)
+	if (load(p, 0, &ip, sizeof(ip)) || ip.version != 6 || (!f->fragment && bpf_ntohs(ip.payload_len) + sizeof(ip) > p->len))
 		return false;
 	__builtin_memcpy(&f->src, &ip.saddr, sizeof(f->src));
 	__builtin_memcpy(&f->dst, &ip.daddr, sizeof(f->dst));
@@ -311,7 +360,8 @@ static __always_inline bool address6(const struct packet *p, struct flow *f)
 	return true;
 }
 
-/* The packet p as a flow; false if it is none. Read less closely than packets that are
+/* The packet p as a flow; false if it is none. That of a fragment may be longer than what
+ * is there. Read less closely than packets that are
  * judged for themselves: only what a tunnel of this host takes for a packet matters.
  */
 static __always_inline bool read_inside(const struct packet *p, struct flow *f)
@@ -326,8 +376,9 @@ static __always_inline bool read_inside(const struct packet *p, struct flow *f)
 	f->sport = ports[0];
 	f->dport = ports[1];
 	f->has_ports = true;
-	f->syn = f->proto == IPPROTO_TCP && !load(p, f->transport + offsetof(struct tcp, flags), &flags, 1) &&
-		 syn_without_ack(flags);
+	/* Without its flags, it may be one. */
+	f->syn = f->proto == IPPROTO_TCP &&
+		 (load(p, f->transport + offsetof(struct tcp, flags), &flags, 1) || syn_without_ack(flags));
 	return true;
 }
 

@@ -217,7 +217,7 @@ static __always_inline bool parse_headers(const struct packet *p, __u32 off, str
 		switch (f->proto) {
 		case EXT_FRAGMENT:
 			f->proto = ext.next;
-			f->fragment = true;
+			f->fragment = ext.fragment & bpf_htons(0xfff9);
 			if (ext.fragment & bpf_htons(0xfff8))
 				return parse_later_fragment(f, bpf_ntohs(ext.fragment) & 0xfff8, v6);
 			off += sizeof(ext);

@@ -128,16 +128,12 @@ __noinline int judge_flow(struct __sk_buff *skb)
 	return may_pass(&p, &f, skb->ifindex);
 }
 
-/* A fragment is taken to be as long as it can become. */
-#define WHOLE 0xffff
-
-/* How much of a packet within a fragment has to be there for it to be judged. */
-#define MIN_INSIDE 64
-
-/* Reads the packet at an offset; 0 if it is none, HIDDEN if a later fragment has what it
- * depends on.
+/* How much of a packet within a fragment has to be there for it to be judged: its headers,
+ * as far as they are read.
  */
-#define HIDDEN 2
+#define MIN_INSIDE 80
+
+/* Reads the packet at an offset; 0 if it is none. */
 __noinline int look_inside(struct __sk_buff *skb, __u32 off, __u32 protocol)
 {
 	struct scratch *s = scratch();
@@ -146,17 +142,19 @@ __noinline int look_inside(struct __sk_buff *skb, __u32 off, __u32 protocol)
 	__u8 last;
 
 	if (!s || !open_packet(skb, &p))
-		return HIDDEN;
-	if (s->flow.fragment)
-		p.len = WHOLE;
-	if (off > p.len)
 		return 0;
+	if (off > p.len) {
+		s->inners.cut = true;
+		return 0;
+	}
 	p.base += off;
 	p.len -= off;
 	p.protocol = protocol;
 	f.fragment = s->flow.fragment;
-	if (f.fragment && load(&p, MIN_INSIDE - 1, &last, sizeof(last)))
-		return HIDDEN;
+	if (f.fragment && load(&p, MIN_INSIDE - 1, &last, sizeof(last))) {
+		s->inners.cut = true;
+		return 0;
+	}
 	if (!read_inside(&p, &f))
 		return 0;
 	s->flow = f;
@@ -169,11 +167,8 @@ __noinline int unpack(struct __sk_buff *skb, __u32 off, __u32 proto)
 	struct scratch *s = scratch();
 	struct packet p = {};
 
-	if (!s || !open_packet(skb, &p))
-		return 0;
-	if (s->flow.fragment)
-		p.len = WHOLE;
-	add_tunnelled(&p, proto, off, &s->inners);
+	if (s && open_packet(skb, &p))
+		add_tunnelled(&p, proto, off, &s->inners);
 	return 0;
 }
 
@@ -198,6 +193,9 @@ __noinline int for_this_host(struct __sk_buff *skb)
 		return 1;
 	to.l4_protocol = s->flow.proto;
 	if (mapped4(&s->flow.dst)) {
+		/* Broadcasts and groups, which the host receives whatever its routes say. */
+		if (!s->flow.dst.bytes[12] || s->flow.dst.bytes[12] >= 224)
+			return 1;
 		to.family = AF_INET;
 		to.ipv4_src = s->flow.src.be32[3];
 		to.ipv4_dst = s->flow.dst.be32[3];
@@ -215,30 +213,40 @@ __noinline int for_this_host(struct __sk_buff *skb)
 	return 1;
 }
 
-/* Whether there is something in the packet, whose flow has been read, that may not pass
- * if the host unpacks it.
- */
-static __always_inline bool smuggles(struct __sk_buff *skb)
+/* Whether the packet, whose flow has been read, may have others in it. */
+static __always_inline bool packed(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch();
 
 	if (!s)
 		return true;
 	s->inners.n = 0;
+	s->inners.cut = s->inners.deep = false;
 	if (s->flow.transport)
 		unpack(skb, s->flow.transport, s->flow.proto);
+	return s->inners.n || s->inners.deep || (s->inners.cut && s->flow.fragment);
+}
+
+/* Whether there is something in it that may not pass if the host unpacks it. */
+static __always_inline bool smuggles(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch();
+	bool fragment;
+
+	if (!s)
+		return true;
+	fragment = s->flow.fragment;
 	for (__u32 i = 0; i < MAX_INNER && i < s->inners.n; i++) {
 		__u32 off = s->inners.list[i].off;
-		int found = look_inside(skb, off, s->inners.list[i].protocol);
 
-		if (!found)
+		if (!look_inside(skb, off, s->inners.list[i].protocol))
 			continue;
-		if (found == HIDDEN || !judge_inside(skb))
+		if (!judge_inside(skb))
 			return true;
 		if (s->flow.transport)
 			unpack(skb, off + s->flow.transport, s->flow.proto);
 	}
-	return false;
+	return s->inners.deep || (s->inners.cut && fragment);
 }
 
 SEC("tc")
@@ -248,8 +256,8 @@ int host_ingress(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (!read_flow(skb) || !judge_flow(skb))
 		return drop(skb);
-	/* Most packets have nothing in them: where it leads to is looked up for the others alone. */
-	if (smuggles(skb) && read_flow(skb) && for_this_host(skb))
+	/* Most packets have nothing in them, and others are mostly not for the host. */
+	if (packed(skb) && for_this_host(skb) && smuggles(skb))
 		return drop(skb);
 	return TC_ACT_UNSPEC;
 }

@@ -280,6 +280,10 @@ func (d *Daemon) missing(s *loader.Status) (names []string) {
 			names = append(names, name)
 		}
 	}
+	// Also if they were made while the last attach looked for them.
+	for _, device := range s.Unjudged {
+		names = append(names, "host_side of "+device)
+	}
 	if len(s.Cgroups) == 0 {
 		names = append(names, "all")
 	}

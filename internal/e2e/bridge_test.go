@@ -15,7 +15,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/loader"
 )
 
-// TestNewBridge makes a bridge as Docker does, while the service runs: what comes from it
+// TestNewBridge makes bridges as Docker does, while the service runs: what comes from them
 // is judged soon, also where the kernel judges devices one by one.
 func TestNewBridge(t *testing.T) {
 	s := newScene(t)
@@ -42,17 +42,27 @@ func TestNewBridge(t *testing.T) {
 	}
 	go io.Copy(io.Discard, stderr)
 
-	judged := func() (loader.Defence, bool) {
+	bridges := []string{"docker0", "br-0123456789ab", "br-0123456789ac"}
+	judged := func() (_ loader.Defence, all bool) {
 		status, _ := s.Status(t)
+		n := 0
+		for _, h := range status.Hooks {
+			if h.Attached && h.Name == "host_forward4" {
+				all = true
+			}
+			if h.Attached && h.Name == "host_ingress" && slices.Contains(bridges, h.Device) {
+				n++
+			}
+		}
 		i := slices.IndexFunc(status.Defences, func(d loader.Defence) bool { return d.Name == "host_side" })
-		return status.Defences[i], slices.ContainsFunc(status.Hooks, func(h loader.Hook) bool {
-			return h.Attached && (h.Name == "host_forward4" || h.Name == "host_ingress" && h.Device == "docker0")
-		})
+		return status.Defences[i], all || n == len(bridges)
 	}
 	if d, _ := judged(); !d.Active {
 		t.Fatalf("without a bridge of Docker's: %+v", d)
 	}
-	s.Host.IP(t, "link add docker0 type bridge")
+	for _, name := range bridges {
+		s.Host.IP(t, "link add "+name+" type bridge")
+	}
 	deadline := time.Now().Add(20 * time.Second) // the periodic check comes later
 	for {
 		d, ok := judged()
@@ -60,7 +70,7 @@ func TestNewBridge(t *testing.T) {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("docker0 is not judged: %+v", d)
+			t.Fatalf("not all are judged: %+v", d)
 		}
 		time.Sleep(50 * time.Millisecond) // there is nothing to wait on
 	}

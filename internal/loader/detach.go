@@ -25,7 +25,8 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
 		unwanted = append(unwanted, rel)
 	}
 	if _, err := os.Stat(f.pins); errors.Is(err, fs.ErrNotExist) {
-		return nil
+		// Filters of devices need no pins.
+		return f.dropFilters(func(filter) bool { return false }, nil)
 	} else if err != nil {
 		return err
 	}

@@ -79,6 +79,9 @@ var cgroupsHooks = []string{bpf.CgroupsProgRecognise, bpf.CgroupsProgKeep, bpf.C
 type Filter struct {
 	pins string
 	root cgroup.Root
+	// notJudged are the devices, by their indexes, that the last attach of this process
+	// could not have judged, and why.
+	notJudged map[int]error
 	// fault, if set by a test, runs before each step that changes anything and
 	// can make it fail.
 	fault func(step string) error

@@ -344,6 +344,7 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 	for _, name := range found {
 		if d.Active && !coversDevice(doc.Devices, name) {
 			d.Active = false
+			s.Unjudged = append(s.Unjudged, name)
 			d.Reason = fmt.Sprintf("containers reach the host through %s, which is not judged: attach again, or name it with --host-devices", strconv.Quote(name))
 		}
 	}
@@ -369,7 +370,7 @@ func (f *Filter) whyNoHostSide(s *Status) (active bool, reason string) {
 		if len(devices) == 0 {
 			return true, ingressRemark
 		}
-		return false, notJudged(devices[0])
+		return false, f.whyNotJudged(s, devices[0])
 	}
 	return false, "an attach was interrupted; attach again"
 }

@@ -3,6 +3,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"strconv"
 
@@ -185,17 +186,10 @@ func (f *Filter) attachIngress(shared *loaded, state *statemaps.State, targets [
 	}, back)
 }
 
+// addFilter has the program judge what a device receives. What the kernel has against that,
+// perhaps for what others have there, is for Status to tell.
 func (f *Filter) addFilter(device netlink.Link, prog *ebpf.Program, back *undo) error {
 	if err := f.step("judge %s", device.Attrs().Name); err != nil {
-		return err
-	}
-	err := netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: device.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}})
-	if err != nil && !errors.Is(err, unix.EEXIST) {
-		if gone(err) {
-			return nil
-		}
 		return err
 	}
 	old, err := f.filterOf(device)
@@ -208,9 +202,15 @@ func (f *Filter) addFilter(device netlink.Link, prog *ebpf.Program, back *undo) 
 		},
 		Fd: prog.FD(), Name: f.filterName(), DirectAction: true,
 	}
+	delete(f.notJudged, device.Attrs().Index)
 	if old == nil {
-		if err := netlink.FilterAdd(next); err != nil && !gone(err) {
-			return err
+		err := netlink.QdiscAdd(clsact(device))
+		if err == nil || errors.Is(err, unix.EEXIST) {
+			err = netlink.FilterAdd(next)
+		}
+		if err != nil {
+			f.cannotJudge(device, err)
+			return f.removeFilter(device)
 		}
 		back.add(func() error { return f.removeFilter(device) })
 		return nil
@@ -222,8 +222,9 @@ func (f *Filter) addFilter(device netlink.Link, prog *ebpf.Program, back *undo) 
 	back.held = append(back.held, before)
 	next.Handle, next.Priority = old.Handle, old.Priority
 	// In place: there is no moment without one.
-	if err := netlink.FilterReplace(next); err != nil && !gone(err) {
-		return err
+	if err := netlink.FilterReplace(next); err != nil {
+		f.cannotJudge(device, err)
+		return nil
 	}
 	back.add(func() error {
 		next.Fd = before.FD()
@@ -233,6 +234,23 @@ func (f *Filter) addFilter(device netlink.Link, prog *ebpf.Program, back *undo) 
 		return nil
 	})
 	return nil
+}
+
+func (f *Filter) cannotJudge(device netlink.Link, err error) {
+	if gone(err) {
+		return
+	}
+	if f.notJudged == nil {
+		f.notJudged = map[int]error{}
+	}
+	f.notJudged[device.Attrs().Index] = err
+}
+
+// clsact is what holds the filters of a device.
+func clsact(device netlink.Link) *netlink.Clsact {
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: device.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	}}
 }
 
 // dropFilters takes off those that are not to stay.
@@ -267,21 +285,21 @@ func (f *Filter) dropFilters(stays func(filter) bool, back *undo) error {
 // empty then.
 func (f *Filter) removeFilter(device netlink.Link) error {
 	at, err := f.filterOf(device)
-	if err != nil || at == nil {
+	if err != nil {
 		return err
 	}
-	if err := netlink.FilterDel(at); err != nil && !gone(err) && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("remove filter of %s: %w", strconv.Quote(device.Attrs().Name), err)
+	if at != nil {
+		if err := netlink.FilterDel(at); err != nil && !gone(err) && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("remove filter of %s: %w", strconv.Quote(device.Attrs().Name), err)
+		}
 	}
 	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
 		if others, err := filtersAt(device, parent); err != nil || len(others) > 0 {
 			return err
 		}
 	}
-	err = netlink.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: device.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}})
-	// Somebody's else may be there, of another kind.
+	err = netlink.QdiscDel(clsact(device))
+	// There may be none, or somebody's of another kind.
 	if err != nil && !gone(err) && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("remove clsact of %s: %w", strconv.Quote(device.Attrs().Name), err)
 	}
@@ -315,9 +333,17 @@ func (f *Filter) ingressStatus(s *Status, d *Defence) (doc *document, programs [
 		has[at.device.Attrs().Index] = true
 		id := ebpf.ProgramID(at.Id)
 		row := Hook{Name: ingressHook, Attached: true, Device: at.device.Attrs().Name, Program: uint32(id)}
-		if doc, row.Since, err = readDocument(id); err != nil {
+		this, since, err := readDocument(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // somebody attaches meanwhile
+		}
+		if err != nil {
 			return nil, nil, err
 		}
+		if this != nil {
+			doc = this
+		}
+		row.Since = since
 		programs = append(programs, id)
 		s.Hooks = append(s.Hooks, row)
 	}
@@ -331,14 +357,20 @@ func (f *Filter) ingressStatus(s *Status, d *Defence) (doc *document, programs [
 	}
 	for _, l := range judged(links, doc.Devices) {
 		if !has[l.Attrs().Index] {
-			d.Active, d.Reason = false, notJudged(l)
+			d.Active, d.Reason = false, f.whyNotJudged(s, l)
 		}
 	}
 	return doc, programs, nil
 }
 
-func notJudged(l netlink.Link) string {
-	return fmt.Sprintf("what %s receives is not judged: attach again", strconv.Quote(l.Attrs().Name))
+// whyNotJudged says why what a device receives is not judged.
+func (f *Filter) whyNotJudged(s *Status, l netlink.Link) string {
+	what := fmt.Sprintf("what %s receives is not judged: ", strconv.Quote(l.Attrs().Name))
+	if err := f.notJudged[l.Attrs().Index]; err != nil {
+		return what + fmt.Sprintf("the kernel accepts no filter there (%v); see `tc filter show dev %s ingress`", err, l.Attrs().Name)
+	}
+	s.Unjudged = append(s.Unjudged, l.Attrs().Name)
+	return what + "attach again"
 }
 
 // ingressRemark is what differs from the host side of later kernels.

@@ -105,11 +105,10 @@ func TestHostSideBefore64(t *testing.T) {
 	stranger, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}})
 	check(t, err)
 	defer stranger.Close()
-	check(t, netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: docker0.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}))
-	check(t, netlink.FilterAdd(&netlink.BpfFilter{
+	hold(t, docker0, &netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{LinkIndex: docker0.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: 1, Protocol: unix.ETH_P_ALL},
 		Fd:          stranger.FD(), Name: "stranger", DirectAction: true,
-	}))
+	})
 
 	wanted := map[string]netlink.Link{"docker0": docker0, "br-0123456789ab": network, "cali2": routed}
 	before := ingressHooks(h.mustAttach(p, "a"))
@@ -183,4 +182,31 @@ func TestHostSideBefore64(t *testing.T) {
 	if _, err := os.Stat(h.pins); err == nil {
 		t.Errorf("detached: %s is left", filepath.Base(h.pins))
 	}
+
+	// Filters need no pins, and go without them too.
+	h.mustAttach(p, "a")
+	check(t, os.RemoveAll(h.pins))
+	h.mustDetach()
+	expect("detached without pins", map[string]int{})
+
+	// Where the kernel accepts none, the others are there, and status says why.
+	taken := addBridge(t, "br-0123456789ac")
+	hold(t, taken, &netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{LinkIndex: taken.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: 1, Protocol: unix.ETH_P_IP},
+		Fd:          stranger.FD(), Name: "stranger", DirectAction: true,
+	})
+	after = ingressHooks(h.mustAttach(p, "a"))
+	expect("attached beside one that is taken", after)
+	if d := h.defence("host_side"); d.Active || !strings.Contains(d.Reason, "accepts no filter") || len(after) != len(wanted) {
+		t.Errorf("got %+v with %v, want it to say that one device has none, and why", d, after)
+	}
+}
+
+// hold adds a filter to a device that has none.
+func hold(t *testing.T, device netlink.Link, filter netlink.Filter) {
+	t.Helper()
+	check(t, netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: device.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	}}))
+	check(t, netlink.FilterAdd(filter))
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
@@ -30,6 +31,16 @@ func TestMain(m *testing.M) {
 		os.Exit(victim(os.Args[1:]))
 	}
 	os.Exit(m.Run())
+}
+
+// hasNetfilter says whether the kernel has BPF netfilter programs.
+func hasNetfilter(t *testing.T) bool {
+	t.Helper()
+	err := features.HaveProgramType(ebpf.Netfilter)
+	if err != nil && !errors.Is(err, ebpf.ErrNotSupported) {
+		t.Fatal(err)
+	}
+	return err == nil
 }
 
 // host is a filter with a pin path and a cgroup base of its own.

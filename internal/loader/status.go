@@ -34,6 +34,8 @@ type Status struct {
 	// HostDevices are those whose packets the host side judges, beside Docker's
 	// bridges.
 	HostDevices []policy.Device `json:"host_devices,omitempty"`
+	// Unjudged are devices that another attach would have the host side judge.
+	Unjudged []string `json:"-"`
 	// Recognises is whether containers are told by the names of their cgroups, in one
 	// of the policed cgroups or more.
 	Recognises bool        `json:"-"`

@@ -276,6 +276,31 @@ func gue(p packet) segment {
 	return within(p, header)
 }
 
+// typed is GRE of any type.
+func typed(etherType uint16, data []byte) segment {
+	return segment{protoGRE, append([]byte{0, 0, byte(etherType >> 8), byte(etherType)}, data...)}
+}
+
+// inGUE puts GRE into GUE, inFOU into FOU.
+func inGUE(g segment) segment {
+	header := udp(6080)
+	header.data = append(append(header.data, 0, protoGRE, 0, 0), g.data...)
+	return header
+}
+
+func inFOU(g segment) segment {
+	header := udp(5555)
+	header.data = append(header.data, g.data...)
+	return header
+}
+
+// ethernet is GRE with a frame in it, with tags.
+func ethernet(p packet, tags ...uint16) segment {
+	etherType, data := tagged(p, tags...)
+	frame := append(make([]byte, 12), byte(etherType>>8), byte(etherType))
+	return typed(0x6558, append(frame, data...))
+}
+
 func ipip(p packet) segment {
 	if p.etherType() == etherIPv6 {
 		return within(p, segment{protoIPv6, nil})
@@ -303,7 +328,12 @@ func TestHostIngressTunnels(t *testing.T) {
 				"GRE with a key": gre(p, 0x20, 4), "GRE with all": gre(p, 0xb0, 12), "FOU": fou(p), "GUE": gue(p), "IPIP": ipip(p),
 				"IPIP in VXLAN": vxlan(packet{dst: host4, payload: ipip(p)}),
 				"VXLAN in GRE":  gre(packet{dst: host6, payload: vxlan(p)}, 0, 0),
+				"GRE in GUE":    inGUE(gre(p, 0, 0)), "GRE in FOU": inFOU(gre(p, 0, 0)),
+				"WCCP": typed(0x883e, p.bytes()), "WCCP with a header": typed(0x883e, append(make([]byte, 4), p.bytes()...)),
+				"frame": ethernet(p), "frame with tags": ethernet(p, ether8Q, etherAD, ether8Q),
 			}
+			wants("frame with four tags, "+dst, host4, ethernet(p, ether8Q, ether8Q, ether8Q, ether8Q), false)
+			wants("frame with four tags, "+dst, "192.0.2.77", ethernet(p, ether8Q, ether8Q, ether8Q, ether8Q), true)
 			for name, tunnel := range tunnels {
 				for _, host := range []string{host4, host6} {
 					wants(name+" with "+dst, host, tunnel, harmless)
@@ -311,7 +341,18 @@ func TestHostIngressTunnels(t *testing.T) {
 				// To others: what they unpack is theirs.
 				wants(name+" with "+dst, "192.0.2.77", tunnel, true)
 				wants(name+" with "+dst, "2001:4860::99", tunnel, true)
+				// To all, the host among them.
+				for _, group := range []string{"224.0.0.1", "255.255.255.255", "0.0.0.0", "ff02::1"} {
+					wants(name+" with "+dst, group, tunnel, harmless)
+				}
 				// In fragments: the first tells, or is too short to.
+				for n := 8; n < len(tunnel.data) && !harmless; n += 8 {
+					part := packet{dst: host4, payload: tunnel.cut(n), flags: 1}
+					f.wants(t, fmt.Sprintf("%s with %s, %d bytes of it", name, dst, n), etherIPv4, part.bytes(), false)
+					wants(fmt.Sprintf("%s with %s, %d bytes of it", name, dst, n), host6, fragment(0, true, tunnel.cut(n)), false)
+				}
+				padded := packet{dst: host4, payload: tunnel.cut(8), flags: 1}
+				f.wants(t, name+" with "+dst+", behind a fragment's end", etherIPv4, append(padded.bytes(), tunnel.grow(200).data[8:]...), false)
 				first := packet{dst: host4, payload: tunnel, flags: 1}
 				f.wants(t, name+" with "+dst+", first fragment", etherIPv4, first.bytes(), false)
 				long := packet{dst: host4, payload: tunnel.grow(512), flags: 1}
@@ -327,6 +368,13 @@ func TestHostIngressTunnels(t *testing.T) {
 		wants("more mail in VXLAN", host4, vxlan(mail), false)
 		wants("plain UDP", host4, udp(53).grow(100), true)
 		wants("an empty datagram", host4, udp(53), true)
+		f.wants(t, "a long datagram's first fragment", etherIPv4, packet{dst: host4, payload: udp(2049).grow(1400), flags: 1}.bytes(), true)
+		wants("a small datagram as an atomic fragment", host6, fragment(0, false, udp(53).grow(30)), true)
+		// As OpenVPN's data: what reads as an IP header cannot be one.
+		data := udp(1194).grow(100)
+		data.data[8] = 0x48
+		copy(data.data[8+16:], netip.MustParseAddr(metadata).AsSlice())
+		wants("encrypted data", host4, data, true)
 		forged := packet{src: metadata, dst: host4, payload: udp(53)}
 		f.wants(t, "sent as the metadata service", etherIPv4, forged.bytes(), false)
 		wants("sent as the metadata service, in VXLAN", host4, vxlan(forged), false)
