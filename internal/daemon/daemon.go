@@ -63,7 +63,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	watchCtx, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
 	// Before the attach, which finds those that are there.
-	devices := d.devices(watchCtx)
+	bridges := d.bridges(watchCtx)
 	config, err := d.Load()
 	if err != nil {
 		return err
@@ -105,7 +105,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 			return nil
 		case e := <-events:
 			d.event(ctx, e)
-		case name := <-devices:
+		case name := <-bridges:
 			d.appeared(ctx, name)
 		case <-d.Reload:
 			d.reload(ctx)

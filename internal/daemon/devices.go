@@ -9,21 +9,25 @@ import (
 	"github.com/egressbpf/egressbpf/internal/loader"
 )
 
-// devices returns a channel of the names of network devices as they are made, until ctx
-// ends. If the kernel does not tell, the periodic check finds them.
-func (d *Daemon) devices(ctx context.Context) <-chan string {
+// bridges returns a channel of the names of bridges as they are made, until ctx ends. The
+// periodic check finds other devices, and all if the kernel does not tell.
+func (d *Daemon) bridges(ctx context.Context) <-chan string {
 	updates, names := make(chan netlink.LinkUpdate), make(chan string)
 	err := netlink.LinkSubscribeWithOptions(updates, ctx.Done(), netlink.LinkSubscribeOptions{
-		ErrorCallback: func(err error) { d.Log.Debug("network devices are not followed", "err", err) },
+		ErrorCallback: func(err error) {
+			if ctx.Err() == nil {
+				d.Log.Warn("new bridges are not followed any more, but found by and by", "err", err)
+			}
+		},
 	})
 	if err != nil {
-		d.Log.Warn("network devices cannot be followed", "err", err)
+		d.Log.Warn("new bridges cannot be followed, but are found by and by", "err", err)
 		return nil
 	}
 	go func() {
 		for u := range updates {
 			// All bits: it is new.
-			if u.Header.Type != unix.RTM_NEWLINK || u.IfInfomsg.Change != ^uint32(0) {
+			if u.Header.Type != unix.RTM_NEWLINK || u.IfInfomsg.Change != ^uint32(0) || u.Type() != "bridge" {
 				continue
 			}
 			select {
@@ -35,8 +39,8 @@ func (d *Daemon) devices(ctx context.Context) <-chan string {
 	return names
 }
 
-// appeared has the device judged, if it is a bridge of containers: where the kernel
-// judges devices one by one, the last attach has left it out.
+// appeared has a bridge judged, if it leads to containers: where the kernel judges devices
+// one by one, the last attach has left it out.
 func (d *Daemon) appeared(ctx context.Context, name string) {
 	if loader.CoversDevice(d.config.Policy, name) {
 		d.check(ctx)
