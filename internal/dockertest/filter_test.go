@@ -50,6 +50,7 @@ func TestDocker(t *testing.T) {
 		{"buckets", testBuckets},
 		{"host network", testHostNetwork},
 		{"meddling", testMeddling},
+		{"churn", testChurn},
 		{"exec", testExec},
 		{"restart", testRestart},
 		{"limit", testLimit},
