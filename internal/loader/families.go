@@ -238,7 +238,15 @@ func progLoad(code []byte, spec *ebpf.ProgramSpec, target btf.TypeID) (*ebpf.Pro
 	pin.Pin(&code[0])
 	pin.Pin(&license[0])
 	pin.Pin(&log[0])
-	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	var fd uintptr
+	errno := unix.EAGAIN
+	// The verifier gives up at a signal, which Go's scheduler sends at any time.
+	for range 100 {
+		fd, _, errno = unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+		if errno != unix.EAGAIN {
+			break
+		}
+	}
 	if errno != 0 {
 		text := strings.TrimSpace(unix.ByteSliceToString(log))
 		if i := strings.LastIndexByte(text, '\n'); i >= 0 {
