@@ -48,7 +48,7 @@ alone() {
 
 # in_root KERNEL PACKAGE TESTS FLAG... with this machine's root and Docker.
 in_root() {
-    guest "internal/$2" "$1" --root --timeout 900 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
+    guest "internal/$2" "$1" --root --timeout 1500 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
         "$1" "$dir/$2" -test.run "$3" "${@:4}"
 }
 
