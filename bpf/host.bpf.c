@@ -125,6 +125,9 @@ static __always_inline bool leads_to_containers(struct net_device *in)
 /* Whether what the device receives comes from containers. A bridge hands up frames to
  * the groups of IEEE 802.1D (01:80:c2:00:00:0x) as what its port has received,
  * whatever is in them.
+ *
+ * This and some below are no static functions, for the verifier's sake: it looks at each
+ * of them once, and not again on every path that leads there.
  */
 __noinline int from_containers(struct bpf_nf_ctx *ctx)
 {
@@ -167,9 +170,6 @@ static __always_inline bool open_packet(struct bpf_nf_ctx *ctx, struct bpf_dynpt
 	return !bpf_dynptr_from_skb((struct __sk_buff *)ctx->skb, 0, data);
 }
 
-/* This and some below are no static functions, for the verifier's sake: it looks at each
- * of them once, and not again on every path that leads there.
- */
 __noinline int count(struct bpf_nf_ctx *ctx)
 {
 	count_host_side(sender(ctx->skb), ctx->skb->len);
@@ -207,17 +207,18 @@ static __always_inline bool plain(struct bpf_nf_ctx *ctx)
 {
 	__u8 copy[sizeof(struct ipv6hdr) + sizeof(struct tcp)] = {};
 	struct bpf_dynptr data;
+	struct packet p = {};
 	struct flow f;
 	__u8 *ip;
 
-	if (bpf_dynptr_from_skb((struct __sk_buff *)ctx->skb, 0, &data))
+	if (!open_packet(ctx, &data, &p))
 		return false;
-	if (ctx->state->pf == NFPROTO_IPV4) {
+	if (p.protocol == bpf_htons(ETH_P_IP)) {
 		ip = bpf_dynptr_slice(&data, 0, copy, sizeof(struct iphdr) + sizeof(struct tcp));
-		return ip && glance4(ip, ip + sizeof(struct iphdr) + sizeof(struct tcp), ctx->skb->len, &f) == PLAIN;
+		return ip && glance4(ip, ip + sizeof(struct iphdr) + sizeof(struct tcp), p.len, &f) == PLAIN;
 	}
 	ip = bpf_dynptr_slice(&data, 0, copy, sizeof(copy));
-	return ip && glance6(ip, ip + sizeof(copy), ctx->skb->len, &f) == PLAIN;
+	return ip && glance6(ip, ip + sizeof(copy), p.len, &f) == PLAIN;
 }
 
 /* NF_INET_PRE_ROUTING */

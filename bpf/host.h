@@ -238,6 +238,15 @@ static __always_inline void add_frame(const struct packet *p, struct inners *all
 		add_by_type(p, all, off + 14, type);
 }
 
+/* What a tunnel that carries any type has at off. */
+static __always_inline void add_payload(const struct packet *p, struct inners *all, __u32 off, __be16 type)
+{
+	if (type == bpf_htons(ETH_P_TEB))
+		add_frame(p, all, off);
+	else
+		add_by_type(p, all, off, type);
+}
+
 /* Of GRE, or of what reads like it. */
 static __always_inline void add_gre(const struct packet *p, struct inners *all, __u32 off)
 {
@@ -255,15 +264,13 @@ static __always_inline void add_gre(const struct packet *p, struct inners *all, 
 		return;
 	/* Of four bytes each: flags, checksum, (routing), key, sequence. */
 	off += 4 + ((h.flags >> 5 & 4) + (h.flags >> 4 & 4) + (h.flags >> 3 & 4) + (h.flags >> 2 & 4));
-	if (h.type == bpf_htons(ETH_P_TEB)) {
-		add_frame(p, all, off);
-	} else if (h.type == bpf_htons(ETH_P_WCCP)) {	/* with a header of its own, or without */
+	if (h.type == bpf_htons(ETH_P_WCCP)) {	/* with a header of its own, or without */
 		add_inner(all, off, bpf_htons(ETH_P_IP));
 		add_inner(all, off + 4, bpf_htons(ETH_P_IP));
 		add_inner(all, off, bpf_htons(ETH_P_IPV6));
 		add_inner(all, off + 4, bpf_htons(ETH_P_IPV6));
 	} else {
-		add_by_type(p, all, off, h.type);
+		add_payload(p, all, off, h.type);
 	}
 }
 
@@ -297,14 +304,8 @@ static __always_inline void add_tunnelled(const struct packet *p, __u8 proto, __
 		}
 		if (h.first & 0x08)	/* VXLAN */
 			add_frame(p, all, off + 8);
-		if (!(h.first & 0xc0)) {	/* GENEVE */
-			__u32 at = off + 8 + (h.first & 0x3f) * 4;
-
-			if (h.type == bpf_htons(ETH_P_TEB))
-				add_frame(p, all, at);
-			else
-				add_by_type(p, all, at, h.type);
-		}
+		if (!(h.first & 0xc0))	/* GENEVE */
+			add_payload(p, all, off + 8 + (h.first & 0x3f) * 4, h.type);
 		if (!(h.first & 0xe0)) {	/* GUE */
 			__u32 at = off + 4 + (h.first & 0x1f) * 4;
 
@@ -361,8 +362,8 @@ static __always_inline bool address6(const struct packet *p, struct flow *f)
 }
 
 /* The packet p as a flow; false if it is none. That of a fragment may be longer than what
- * is there. Read less closely than packets that are
- * judged for themselves: only what a tunnel of this host takes for a packet matters.
+ * is there. Read less closely than packets that are judged for themselves: only what a
+ * tunnel of this host takes for a packet matters.
  */
 static __always_inline bool read_inside(const struct packet *p, struct flow *f)
 {

@@ -30,6 +30,10 @@ const volatile __u32 link_header;
 struct scratch {
 	struct flow flow;
 	struct inners inners;
+	/* As open_packet() has found it. */
+	__u32 base;
+	__u32 len;
+	__be16 protocol;
 };
 
 struct {
@@ -113,17 +117,27 @@ __noinline int read_flow(struct __sk_buff *skb)
 	if (!s || !open_packet(skb, &p) || !parse(&p, &f))
 		return 0;
 	s->flow = f;
+	s->base = p.base;
+	s->len = p.len;
+	s->protocol = p.protocol;
 	return 1;
+}
+
+/* The packet, once its flow has been read. */
+static __always_inline struct packet opened(struct __sk_buff *skb, const struct scratch *s)
+{
+	return (struct packet){ .data = skb, .base = s->base, .len = s->len, .protocol = s->protocol };
 }
 
 __noinline int judge_flow(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch();
-	struct packet p = {};
+	struct packet p;
 	struct flow f;
 
-	if (!s || !open_packet(skb, &p))
+	if (!s)
 		return 0;
+	p = opened(skb, s);
 	f = s->flow;
 	return may_pass(&p, &f, skb->ifindex);
 }
@@ -137,12 +151,13 @@ __noinline int judge_flow(struct __sk_buff *skb)
 __noinline int look_inside(struct __sk_buff *skb, __u32 off, __u32 protocol)
 {
 	struct scratch *s = scratch();
-	struct packet p = {};
 	struct flow f = {};
+	struct packet p;
 	__u8 last;
 
-	if (!s || !open_packet(skb, &p))
+	if (!s)
 		return 0;
+	p = opened(skb, s);
 	if (off > p.len) {
 		s->inners.cut = true;
 		return 0;
@@ -165,10 +180,12 @@ __noinline int look_inside(struct __sk_buff *skb, __u32 off, __u32 protocol)
 __noinline int unpack(struct __sk_buff *skb, __u32 off, __u32 proto)
 {
 	struct scratch *s = scratch();
-	struct packet p = {};
+	struct packet p;
 
-	if (s && open_packet(skb, &p))
-		add_tunnelled(&p, proto, off, &s->inners);
+	if (!s)
+		return 0;
+	p = opened(skb, s);
+	add_tunnelled(&p, proto, off, &s->inners);
 	return 0;
 }
 
