@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -41,16 +40,7 @@ const attaches = 11 // with each defence and without
 
 // measureBeside attaches the filter, to a cgroup that nothing is in, again and again. It
 // needs a network namespace of its own, and leaves its thread in there.
-func measureBeside() (_ []*beside, err error) {
-	root, err := cgroup.FindRoot()
-	if err != nil {
-		return nil, err
-	}
-	policed, err := os.MkdirTemp(string(root), "egressbpf-bench-")
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, os.Remove(policed)) }()
+func measureBeside(root cgroup.Root, policed string) (_ []*beside, err error) {
 	send, err := newSender()
 	if err != nil {
 		return nil, err
@@ -101,13 +91,9 @@ func (b *beside) measure(filter *loader.Filter, policed string, with bool) error
 			}
 		}
 	}
-	fastest := math.Inf(1)
-	for range timings {
-		before := threadTime()
-		if err := b.do(b.n); err != nil {
-			return err
-		}
-		fastest = min(fastest, float64(threadTime()-before)/float64(b.n))
+	fastest, err := fastest(b.n, func() error { return b.do(b.n) })
+	if err != nil {
+		return err
 	}
 	*to = append(*to, fastest)
 	return nil

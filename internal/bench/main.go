@@ -70,23 +70,44 @@ func main() {
 	log.SetFlags(0)
 	log.SetPrefix("bench: ")
 	runtime.LockOSThread()
-	ok := true
-	if !slices.Equal(os.Args[1:], []string{"beside"}) {
-		all, err := measureAll()
+	ok, err := measure(slices.Equal(os.Args[1:], []string{"beside"}))
+	if err != nil {
+		log.Fatal(err)
+	}
+	if !ok {
+		os.Exit(1)
+	}
+}
+
+// measure prints what it measures, and says whether all is within its bounds.
+func measure(besideAlone bool) (ok bool, err error) {
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return false, err
+	}
+	root, err := cgroup.FindRoot()
+	if err != nil {
+		return false, err
+	}
+	policed, err := os.MkdirTemp(string(root), "egressbpf-bench-")
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, os.Remove(policed)) }()
+	ok = true
+	if !besideAlone {
+		all, err := measureAll(root, policed)
 		if err != nil {
-			log.Fatal(err)
+			return false, err
 		}
 		ok = print(all)
 		fmt.Println()
 	}
-	others, err := measureBeside()
+	others, err := measureBeside(root, policed)
 	if err != nil {
-		log.Fatal(err)
+		return false, err
 	}
 	printBeside(os.Stdout, others)
-	if !ok {
-		os.Exit(1)
-	}
+	return ok, nil
 }
 
 type sender string
@@ -190,19 +211,7 @@ func (p packet) bytes() []byte {
 
 // measureAll runs the benchmarks in a cgroup of their own: BPF_PROG_TEST_RUN
 // charges the packets to the cgroup of the process.
-func measureAll() (_ []*benchmark, err error) {
-	if err := rlimit.RemoveMemlock(); err != nil {
-		return nil, err
-	}
-	root, err := cgroup.FindRoot()
-	if err != nil {
-		return nil, err
-	}
-	policed, err := os.MkdirTemp(string(root), "egressbpf-bench-")
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, os.Remove(policed)) }()
+func measureAll(root cgroup.Root, policed string) (_ []*benchmark, err error) {
 	inner, err := os.MkdirTemp(policed, "container-")
 	if err != nil {
 		return nil, err
@@ -308,16 +317,26 @@ func (b *benchmark) load(l lab) error {
 			return err
 		}
 	}
-	fastest := math.Inf(1)
-	for range timings {
-		before := threadTime()
-		if err := run(repeat); err != nil {
-			return err
-		}
-		fastest = min(fastest, float64(threadTime()-before)/repeat)
+	fastest, err := fastest(repeat, func() error { return run(repeat) })
+	if err != nil {
+		return err
 	}
 	b.fastest = append(b.fastest, fastest)
 	return nil
+}
+
+// fastest does something timings times, and returns the least that one of the n runs in it
+// took of the thread's time, in nanoseconds.
+func fastest(n int, do func() error) (float64, error) {
+	least := math.Inf(1)
+	for range timings {
+		before := threadTime()
+		if err := do(); err != nil {
+			return 0, err
+		}
+		least = min(least, float64(threadTime()-before)/float64(n))
+	}
+	return least, nil
 }
 
 func threadTime() int64 {
