@@ -26,7 +26,7 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
 	}
 	if _, err := os.Stat(f.pins); errors.Is(err, fs.ErrNotExist) {
 		// Filters of devices need no pins.
-		return f.dropFilters(func(filter) bool { return false }, nil)
+		return f.dropFilters(nil, nil)
 	} else if err != nil {
 		return err
 	}
@@ -81,7 +81,7 @@ func (f *Filter) removePoliced(p *policed) error {
 
 // removeState removes everything but policed cgroups.
 func (f *Filter) removeState() error {
-	if err := f.dropFilters(func(filter) bool { return false }, nil); err != nil {
+	if err := f.dropFilters(nil, nil); err != nil {
 		return err
 	}
 	for _, name := range pinNames() {

@@ -201,7 +201,7 @@ func (f *Filter) detachHost(back *undo) error {
 			return err
 		}
 	}
-	return f.dropFilters(func(filter) bool { return false }, back)
+	return f.dropFilters(nil, back)
 }
 
 func pinnedInfo(pin string) (*link.Info, error) {

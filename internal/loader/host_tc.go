@@ -181,9 +181,7 @@ func (f *Filter) attachIngress(shared *loaded, state *statemaps.State, targets [
 			return fmt.Errorf("judge what %s receives: %w", strconv.Quote(device.Attrs().Name), err)
 		}
 	}
-	return f.dropFilters(func(at filter) bool {
-		return slices.ContainsFunc(wanted, func(l netlink.Link) bool { return l.Attrs().Index == at.device.Attrs().Index })
-	}, back)
+	return f.dropFilters(wanted, back)
 }
 
 // addFilter has the program judge what a device receives. What the kernel has against that,
@@ -253,14 +251,14 @@ func clsact(device netlink.Link) *netlink.Clsact {
 	}}
 }
 
-// dropFilters takes off those that are not to stay.
-func (f *Filter) dropFilters(stays func(filter) bool, back *undo) error {
+// dropFilters takes off those of all devices but some.
+func (f *Filter) dropFilters(but []netlink.Link, back *undo) error {
 	all, err := f.filters()
 	if err != nil {
 		return err
 	}
 	for _, at := range all {
-		if stays(at) {
+		if slices.ContainsFunc(but, func(l netlink.Link) bool { return l.Attrs().Index == at.device.Attrs().Index }) {
 			continue
 		}
 		if err := f.step("judge %s no more", at.device.Attrs().Name); err != nil {
