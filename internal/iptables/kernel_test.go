@@ -277,12 +277,14 @@ func newHost(t *testing.T) *host {
 					return err
 				}
 			}
-			for _, args := range []string{
-				"link set lo up", "addr add 172.17.0.1/16 dev docker0", "addr add fd17::1/64 dev docker0 nodad",
-				"link set docker0 up", "link set eth0 up", "route add default dev eth0", "-6 route add default dev eth0",
+			for _, command := range []string{
+				"ip link set lo up", "ip addr add 172.17.0.1/16 dev docker0", "ip addr add fd17::1/64 dev docker0 nodad",
+				"ip link set docker0 up", "ip link set eth0 up", "ip route add default dev eth0", "ip -6 route add default dev eth0",
+				"tc qdisc replace dev eth0 root noqueue", // see send
 			} {
-				if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
-					return fmt.Errorf("ip %s: %w: %s", args, err, out)
+				args := strings.Fields(command)
+				if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+					return fmt.Errorf("%s: %w: %s", command, err, out)
 				}
 			}
 			return nil
@@ -340,7 +342,8 @@ func (h *host) run(t *testing.T, cmd *exec.Cmd) string {
 }
 
 // send sends the first packet of a connection of its own from a container and
-// reports whether it leaves the host. A tun device forwards before write returns.
+// reports whether it leaves the host. A tun device forwards before write returns, unless
+// the packet has to wait in a queue for what another CPU is sending.
 func (h *host) send(t *testing.T, p packet) bool {
 	t.Helper()
 	h.serial++
