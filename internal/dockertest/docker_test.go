@@ -7,7 +7,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"debug/elf"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -51,6 +50,10 @@ type engine struct {
 	client, dir string
 	daemon      *exec.Cmd  // nil when it does not run
 	ended       chan error // takes what it ended with
+
+	// For one in a container of another engine: that, and what the container is called.
+	outer *engine
+	name  string
 }
 
 // startEngine starts an engine on the host of a network that ends with the test.
@@ -75,7 +78,12 @@ func startEngine(t *testing.T, n *lab.Network) *engine {
 	}
 	t.Cleanup(func() { e.stopDaemon(t) })
 	e.startDaemon(t)
-	e.importImage(t)
+	busybox, err := exec.LookPath("busybox")
+	if err != nil || !static(t, busybox) {
+		t.Fatal("no static busybox found: install the Debian package busybox-static")
+	}
+	e.importImage(t, image, executable(t, "bin/busybox", busybox), executable(t, program[1:], e.program(t)),
+		file{Header: tar.Header{Name: "bin/sh", Linkname: "busybox", Typeflag: tar.TypeSymlink}})
 	return e
 }
 
@@ -91,11 +99,7 @@ func (e *engine) startDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer log.Close()
-	_ = os.Remove(e.path("notify"))
-	ready, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: e.path("notify"), Net: "unixgram"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	ready := listenNotify(t, e.path("notify"))
 	defer ready.Close()
 	cmd := exec.Command(daemon,
 		"--config-file", e.path("daemon.json"), "--data-root", e.path("data"), "--exec-root", e.path("exec"),
@@ -113,16 +117,32 @@ func (e *engine) startDaemon(t *testing.T) {
 		ended <- cmd.Wait()
 		ready.Close()
 	}()
-	if err := ready.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+	if err := awaitReady(ready); err != nil {
+		t.Fatalf("dockerd is not ready: %v", err)
+	}
+}
+
+// listenNotify makes a socket for sd_notify(3).
+func listenNotify(t *testing.T, path string) *net.UnixConn {
+	t.Helper()
+	_ = os.Remove(path)
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// awaitReady waits for the word of a daemon.
+func awaitReady(conn *net.UnixConn) error {
+	if err := conn.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+		return err
+	}
 	for buf := make([]byte, 4096); ; {
-		n, err := ready.Read(buf)
-		if err != nil {
-			t.Fatalf("dockerd is not ready: %v", err)
-		}
-		if bytes.Contains(buf[:n], []byte("READY=1")) {
-			return
+		n, err := conn.Read(buf)
+		if err != nil || bytes.Contains(buf[:n], []byte("READY=1")) {
+			return err
 		}
 	}
 }
@@ -145,6 +165,9 @@ func (e *engine) path(name string) string { return filepath.Join(e.dir, name) }
 
 // command returns a command of the Docker client.
 func (e *engine) command(args ...string) *exec.Cmd {
+	if e.outer != nil {
+		return e.outer.command(append([]string{"exec", "-i", e.name, "docker", "-H", "unix://" + innerSocket}, args...)...)
+	}
 	cmd := exec.Command(e.client, args...)
 	cmd.Env = append(os.Environ(), "DOCKER_HOST=unix://"+e.path("socket"), "DOCKER_CONFIG="+e.dir, "DOCKER_CONTEXT=")
 	return cmd
@@ -161,45 +184,63 @@ func (e *engine) docker(t *testing.T, args ...string) string {
 	return strings.TrimSpace(exit.Stdout)
 }
 
-// importImage makes an image of busybox and this program.
-func (e *engine) importImage(t *testing.T) {
+// file is one of an image.
+type file struct {
+	tar.Header
+	content []byte
+}
+
+// executable is a file of this machine.
+func executable(t *testing.T, name, from string) file {
 	t.Helper()
-	busybox, err := exec.LookPath("busybox")
-	if err != nil || !static(t, busybox) {
-		t.Fatal("no static busybox found: install the Debian package busybox-static")
+	content, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
 	}
-	own := "/proc/self/exe"
-	if !static(t, own) {
-		own = e.path("program")
-		build := exec.Command("go", "test", "-c", "-buildvcs=false", "-o", own, "-ldflags", "-s -w", ".")
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			t.Fatalf("%s: %v\n%s", build, err, out)
-		}
-	}
+	return file{tar.Header{Name: name, Mode: 0o755, Size: int64(len(content))}, content}
+}
+
+// importImage makes an image of files.
+func (e *engine) importImage(t *testing.T, name string, files ...file) {
+	t.Helper()
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)
-	for _, file := range []struct{ name, from string }{{"bin/busybox", busybox}, {program[1:], own}} {
-		content, err := os.ReadFile(file.from)
+	for _, f := range files {
+		err := w.WriteHeader(&f.Header)
 		if err == nil {
-			err = w.WriteHeader(&tar.Header{Name: file.name, Mode: 0o755, Size: int64(len(content))})
-		}
-		if err == nil {
-			_, err = w.Write(content)
+			_, err = w.Write(f.content)
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	err = w.WriteHeader(&tar.Header{Name: "bin/sh", Linkname: "busybox", Typeflag: tar.TypeSymlink})
-	if err := errors.Join(err, w.Close()); err != nil {
+	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	cmd := e.command("import", "-", image)
+	cmd := e.command("import", "-", name)
 	cmd.Stdin = &archive
 	if exit := lab.Run(t, cmd); exit.Code != 0 {
 		t.Fatalf("docker import: %s", exit.Stderr)
 	}
+}
+
+// program returns this program, linked statically.
+func (e *engine) program(t *testing.T) string {
+	t.Helper()
+	own := "/proc/self/exe"
+	if static(t, own) {
+		return own
+	}
+	own = e.path("program")
+	if _, err := os.Stat(own); err == nil {
+		return own
+	}
+	build := exec.Command("go", "test", "-c", "-buildvcs=false", "-o", own, "-ldflags", "-s -w", ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", build, err, out)
+	}
+	return own
 }
 
 func static(t *testing.T, path string) bool {

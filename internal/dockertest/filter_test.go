@@ -52,6 +52,7 @@ func TestDocker(t *testing.T) {
 		{"meddling", testMeddling},
 		{"churn", testChurn},
 		{"exec", testExec},
+		{"nested", testNested},
 		{"restart", testRestart},
 		{"limit", testLimit},
 		{"other parent", testOtherParent},
