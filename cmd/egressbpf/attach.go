@@ -79,7 +79,7 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err != nil {
 		return err
 	}
-	names.addToStatus(ctx, status)
+	names.addToStatus(ctx, filter, status)
 	warn(stderr, status, blockedResolvers(config.Policy))
 	if err := warnHolders(stderr, filter, status); err != nil {
 		return err
@@ -188,7 +188,7 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 		fmt.Fprintln(w, "warning: mode is audit: everything is counted and nothing is dropped")
 	}
 	if n := len(s.Uncovered); n > 0 {
-		fmt.Fprintf(w, "warning: %d running containers are not below a policed cgroup, such as %s: name their parent with --cgroup, or let Docker use the cgroupfs driver (dockerd --exec-opt native.cgroupdriver=cgroupfs)\n", n, printable(s.Uncovered[0].Cgroup))
+		fmt.Fprintf(w, "warning: %d running containers are not policed, such as %s in %s: attach without --cgroup, or name their cgroups with --scopes\n", n, title(s.Uncovered[0].Name, s.Uncovered[0].ID), printable(s.Uncovered[0].Cgroup))
 	}
 	for _, addr := range resolvers {
 		fmt.Fprintf(w, "warning: containers cannot reach the DNS server %s of this host, which is blocked: use --allow-dns\n", addr)

@@ -118,10 +118,10 @@ var hex = strings.Repeat("0123456789abcdef", 4)
 //
 //	code N COMMAND...      runs a command, which has to exit with this code
 //	in CGROUP COMMAND...   runs a command in a cgroup
-//	populate CGROUP        has a process in the cgroup until the script ends
+//	populate CGROUP        has a process, $PID, in the cgroup until the script ends
 //	json PATH VALUE        compares a value in the JSON on stdout
 //	in-force               fails unless status says so
-//	daemon SOCKET ID=NAME...  answers as Docker would; or instead stall, broken
+//	daemon SOCKET ID=NAME[:PID]...  answers as Docker would; or instead stall, broken
 //
 // and $CG, a cgroup; $ROOT, the cgroup2 mount; $PINS, the default pin path; $HEX and
 // $HEX2, ids of containers; $ESC, what a terminal obeys.
@@ -174,9 +174,12 @@ func in(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func populate(ts *testscript.TestScript, _ bool, args []string) {
-	lockHost(testOf(ts))
+	if ts.Getenv("PID") == "" {
+		lockHost(testOf(ts)) // once
+	}
 	cmd := testenv.Command(testOf(ts), args[0], "sleep", "60")
 	ts.Check(cmd.Start())
+	ts.Setenv("PID", strconv.Itoa(cmd.Process.Pid))
 	ts.Defer(func() {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()

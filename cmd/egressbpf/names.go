@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/coverage"
 	"github.com/egressbpf/egressbpf/internal/docker"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/stats"
@@ -91,14 +93,23 @@ func (n *names) addTo(ctx context.Context, s *stats.Stats) {
 	}
 }
 
-// addToStatus names the containers that are not covered.
-func (n *names) addToStatus(ctx context.Context, s *loader.Status) {
-	if len(s.Uncovered) == 0 {
+// addToStatus names the containers that are not covered, and adds those of which only
+// the daemon knows that they are containers.
+func (n *names) addToStatus(ctx context.Context, filter *loader.Filter, s *loader.Status) {
+	if len(s.Uncovered) == 0 && !n.asked && !docker.Running() {
 		return
 	}
 	n.refresh(ctx)
 	for i := range s.Uncovered {
 		s.Uncovered[i].Name = n.byID[s.Uncovered[i].ID]
+	}
+	if n.err != nil || n.client == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, namesPatience)
+	defer cancel()
+	if err := coverage.Complete(ctx, n.client, filter, s, maps.Keys(n.byID)); err != nil {
+		fmt.Fprintf(n.stderr, "warning: containers may be missing below: %s\n", strings.Map(visible, err.Error()))
 	}
 }
 

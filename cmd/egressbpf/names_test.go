@@ -5,13 +5,13 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/egressbpf/egressbpf/internal/docker"
-	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/stats"
 )
 
@@ -20,12 +20,17 @@ import (
 func daemon(ts *testscript.TestScript, _ bool, args []string) {
 	l, err := net.Listen("unix", args[0])
 	ts.Check(err)
+	mux := http.NewServeMux()
 	var list []map[string]any
 	for _, arg := range args[1:] {
 		id, name, _ := strings.Cut(arg, "=")
+		name, pid, _ := strings.Cut(name, ":")
 		list = append(list, map[string]any{"Id": id, "Names": []string{"/" + name}})
+		mux.HandleFunc("/v1.41/containers/"+id+"/json", func(w http.ResponseWriter, _ *http.Request) {
+			n, _ := strconv.Atoi(pid)
+			_ = json.NewEncoder(w).Encode(map[string]any{"Id": id, "Name": "/" + name, "State": map[string]any{"Pid": n}})
+		})
 	}
-	mux := http.NewServeMux()
 	mux.HandleFunc("/_ping", func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Api-Version", "1.41") })
 	mux.HandleFunc("/v1.41/containers/json", func(w http.ResponseWriter, r *http.Request) {
 		switch args[1] {
@@ -49,7 +54,6 @@ func TestNoNamesNeeded(t *testing.T) {
 	check(t, err)
 	n := &names{client: client, asked: true, stderr: &stderr}
 	n.addTo(t.Context(), &stats.Stats{Containers: []stats.Container{{ID: "web"}}})
-	n.addToStatus(t.Context(), &loader.Status{})
 	if n.err != nil || stderr.Len() > 0 {
 		t.Errorf("asked: %v, %s", n.err, &stderr)
 	}

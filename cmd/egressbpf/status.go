@@ -37,7 +37,7 @@ Exits with 3 unless packets are dropped for every running Docker container.`,
 		if err != nil {
 			return err
 		}
-		names.addToStatus(cmd.Context(), status)
+		names.addToStatus(cmd.Context(), filter, status)
 		if *out == jsonText {
 			err = writeJSON(cmd.OutOrStdout(), status)
 		} else {

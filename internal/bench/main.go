@@ -12,7 +12,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/binary"
 	"errors"
@@ -217,7 +216,7 @@ func measureAll(root cgroup.Root, policed string) (_ []*benchmark, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.Remove(inner)) }()
-	home, err := ownCgroup()
+	home, err := cgroup.OfProcess(os.Getpid())
 	if err != nil {
 		return nil, err
 	}
@@ -278,19 +277,6 @@ func newLab(root cgroup.Root, policed, container string) (l lab, err error) {
 	l.context = make([]byte, size)
 	binary.NativeEndian.PutUint32(l.context[ifindex:], uint32(devices[i].Index))
 	return l, nil
-}
-
-func ownCgroup() (string, error) {
-	text, err := os.ReadFile("/proc/self/cgroup")
-	if err != nil {
-		return "", err
-	}
-	for line := range bytes.Lines(text) {
-		if rel, ok := bytes.CutPrefix(line, []byte("0::")); ok {
-			return string(bytes.TrimSpace(rel)), nil
-		}
-	}
-	return "", cgroup.ErrNoCgroup2
 }
 
 func enter(path string) error {

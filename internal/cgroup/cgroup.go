@@ -286,6 +286,25 @@ func (r Root) Containers() ([]string, error) {
 	}), err
 }
 
+// OfProcess returns the cgroup of a process, as [Root.Rel] returns it. The error wraps
+// fs.ErrNotExist if there is no such process.
+func OfProcess(pid int) (string, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if errors.Is(err, unix.ESRCH) {
+		return "", fs.ErrNotExist
+	}
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(text)) {
+		if rel, ok := strings.CutPrefix(line, "0::"); ok {
+			// The kernel says so of a cgroup that was removed.
+			return strings.TrimSuffix(strings.TrimSuffix(rel, "\n"), " (deleted)"), nil
+		}
+	}
+	return "", ErrNoCgroup2
+}
+
 // Processes calls fn for each process in the cgroup rel or below it. Those that come
 // and go meanwhile may be missed, or have ended.
 func (r Root) Processes(rel string, fn func(pid int)) error {

@@ -6,12 +6,14 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"reflect"
 	"slices"
 	"time"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/coverage"
 	"github.com/egressbpf/egressbpf/internal/docker"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -20,6 +22,10 @@ import (
 
 // patience is how long one step may take.
 const patience = 20 * time.Second
+
+// coveragePatience is how long the daemon looks for containers that are not covered,
+// while those that start wait for their rules.
+const coveragePatience = 2 * time.Second
 
 // How often the daemon looks whether the filter is as it should be, and whether the
 // config file has changed.
@@ -54,6 +60,8 @@ type Daemon struct {
 	// optional are what the last attach could put in force and need not have: it depends
 	// on the kernel.
 	optional []string
+	// uncovered are the ids of the containers that were not, when last looked.
+	uncovered []string
 }
 
 // Run puts the filter in force and follows Docker until ctx ends, which is no error. An
@@ -73,7 +81,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	d.subjects = map[string]policy.Subject{}
 	d.apply()
-	d.Notify("READY=1\n" + d.statusText())
+	d.Notify("READY=1\n" + d.statusText(ctx))
 
 	events := make(chan docker.Event)
 	watched := make(chan struct{})
@@ -169,7 +177,7 @@ func optional(s *loader.Status) (names []string) {
 // reload puts a changed configuration in force; a bad one changes nothing.
 func (d *Daemon) reload(ctx context.Context) {
 	d.Notify(fmt.Sprintf("RELOADING=1\nMONOTONIC_USEC=%d", monotonic().Microseconds()))
-	defer func() { d.Notify("READY=1\n" + d.statusText()) }()
+	defer func() { d.Notify("READY=1\n" + d.statusText(ctx)) }()
 	config, err := d.Load()
 	if err == nil {
 		err = d.attach(ctx, config)
@@ -264,7 +272,7 @@ func (d *Daemon) check(ctx context.Context) {
 		}
 	}
 	d.apply()
-	d.Notify(d.statusText())
+	d.Notify(d.statusText(ctx))
 }
 
 // missing returns what another attach should put in force again.
@@ -291,8 +299,8 @@ func (d *Daemon) missing(s *loader.Status) (names []string) {
 }
 
 // statusText is the line that systemctl status shows.
-func (d *Daemon) statusText() string {
-	s, err := d.Filter.Status()
+func (d *Daemon) statusText(ctx context.Context) string {
+	s, err := d.status(ctx)
 	if err != nil {
 		return "STATUS=" + err.Error()
 	}
@@ -300,8 +308,30 @@ func (d *Daemon) statusText() string {
 	if s.Enforcing {
 		text = "enforcing"
 	}
-	if n := len(s.Uncovered); n > 0 {
-		text += fmt.Sprintf(", %d containers are not covered", n)
+	var uncovered []string
+	for _, u := range s.Uncovered {
+		uncovered = append(uncovered, u.ID)
+		if !slices.Contains(d.uncovered, u.ID) {
+			d.Log.Warn("container not covered", "id", u.ID, "name", u.Name, "cgroup", u.Cgroup)
+		}
+	}
+	if d.uncovered = uncovered; len(uncovered) > 0 {
+		text += fmt.Sprintf(", containers not covered: %d", len(uncovered))
 	}
 	return "STATUS=" + text
+}
+
+// status is what the kernel has, and which containers are not covered although nothing
+// but Docker says that they are some.
+func (d *Daemon) status(ctx context.Context) (*loader.Status, error) {
+	s, err := d.Filter.Status()
+	if err != nil || d.down || d.stale {
+		return s, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, coveragePatience)
+	defer cancel()
+	if err := coverage.Complete(ctx, d.Docker, d.Filter, s, maps.Keys(d.subjects)); err != nil {
+		d.Log.Warn("not known whether all containers are covered", "err", err)
+	}
+	return s, nil
 }

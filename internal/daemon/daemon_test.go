@@ -43,6 +43,7 @@ type engine struct {
 
 	mu         sync.Mutex
 	containers map[string]map[string]any // as /containers/json shows them
+	pids       map[string]int
 	listeners  map[chan []byte]bool
 	mute       bool // it answers no question about containers
 }
@@ -50,7 +51,7 @@ type engine struct {
 func newEngine(t *testing.T) *engine {
 	e := &engine{
 		t: t, socket: filepath.Join(t.TempDir(), "s"),
-		containers: map[string]map[string]any{}, listeners: map[chan []byte]bool{},
+		containers: map[string]map[string]any{}, pids: map[string]int{}, listeners: map[chan []byte]bool{},
 	}
 	e.start()
 	t.Cleanup(e.stop)
@@ -101,7 +102,7 @@ func (e *engine) answer(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	_ = json.NewEncoder(w).Encode(map[string]any{
-		"Id": id, "Name": c["Names"].([]string)[0], "State": map[string]any{"Running": true, "Pid": 1},
+		"Id": id, "Name": c["Names"].([]string)[0], "State": map[string]any{"Running": true, "Pid": e.pids[id]},
 		"Config":     map[string]any{"Image": c["Image"], "Labels": c["Labels"]},
 		"HostConfig": map[string]any{},
 	})
@@ -141,6 +142,13 @@ func (e *engine) tell(action, id string) {
 	for l := range e.listeners {
 		l <- append(text, '\n')
 	}
+}
+
+// process says which process a container is.
+func (e *engine) process(id string, pid int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.pids[id] = pid
 }
 
 // run makes a container known, and tells of an action.
@@ -449,6 +457,18 @@ func TestFlood(t *testing.T) {
 }
 
 // TestRepair takes off what the daemon has attached.
+// A container that has no cgroup of its own is one all the same, as Docker says.
+func TestUncovered(t *testing.T) {
+	s := newService(t, "")
+	s.start()
+	s.engine.process(id(1), os.Getpid())
+	s.engine.run("start", id(1), "lost", nil)
+	s.eventually("a container that is not covered", func() bool {
+		return strings.Contains(s.log.String(), "msg=\"container not covered\" id="+id(1)+" name=lost")
+	})
+	s.eventually("systemctl tells", func() bool { return s.told("STATUS=enforcing, containers not covered: ") > 0 })
+}
+
 func TestRepair(t *testing.T) {
 	s := newService(t, "")
 	s.start()

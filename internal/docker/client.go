@@ -98,6 +98,29 @@ func Open(host string) (*Client, error) {
 	return c, nil
 }
 
+// pidFiles are where the daemon writes its process id if it is not told otherwise.
+var pidFiles = []string{"/var/run/docker.pid", "/run/docker.pid"}
+
+// Running says whether a daemon runs, as far as its usual files tell. To connect to its
+// socket could start it.
+func Running() bool {
+	for _, path := range pidFiles {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+		if err != nil {
+			continue
+		}
+		name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+		if err == nil && strings.TrimSpace(string(name)) == "dockerd" {
+			return true
+		}
+	}
+	return false
+}
+
 func usualSocket() string {
 	for _, path := range sockets {
 		if _, err := os.Stat(path); err == nil {

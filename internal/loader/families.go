@@ -125,7 +125,7 @@ func ownCgroup() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	rel, err := cgroupOf("self")
+	rel, err := cgroup.OfProcess(os.Getpid())
 	if err != nil {
 		return nil, err
 	}

@@ -1,9 +1,7 @@
 package loader
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -107,29 +105,11 @@ func refusedSockets(pid int, allowed policy.Families) (families []string) {
 // containerOf returns the cgroup one level below the policed one that a process is in,
 // or the policed one if that is where it is; "" if it has ended or moved out.
 func containerOf(pid int, policed string) string {
-	rel, err := cgroupOf(fmt.Sprint(pid))
+	rel, err := cgroup.OfProcess(pid)
 	if err != nil || !cgroup.Within(rel, policed) {
 		return ""
 	}
 	below := strings.TrimPrefix(rel, policed)
 	name, _, _ := strings.Cut(strings.TrimPrefix(below, "/"), "/")
 	return strings.TrimSuffix(policed+"/"+name, "/")
-}
-
-// cgroupOf returns the cgroup of a process, by its directory in /proc. The error wraps
-// fs.ErrNotExist if there is none.
-func cgroupOf(process string) (string, error) {
-	text, err := os.ReadFile(filepath.Join("/proc", process, "cgroup"))
-	if errors.Is(err, unix.ESRCH) {
-		return "", fs.ErrNotExist
-	}
-	if err != nil {
-		return "", err
-	}
-	for line := range strings.Lines(string(text)) {
-		if rel, ok := strings.CutPrefix(line, "0::"); ok {
-			return strings.TrimSpace(rel), nil
-		}
-	}
-	return "", cgroup.ErrNoCgroup2
 }

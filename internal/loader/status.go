@@ -36,6 +36,9 @@ type Status struct {
 	HostDevices []policy.Device `json:"host_devices,omitempty"`
 	// Unjudged are devices that another attach would have the host side judge.
 	Unjudged []string `json:"-"`
+	// Named are the ids of the containers that run in cgroups which are named like
+	// containers', whether they are policed or not.
+	Named map[string]bool `json:"-"`
 	// Recognises is whether containers are told by the names of their cgroups, in one
 	// of the policed cgroups or more.
 	Recognises bool        `json:"-"`
@@ -81,7 +84,7 @@ const (
 	hostSide       = "host_side"
 )
 
-// Uncovered is a running Docker container outside of the policed cgroups.
+// Uncovered is a running container that is not policed.
 type Uncovered struct {
 	ID     string `json:"id"`
 	Name   string `json:"name"`
@@ -232,7 +235,9 @@ func (s *Status) findUncovered(f *Filter, all []*policed) error {
 	} else {
 		defer state.Close()
 	}
+	s.Named = map[string]bool{}
 	for _, rel := range containers {
+		s.Named[cgroup.ContainerID(rel)] = true
 		covered, err := f.covers(all, state, rel)
 		if err != nil {
 			return err
@@ -244,7 +249,24 @@ func (s *Status) findUncovered(f *Filter, all []*policed) error {
 	return nil
 }
 
-// covers says whether the cgroup of a container is policed.
+// Covers says whether what is in a cgroup is policed.
+func (f *Filter) Covers(rel string) (bool, error) {
+	all, err := f.installed()
+	if err != nil {
+		return false, err
+	}
+	state, err := f.State()
+	if errors.Is(err, ErrNotAttached) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer state.Close()
+	return f.covers(all, state, rel)
+}
+
+// covers says whether what is in a cgroup is policed.
 func (f *Filter) covers(all []*policed, state *maps.State, rel string) (bool, error) {
 	for _, p := range all {
 		if p.gone || p.rel == "" || !cgroup.Within(rel, p.rel) {

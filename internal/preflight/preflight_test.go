@@ -173,7 +173,7 @@ func TestDocker(t *testing.T) {
 		text string
 	}{
 		{`{"ServerVersion":"28.0","CgroupDriver":"systemd","CgroupVersion":"2"}`, OK, "28.0 at unix://"},
-		{`{"ServerVersion":"28.0","CgroupDriver":"cgroupfs","CgroupVersion":"1"}`, Fail, "systemd.unified_cgroup_hierarchy=1"},
+		{`{"ServerVersion":"28.0","CgroupDriver":"cgroupfs","CgroupVersion":"1"}`, Warn, "systemd.unified_cgroup_hierarchy=1"},
 		{`{"ServerVersion":"28.0","CgroupDriver":"none","CgroupVersion":"2"}`, Fail, "delegation"},
 		{`{"ServerVersion":"28.0","CgroupDriver":"systemd","CgroupVersion":"2","SecurityOptions":["name=rootless"]}`, Warn, "rootless"},
 		{`{`, Warn, "not asked"},

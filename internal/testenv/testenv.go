@@ -152,15 +152,9 @@ func Command(t testing.TB, cgroupPath, name string, args ...string) *exec.Cmd {
 // Enter moves the test process into a cgroup until the test ends.
 func Enter(t testing.TB, cgroupPath string) {
 	t.Helper()
-	before, err := os.ReadFile("/proc/self/cgroup")
+	home, err := cgroup.OfProcess(os.Getpid())
 	if err != nil {
 		t.Fatal(err)
-	}
-	home := "/"
-	for line := range strings.Lines(string(before)) {
-		if rel, ok := strings.CutPrefix(line, "0::"); ok {
-			home = strings.TrimSpace(rel)
-		}
 	}
 	move := func(path string) {
 		if err := os.WriteFile(filepath.Join(path, "cgroup.procs"), []byte("0"), 0); err != nil {
