@@ -40,7 +40,7 @@ bad file is refused and what was in force stays. Until a rule is applied to a ne
 container, the default holds.
 
 When it ends, however it ends, the filter stays in force; see detach. Under systemd
-it is a service of Type=notify-reload, with a watchdog.`,
+it is a service of Type=notify or notify-reload, with a watchdog.`,
 		Example: `  egressbpf run
   egressbpf run --config /etc/egressbpf/config.yaml --allow-dns`,
 		Args: usageArgs(cobra.NoArgs),

@@ -26,7 +26,7 @@ func TestDefault(t *testing.T) {
 		Families: "restrict", HostSide: "on", HostDevices: []Device{},
 		Scopes: []Scope{
 			"docker-{id}.scope", "{id}", "/docker/*", "libpod-{id}.scope", "libpod-{id}",
-			"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "crio-{id}.scope",
+			"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "/default/*", "crio-{id}.scope",
 		},
 	}
 	if !reflect.DeepEqual(p, want) {

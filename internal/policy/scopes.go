@@ -25,12 +25,12 @@ const (
 )
 
 // DefaultScopes are those of Docker, with either cgroup driver, its builder included,
-// and of Podman, containerd and CRI-O.
+// and of Podman, containerd (ctr's in its default namespace too) and CRI-O.
 func DefaultScopes() []Scope {
 	return []Scope{
 		"docker-{id}.scope", "{id}", "/docker/*",
 		"libpod-{id}.scope", "libpod-{id}",
-		"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "crio-{id}.scope",
+		"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "/default/*", "crio-{id}.scope",
 	}
 }
 
