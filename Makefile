@@ -64,13 +64,9 @@ test-host: build test-tools
 test-kernels: test-tools
 	internal/vmtest/test.sh
 
-# A whole Debian with systemd and Docker, under emulation: some ten minutes, and some
-# 700 MB that stay in the user's cache.
 .PHONY: test-debian
-test-debian:
-	@rm -rf bin/debian && mkdir -p bin/debian && cp internal/vmtest/debian/run bin/debian
-	@$(MAKE) --no-print-directory install DESTDIR=bin/debian/root SUDO= >/dev/null
-	$(SUDO) internal/vmtest/debian.sh --timeout 900 bin/debian
+test-debian: test-tools
+	internal/vmtest/test.sh debian
 
 .PHONY: test-tools
 test-tools:

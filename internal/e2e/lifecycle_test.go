@@ -104,7 +104,7 @@ func TestExchangeOfPoliciesUnderTraffic(t *testing.T) {
 		Mail:    at(lab.Mail4, 25),
 		Source:  s.a.IPv4,
 	})
-	for i := range 100 {
+	for i := range 50 {
 		s.Egressbpf(t, attach(i)...)
 	}
 	// Some are killed, wherever they are.

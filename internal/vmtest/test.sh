@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 #
 # Runs the tests whose answer can differ from kernel to kernel on each of Debian's
-# kernels. Emulation is some ten times slower: what is only arithmetic stays out.
-# Usage: test.sh [KERNEL]...   (default: all that run.sh knows)
+# kernels, and egressbpf's life on a whole Debian. Emulation is some ten times slower: what
+# is only arithmetic stays out.
+# Usage: test.sh [KERNEL|debian]...   (default: all that run.sh knows, and debian)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -11,9 +12,10 @@ oldest='^(TestVerdict|TestOwner|TestRecognised|TestPermitted|TestContention|Test
 verdict='^(TestOwner|TestRecognised|TestPermitted|TestHostIngress.+)$'
 loader='^(TestAttach|TestSwap|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestKeptFamiliesRefuse|TestRecognise|TestRefusedSocketsOfRecognised|TestHostSideBefore64)$'
 
-kernels=("$@")
-if [ ${#kernels[@]} = 0 ]; then
-    mapfile -t kernels < <(internal/vmtest/run.sh --kernels)
+machines=("$@")
+if [ ${#machines[@]} = 0 ]; then
+    mapfile -t machines < <(internal/vmtest/run.sh --kernels)
+    machines+=(debian)
 fi
 
 dir=$(mktemp -d)
@@ -23,32 +25,32 @@ for package in verdict loader dockertest e2e; do
 done
 CGO_ENABLED=0 go build -buildvcs=false -o "$dir/egressbpf" ./cmd/egressbpf
 
-# guest NAME KERNEL RUN.SH-ARGUMENT... once more if no result came back: emulation
-# can fail by itself.
+# guest NAME MACHINE COMMAND... once more if no result came back: emulation can fail by
+# itself.
 guest() {
-    local name=$1 kernel=$2 from=$SECONDS code=0
+    local name=$1 machine=$2 from=$SECONDS code=0
     shift 2
     for _ in 1 2; do
         code=0
-        internal/vmtest/run.sh "$@" >"$dir/out-$kernel" 2>&1 || code=$?
+        "$@" >"$dir/out-$machine" 2>&1 || code=$?
         [ "$code" = 125 ] || break
     done
     if [ "$code" != 0 ]; then
-        cat "$dir/out-$kernel"
-        echo "kernel $kernel: $name failed"
+        cat "$dir/out-$machine"
+        echo "$machine: $name failed"
         return "$code"
     fi
-    echo "ok   $name on kernel $kernel, $((SECONDS - from)) s"
+    echo "ok   $name on $machine, $((SECONDS - from)) s"
 }
 
 # alone KERNEL PACKAGE TESTS, with nothing else on the machine.
 alone() {
-    guest "internal/$2" "$1" --timeout 900 "$1" "$dir/$2" -test.short -test.run "$3"
+    guest "internal/$2" "$1" internal/vmtest/run.sh --timeout 900 "$1" "$dir/$2" -test.short -test.run "$3"
 }
 
 # in_root KERNEL PACKAGE TESTS, with this machine's root and Docker.
 in_root() {
-    guest "internal/$2" "$1" --root --timeout 1500 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
+    guest "internal/$2" "$1" internal/vmtest/run.sh --root --timeout 1500 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
         "$1" "$dir/$2" -test.short -test.run "$3"
 }
 
@@ -67,19 +69,33 @@ on_kernel() {
     # What connect() says differs on 5.10.
     case $1 in
     5.10) ;;
-    6.1) in_root "$1" dockertest '^TestAttacks$/^(host_side|all)$' || failed=1 ;;
+    6.1) in_root "$1" dockertest '^TestAttacks$/^host_side$' || failed=1 ;;
     *) in_root "$1" dockertest '^TestAttacks$/^all$' || failed=1 ;;
     esac
     return "$failed"
 }
 
+# on_debian installs what `make install` does, on a whole Debian.
+on_debian() {
+    mkdir "$dir/debian"
+    cp internal/vmtest/debian/run "$dir/debian"
+    make --no-print-directory install DESTDIR="$dir/debian/root" SUDO= >"$dir/out-debian" 2>&1 || { cat "$dir/out-debian"; return 1; }
+    # The image needs root.
+    local sudo=()
+    [ "$(id -u)" = 0 ] || sudo=(sudo)
+    guest 'all of egressbpf' debian "${sudo[@]}" internal/vmtest/debian.sh --timeout 1500 "$dir/debian"
+}
+
 # As many at once as there are processors, the longest first.
 failed=0
-for kernel in $(printf '%s\n' "${kernels[@]}" | sort -rV); do
+for machine in $(printf '%s\n' "${machines[@]}" | sort -rV); do
     while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do
         wait -n || failed=1
     done
-    on_kernel "$kernel" &
+    case $machine in
+    debian) on_debian & ;;
+    *) on_kernel "$machine" & ;;
+    esac
 done
 for job in $(jobs -p); do
     wait "$job" || failed=1
