@@ -111,6 +111,17 @@ func syns(packets []lab.Packet, port uint16) int {
 	return len(seen)
 }
 
+// expectBurst checks that five of so many mail connections have arrived, and nothing else.
+func expectBurst(t *testing.T, packets []lab.Packet, attempts int) {
+	t.Helper()
+	if n := syns(packets, 25); n != 5 {
+		t.Errorf("%d of %d mail connections arrived, want 5", n, attempts)
+	}
+	if n := lab.Count(packets, func(p lab.Packet) bool { return p.Dst.Addr() != lab.Mail4 }); n > 0 {
+		t.Errorf("arrived: %v", packets)
+	}
+}
+
 func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
 
 func testFirstInstruction(t *testing.T, e *engine) {
@@ -211,13 +222,7 @@ func testHostNetwork(t *testing.T, e *engine) {
 	seen := e.Capture(t)
 	expectMetadataRefused(t, c.Agent)
 	c.ConnectAtOnce(at(lab.Mail4, 25), 60)
-	packets := seen.Settle(t)
-	if n := syns(packets, 25); n != 5 {
-		t.Errorf("%d of 60 mail connections arrived, want 5", n)
-	}
-	if n := lab.Count(packets, func(p lab.Packet) bool { return p.Dst.Addr() != lab.Mail4 }); n > 0 {
-		t.Errorf("arrived: %v", packets)
-	}
+	expectBurst(t, seen.Settle(t), 60)
 	if got := row(t, e.Network, c.id); got.SMTP.Allowed != 5 || got.Blocked.Connects != 3 || got.Blocked.Packets != 2 {
 		t.Errorf("counted %+v", got)
 	}
@@ -367,13 +372,7 @@ func testFirewall(t *testing.T, e *engine) {
 	seen := e.Capture(t)
 	expectMetadataRefused(t, c.Agent)
 	c.ConnectAtOnce(at(lab.Mail4, 25), 60)
-	packets := seen.Settle(t)
-	if n := syns(packets, 25); n != 5 {
-		t.Errorf("%d of 60 mail connections arrived, want 5", n)
-	}
-	if n := lab.Count(packets, func(p lab.Packet) bool { return p.Dst.Addr() != lab.Mail4 }); n > 0 {
-		t.Errorf("arrived: %v", packets)
-	}
+	expectBurst(t, seen.Settle(t), 60)
 }
 
 func testDetach(t *testing.T, e *engine) {
