@@ -12,7 +12,7 @@
 #define MAX_PLACES 8
 const volatile struct place places[MAX_PLACES];
 
-#define MAX_SCOPES 16
+#define MAX_SCOPES 32
 const volatile struct scope scopes[MAX_SCOPES];
 const volatile __u32 n_scopes;
 
@@ -32,11 +32,33 @@ static __always_inline bool begins(const char *text, const volatile struct scope
 	return true;
 }
 
+/* BuildKit's identity.NewID, and what stands before it where BuildKit takes the parent for
+ * systemd to read for a name.
+ */
+#define BUILD_ID 25
+
+static __always_inline bool build(const char *name, __u32 len)
+{
+	__u32 at = len - BUILD_ID;
+
+	if (len < BUILD_ID || (at && name[(at - 1) & (TEXT - 1)] != ':'))
+		return false;
+	for (__u32 i = 0; i < BUILD_ID; i++) {
+		char c = name[(at + i) & (TEXT - 1)];
+
+		if (!((c >= '0' && c <= '9') || (c >= 'a' && c <= 'z')))
+			return false;
+	}
+	return true;
+}
+
 /* Whether a name of len characters is one of the scope's. */
 static __always_inline bool named(const char *name, __u32 len, const volatile struct scope *s)
 {
 	__u32 at = s->prefix_len;
 
+	if (s->kind == SCOPE_BUILD)
+		return build(name, len);
 	if (s->kind == SCOPE_ID ? len != at + CONTAINER_ID + s->suffix_len : len <= at + s->suffix_len)
 		return false;
 	if (!begins(name, s))
@@ -130,6 +152,9 @@ int recognise(__u64 *ctx)
 	if (!place)
 		return 0;
 	depth = cgrp->level - place->level;
+	/* No packet of it would be found to be a container's, and status says so. */
+	if (depth > MAX_DEPTH)
+		return 0;
 	key.place = place->id;
 	len = read_name(cgrp, &key);
 	before = bpf_map_lookup_elem(&retired, &key);
@@ -140,7 +165,7 @@ int recognise(__u64 *ctx)
 		return 0;	/* gets its state when it is needed */
 	}
 	id = cgrp->kn->id;
-	c = depth > MAX_DEPTH ? NULL : state_of(id);
+	c = state_of(id);
 	if (!c && place->recognises)
 		overflowed(id);
 	if (c && before) {

@@ -65,7 +65,8 @@ type CgroupsScopeKind uint32
 const (
 	CgroupsScopeKindSCOPE_ID    CgroupsScopeKind = 0
 	CgroupsScopeKindSCOPE_ANY   CgroupsScopeKind = 1
-	CgroupsScopeKindSCOPE_CHILD CgroupsScopeKind = 2
+	CgroupsScopeKindSCOPE_BUILD CgroupsScopeKind = 2
+	CgroupsScopeKindSCOPE_CHILD CgroupsScopeKind = 3
 )
 
 // Names of all BPF objects in the ELF.

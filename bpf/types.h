@@ -135,6 +135,7 @@ struct place {
 enum scope_kind {
 	SCOPE_ID,		/* prefix, id, suffix */
 	SCOPE_ANY,		/* prefix, at least one character, suffix */
+	SCOPE_BUILD,		/* 25 letters and digits, alone or behind a colon: BuildKit's */
 	SCOPE_CHILD,		/* any name, in the directory prefix, which ends with a slash */
 };
 

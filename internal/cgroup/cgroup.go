@@ -233,7 +233,7 @@ func (r Root) Find(id uint64) (string, error) {
 
 // containerName matches the directories that container engines make for containers,
 // with either cgroup driver.
-var containerName = regexp.MustCompile(`^(?:(?:docker|libpod|cri-containerd|nerdctl|crio)-)?([0-9a-f]{64})(?:\.scope)?$`)
+var containerName = regexp.MustCompile(`^(?:(?:docker|libpod|libpod-payload|cri-containerd|nerdctl|crio)-)?([0-9a-f]{64})(?:\.scope)?$`)
 
 // ContainerID returns the id of the container that a cgroup was made for, by its
 // name; "" if it has none.

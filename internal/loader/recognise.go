@@ -20,7 +20,10 @@ import (
 // that containers cannot be told from what is beside them.
 var ErrCannotRecognise = errors.New("this kernel cannot tell containers from what else is in there")
 
-const maxPlaces = 8 // MAX_PLACES
+const (
+	maxPlaces = 8  // MAX_PLACES
+	maxDepth  = 16 // MAX_DEPTH
+)
 
 // loadCgroups loads one of the programs that follow cgroups. The caller closes it.
 func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebpf.Program, error) {
@@ -45,7 +48,7 @@ func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebp
 	return loaded.Program, nil
 }
 
-func scopesOf(p policy.Policy) (scopes [16]bpf.CgroupsScope, n uint32) { // MAX_SCOPES
+func scopesOf(p policy.Policy) (scopes [32]bpf.CgroupsScope, n uint32) { // MAX_SCOPES
 	for i, s := range p.Scopes {
 		parts := s.Parts()
 		scope := bpf.CgroupsScope{
@@ -183,6 +186,9 @@ func (f *Filter) enrol(targets []*target, p policy.Policy, state *maps.State, ba
 			return err
 		}
 		for _, rel := range found {
+			if cgroup.Level(rel)-cgroup.Level(t.rel) > maxDepth {
+				continue // status tells
+			}
 			id, err := f.root.ID(rel)
 			if errors.Is(err, fs.ErrNotExist) {
 				continue

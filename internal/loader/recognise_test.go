@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/loader"
 	statemaps "github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
 	"github.com/egressbpf/egressbpf/internal/testenv"
@@ -51,9 +53,11 @@ func TestRecognise(t *testing.T) {
 		policy.Scope(strings.Repeat("l", 96)+"*"), policy.Scope("s{id}"+strings.Repeat("s", 16)))
 	check(t, p.Validate())
 
+	const build = "0r6mzc6cy0b2zhfsoinq9y6th"
 	names := []string{
 		"docker-" + id + ".scope", id, "libpod-" + id + ".scope", "libpod-" + id,
-		"cri-containerd-" + id + ".scope", "nerdctl-" + id + ".scope", "crio-" + id + ".scope",
+		"cri-containerd-" + id + ".scope", "nerdctl-" + id + ".scope", "crio-" + id + ".scope", "crio-" + id, "libpod-payload-" + id, "buildah-buildah123", "crun-buildah-buildah123.scope", "xbuildah-1",
+		build, "system.slice:docker:" + build, ":" + build, "docker-" + build, build[1:], build + "0", "X" + build[1:], build + ".scope",
 		"docker-" + id, "docker-" + id + ".service", "docker-" + id + ".scope.d", "docker-.scope", "docker-x.scope",
 		"xdocker-" + id + ".scope", "docker-" + id[1:] + ".scope", "docker-0" + id + ".scope",
 		"docker-" + strings.ToUpper(id) + ".scope", "docker-" + id[:63] + "g.scope", "docker-g" + id[1:] + ".scope",
@@ -269,5 +273,37 @@ func TestRefusedSocketsOfRecognised(t *testing.T) {
 	}
 	if n := h.denied(scope); n != uint64(2*btoi(refuses)) {
 		t.Errorf("%d refused sockets are counted", n)
+	}
+}
+
+// TestTooDeep makes a container deeper than any is looked for: it is not covered, as status
+// says, and nothing else is taken for a container because of it.
+func TestTooDeep(t *testing.T) {
+	lockHost(t)
+	h := newHost(t)
+	deep := func(depth int) string {
+		return "own.slice/" + strings.Repeat("d/", depth-1) + "docker-" + id + ".scope"
+	}
+	h.mkdir(deep(17))
+	h.mustAttach(policy.Default(), "own.slice")
+	h.mkdir(strings.Replace(deep(17), "d/", "e/", 1), strings.Replace(deep(16), "d/", "f/", 1))
+	got := h.enrolled()
+	if want := strings.Replace(deep(16), "d/", "f/", 1); len(got) != 1 || !got[want] {
+		t.Errorf("enrolled %v, want %s alone", got, want)
+	}
+	state, err := h.State()
+	check(t, err)
+	defer state.Close()
+	if first, err := state.Overflow(); first != 0 || err != nil {
+		t.Errorf("cgroups from %d on are taken for containers: %v", first, err)
+	}
+	cmd := testenv.Command(t, filepath.Join(h.base, deep(17)), "sleep", "60")
+	check(t, cmd.Start())
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	if s := h.status(); !slices.ContainsFunc(s.Uncovered, func(u loader.Uncovered) bool { return h.root.Path(u.Cgroup) == filepath.Join(h.base, deep(17)) }) {
+		t.Errorf("uncovered: %+v", s.Uncovered)
 	}
 }

@@ -25,8 +25,9 @@ func TestDefault(t *testing.T) {
 		},
 		Families: "restrict", HostSide: "on", HostDevices: []Device{},
 		Scopes: []Scope{
-			"docker-{id}.scope", "{id}", "/docker/*", "libpod-{id}.scope", "libpod-{id}",
-			"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "/default/*", "crio-{id}.scope",
+			"docker-{id}.scope", "{id}", "{build}", "libpod-{id}.scope", "libpod-{id}", "libpod-payload-{id}",
+			"buildah-*", "crun-buildah-*", "runc-buildah-*",
+			"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "/default/*", "crio-{id}.scope", "crio-{id}",
 		},
 	}
 	if !reflect.DeepEqual(p, want) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -11,26 +12,32 @@ import (
 // Scope is what the cgroups of containers are called, where a policed cgroup holds
 // other things too: a name with {id}, which stands for the 64 hexadecimal digits of a
 // container's id, or with one *, which stands for anything, at any depth, such as
-// docker-{id}.scope; or all that is in one directory, such as /docker/*.
+// docker-{id}.scope; or all that is in one directory, such as /default/*; or BuildScope.
 type Scope string
 
 // AnyScope, alone, means that every child of a policed cgroup is a container.
 const AnyScope Scope = "any"
 
+// BuildScope stands for the containers of BuildKit, in which it runs the steps of a build:
+// 25 letters and digits, alone or behind a colon.
+const BuildScope Scope = "{build}"
+
 const (
 	scopeID = "{id}"
 	// The lengths of bpf/types.h.
-	maxScopePrefix, maxScopeSuffix, maxScopes = 96, 16, 16
+	maxScopePrefix, maxScopeSuffix, maxScopes = 96, 16, 32
 	containerID                               = 64
 )
 
-// DefaultScopes are those of Docker, with either cgroup driver, its builder included,
-// and of Podman, containerd (ctr's in its default namespace too) and CRI-O.
+// DefaultScopes are those of Docker, with either cgroup driver, BuildKit, Podman (Quadlet's
+// payloads and builds too), containerd (ctr's in its default namespace too) and CRI-O.
 func DefaultScopes() []Scope {
 	return []Scope{
-		"docker-{id}.scope", "{id}", "/docker/*",
-		"libpod-{id}.scope", "libpod-{id}",
-		"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "/default/*", "crio-{id}.scope",
+		"docker-{id}.scope", "{id}", BuildScope,
+		"libpod-{id}.scope", "libpod-{id}", "libpod-payload-{id}",
+		"buildah-*", "crun-buildah-*", "runc-buildah-*",
+		"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "/default/*",
+		"crio-{id}.scope", "crio-{id}",
 	}
 }
 
@@ -40,6 +47,7 @@ type ScopeKind int
 const (
 	ScopeID    ScopeKind = iota // prefix, id, suffix
 	ScopeAny                    // prefix, one character or more, suffix
+	ScopeBuild                  // BuildScope
 	ScopeChild                  // any name, in the directory prefix
 )
 
@@ -53,6 +61,9 @@ type ScopeParts struct {
 
 // Parts takes apart what [ParseScope] has accepted.
 func (s Scope) Parts() ScopeParts {
+	if s == BuildScope {
+		return ScopeParts{Kind: ScopeBuild}
+	}
 	if dir, ok := strings.CutSuffix(string(s), "*"); ok && strings.HasPrefix(dir, "/") {
 		return ScopeParts{Kind: ScopeChild, Prefix: dir, Level: strings.Count(dir, "/")}
 	}
@@ -66,11 +77,11 @@ func (s Scope) Parts() ScopeParts {
 // ParseScope reads a Scope, or any.
 func ParseScope(text string) (Scope, error) {
 	s := Scope(text)
-	if s == AnyScope {
+	if s == AnyScope || s == BuildScope {
 		return s, nil
 	}
 	bad := func(why string) (Scope, error) {
-		return "", fmt.Errorf("%q: %s; want a name such as docker-{id}.scope or build-*, a directory such as /docker/*, or any", text, why)
+		return "", fmt.Errorf("%q: %s; want a name such as docker-{id}.scope or ci-*, a directory such as /default/*, {build}, or any", text, why)
 	}
 	if strings.Count(text, scopeID)+strings.Count(text, "*") != 1 {
 		return bad("it needs {id} or * once")
@@ -123,11 +134,16 @@ func (s *Scope) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
+var buildName = regexp.MustCompile(`^(?:.*:)?[0-9a-z]{25}$`)
+
 // Matches says whether the cgroup at a path, from the root on, is one of the scope's.
 func (s Scope) Matches(cgroup string) bool {
 	p, name := s.Parts(), path.Base(cgroup)
-	if p.Kind == ScopeChild {
+	switch p.Kind {
+	case ScopeChild:
 		return strings.Count(cgroup, "/") == p.Level && strings.HasPrefix(cgroup, p.Prefix)
+	case ScopeBuild:
+		return buildName.MatchString(name)
 	}
 	if !strings.HasPrefix(name, p.Prefix) || !strings.HasSuffix(name, p.Suffix) || len(name) <= len(p.Prefix)+len(p.Suffix) {
 		return false
