@@ -31,15 +31,16 @@ install: build
 	rm -rf bin/man8 && bin/egressbpf man bin/man8
 	$(SUDO) install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 bin/man8/*
 	$(SUDO) install -D -m 644 dist/config.yaml $(DESTDIR)$(PREFIX)/share/doc/egressbpf/config.yaml
-	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl daemon-reload
+	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || { $(SUDO) systemctl daemon-reload && $(SUDO) systemctl try-restart egressbpf; }
 
 # What is in force stays: that is for `egressbpf detach`, before.
 .PHONY: uninstall
 uninstall:
-	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --now egressbpf
+	-[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --now egressbpf
 	$(SUDO) rm -f $(DESTDIR)$(PREFIX)/sbin/egressbpf $(DESTDIR)$(PREFIX)/lib/systemd/system/egressbpf.service
 	$(SUDO) rm -f $(DESTDIR)$(PREFIX)/share/man/man8/egressbpf*.8
 	$(SUDO) rm -rf $(DESTDIR)$(PREFIX)/share/doc/egressbpf
+	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl daemon-reload
 
 .PHONY: demo
 demo: build
