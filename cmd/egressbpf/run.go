@@ -26,6 +26,7 @@ const defaultConfig = "/etc/egressbpf/config.yaml"
 type runOptions struct {
 	*globals
 	configOptions
+	orDefaults bool
 }
 
 func newRun(g *globals) *cobra.Command {
@@ -49,12 +50,13 @@ it is a service of Type=notify or notify-reload, with a watchdog.`,
 		},
 	}
 	o.register(cmd.Flags())
+	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if the config file is refused and nothing is in force, put the defaults and the other flags in force before failing")
 	return cmd
 }
 
 func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Writer) error {
 	if _, err := o.load(flags)(); err != nil {
-		return usageError{err}
+		return usageError{errors.Join(err, o.putDefaults(ctx, flags, stderr))}
 	}
 	client, err := docker.Open(o.dockerHost)
 	if err != nil {
@@ -81,6 +83,31 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 		Reload:   reload,
 	}
 	return d.Run(ctx)
+}
+
+// putDefaults has something in force where a config file that is refused would leave
+// nothing, as after a boot.
+func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stderr io.Writer) error {
+	without := o.configOptions
+	without.config = ""
+	config, err := without.read(flags)
+	if !o.orDefaults || err != nil {
+		return nil // the flags are wrong, which has been said
+	}
+	filter, _, err := o.filter()
+	if err != nil {
+		return err
+	}
+	if status, err := filter.Status(); err != nil || len(status.Cgroups) > 0 {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, lockPatience)
+	defer cancel()
+	if err := filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {
+		return err
+	}
+	newLogger(stderr).Warn("the defaults are in force, since nothing was")
+	return nil
 }
 
 // load returns what reads the configuration. That the file at the usual place is

@@ -16,23 +16,29 @@ import (
 // Complete adds to what a status tells uncovered the containers that have no cgroup of
 // their own, or none that is named like a container's. Only Docker knows then that they
 // are containers: running has the ids of those that it runs, and it is asked for the
-// process of each. Those that have ended are not added.
+// process of each. Those that have ended are not added. A daemon that is asked over the
+// network may be another machine's, whose processes are none here: it is not asked.
 //
-// It ends with the first error.
+// All are tried until ctx ends; the errors are joined.
 func Complete(ctx context.Context, client *docker.Client, filter *loader.Filter, s *loader.Status, running iter.Seq[string]) error {
+	if !client.Local() {
+		return nil
+	}
+	var errs []error
 	for _, id := range slices.Sorted(running) {
 		if s.Named[id] {
 			continue
 		}
 		u, covered, err := find(ctx, client, filter, id)
-		if err != nil {
-			return err
-		}
-		if !covered {
+		if err == nil && !covered {
 			s.Uncovered = append(s.Uncovered, u)
 		}
+		errs = append(errs, err)
+		if ctx.Err() != nil {
+			break
+		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 func find(ctx context.Context, client *docker.Client, filter *loader.Filter, id string) (u loader.Uncovered, covered bool, err error) {

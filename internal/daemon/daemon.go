@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -204,11 +205,18 @@ func (d *Daemon) event(ctx context.Context, e docker.Event) {
 		delete(d.subjects, e.ID)
 		return
 	case docker.Start, docker.Rename, docker.Update:
+		if d.stale {
+			return // the next check asks for all
+		}
 		ctx, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
 		c, err := d.Docker.Inspect(ctx, e.ID)
+		if errors.Is(err, docker.ErrNoContainer) {
+			return
+		}
 		if err != nil {
-			d.Log.Debug("container not found", "id", e.ID, "err", err)
+			d.stale = true
+			d.Log.Warn("container not known; it gets the defaults until Docker tells", "id", e.ID, "err", err)
 			return
 		}
 		d.subjects[e.ID] = rules.Subject(c)

@@ -46,6 +46,7 @@ type engine struct {
 	pids       map[string]int
 	listeners  map[chan []byte]bool
 	mute       bool // it answers no question about containers
+	broken     bool // nor one about a single one
 }
 
 func newEngine(t *testing.T) *engine {
@@ -97,6 +98,10 @@ func (e *engine) answer(w http.ResponseWriter, r *http.Request) {
 	}
 	id := strings.TrimSuffix(strings.TrimPrefix(path, "containers/"), "/json")
 	c, ok := e.containers[id]
+	if e.broken {
+		http.Error(w, `{"message":"busy"}`, http.StatusInternalServerError)
+		return
+	}
 	if !ok {
 		http.Error(w, `{"message":"No such container"}`, http.StatusNotFound)
 		return
@@ -457,6 +462,24 @@ func TestFlood(t *testing.T) {
 }
 
 // TestRepair takes off what the daemon has attached.
+// A container that Docker would not tell of when it started gets its rule later.
+func TestMissedStart(t *testing.T) {
+	s := newService(t, rulesText)
+	s.container(1)
+	s.engine.run("start", id(1), "mailer-1", nil)
+	s.start()
+	s.eventually("Docker is followed", func() bool { return s.burst(1) == 30 })
+	s.engine.mu.Lock()
+	s.engine.broken = true
+	s.engine.mu.Unlock()
+	s.container(2)
+	s.engine.run("start", id(2), "mailer-2", nil)
+	s.eventually("the rule", func() bool { return s.burst(2) == 30 })
+	if !strings.Contains(s.log.String(), "container not known") {
+		t.Errorf("nothing was missed:\n%s", s.log.String())
+	}
+}
+
 // A container that has no cgroup of its own is one all the same, as Docker says.
 func TestUncovered(t *testing.T) {
 	s := newService(t, "")

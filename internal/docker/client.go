@@ -98,6 +98,9 @@ func Open(host string) (*Client, error) {
 	return c, nil
 }
 
+// Local says whether the daemon is asked by a socket of this machine.
+func (c *Client) Local() bool { return strings.HasPrefix(c.host, "unix:") }
+
 // pidFiles are where the daemon writes its process id if it is not told otherwise.
 var pidFiles = []string{"/var/run/docker.pid", "/run/docker.pid"}
 

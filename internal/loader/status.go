@@ -255,6 +255,7 @@ func (f *Filter) Covers(rel string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	defer closeAll(all)
 	state, err := f.State()
 	if errors.Is(err, ErrNotAttached) {
 		return false, nil

@@ -226,6 +226,9 @@ func programName(id ebpf.ProgramID) string {
 	return name
 }
 
+// hybridRoot is where runc looks for the unified hierarchy beside those of v1.
+const hybridRoot = "/sys/fs/cgroup/unified"
+
 func (h Host) docker(ctx context.Context, r *Report) {
 	config, err := docker.ReadConfig(docker.ConfigFile)
 	if err != nil {
@@ -245,6 +248,8 @@ func (h Host) docker(ctx context.Context, r *Report) {
 	switch {
 	case info.CgroupDriver == "none":
 		r.add("docker", Fail, "%s: containers have no cgroups of their own; rootless Docker needs cgroup v2 with delegation", detail)
+	case info.CgroupVersion == 1 && h.Root != hybridRoot:
+		r.add("docker", Fail, "%s: containers have cgroups in the unified hierarchy only if that is mounted at %s; boot with systemd.unified_cgroup_hierarchy=1", detail, hybridRoot)
 	case info.CgroupVersion == 1:
 		// On the hybrid layout runc from 1.1 on uses both.
 		r.add("docker", Warn, "%s: runc before 1.1 gives containers no cgroups in the unified hierarchy; see NOT COVERED in egressbpf status when one runs, or boot with systemd.unified_cgroup_hierarchy=1", detail)

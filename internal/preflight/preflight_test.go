@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/docker"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/maps"
@@ -167,18 +168,21 @@ func TestDocker(t *testing.T) {
 	h.Docker, err = docker.Open("unix://" + socket)
 	check(t, err)
 	defer h.Docker.Close()
+	unified := cgroup.Root("/sys/fs/cgroup")
 	for _, tt := range []struct {
+		root cgroup.Root
 		info string
 		want Result
 		text string
 	}{
-		{`{"ServerVersion":"28.0","CgroupDriver":"systemd","CgroupVersion":"2"}`, OK, "28.0 at unix://"},
-		{`{"ServerVersion":"28.0","CgroupDriver":"cgroupfs","CgroupVersion":"1"}`, Warn, "systemd.unified_cgroup_hierarchy=1"},
-		{`{"ServerVersion":"28.0","CgroupDriver":"none","CgroupVersion":"2"}`, Fail, "delegation"},
-		{`{"ServerVersion":"28.0","CgroupDriver":"systemd","CgroupVersion":"2","SecurityOptions":["name=rootless"]}`, Warn, "rootless"},
-		{`{`, Warn, "not asked"},
+		{unified, `{"ServerVersion":"28.0","CgroupDriver":"systemd","CgroupVersion":"2"}`, OK, "28.0 at unix://"},
+		{unified, `{"ServerVersion":"28.0","CgroupDriver":"cgroupfs","CgroupVersion":"1"}`, Fail, "systemd.unified_cgroup_hierarchy=1"},
+		{hybridRoot, `{"ServerVersion":"28.0","CgroupDriver":"cgroupfs","CgroupVersion":"1"}`, Warn, "systemd.unified_cgroup_hierarchy=1"},
+		{unified, `{"ServerVersion":"28.0","CgroupDriver":"none","CgroupVersion":"2"}`, Fail, "delegation"},
+		{unified, `{"ServerVersion":"28.0","CgroupDriver":"systemd","CgroupVersion":"2","SecurityOptions":["name=rootless"]}`, Warn, "rootless"},
+		{unified, `{`, Warn, "not asked"},
 	} {
-		info = tt.info
+		info, h.Root = tt.info, tt.root
 		r := &Report{Ready: true}
 		h.docker(t.Context(), r)
 		if c := r.result(t, "docker"); c.Result != tt.want || !strings.Contains(c.Detail, tt.text) {
