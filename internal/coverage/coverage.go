@@ -24,38 +24,42 @@ func Complete(ctx context.Context, client *docker.Client, filter *loader.Filter,
 	if !client.Local() {
 		return nil
 	}
+	var found []loader.Uncovered
 	var errs []error
 	for _, id := range slices.Sorted(running) {
 		if s.Named[id] {
 			continue
 		}
-		u, covered, err := find(ctx, client, filter, id)
-		if err == nil && !covered {
-			s.Uncovered = append(s.Uncovered, u)
+		u, err := find(ctx, client, id)
+		if err == nil {
+			found = append(found, u)
+		} else if !errors.Is(err, errEnded) {
+			errs = append(errs, err)
 		}
-		errs = append(errs, err)
 		if ctx.Err() != nil {
 			break
 		}
 	}
+	if len(found) > 0 {
+		errs = append(errs, filter.AddUncovered(s, found))
+	}
 	return errors.Join(errs...)
 }
 
-func find(ctx context.Context, client *docker.Client, filter *loader.Filter, id string) (u loader.Uncovered, covered bool, err error) {
+var errEnded = errors.New("the container has ended")
+
+// find returns where a container runs.
+func find(ctx context.Context, client *docker.Client, id string) (u loader.Uncovered, err error) {
 	c, err := client.Inspect(ctx, id)
 	if errors.Is(err, docker.ErrNoContainer) || err == nil && c.Pid == 0 {
-		return u, true, nil
+		return u, errEnded
 	}
 	if err != nil {
-		return u, false, err
+		return u, err
 	}
 	rel, err := cgroup.OfProcess(c.Pid)
 	if errors.Is(err, fs.ErrNotExist) {
-		return u, true, nil
+		return u, errEnded
 	}
-	if err != nil {
-		return u, false, err
-	}
-	covered, err = filter.Covers(rel)
-	return loader.Uncovered{ID: id, Name: c.Name, Cgroup: rel}, covered, err
+	return loader.Uncovered{ID: id, Name: c.Name, Cgroup: rel}, err
 }

@@ -224,6 +224,28 @@ func (s *Status) findUncovered(f *Filter, all []*policed) error {
 	if err != nil {
 		return fmt.Errorf("look for containers: %w", err)
 	}
+	s.Named = map[string]bool{}
+	var found []Uncovered
+	for _, rel := range containers {
+		id := cgroup.ContainerID(rel)
+		s.Named[id] = true
+		found = append(found, Uncovered{ID: id, Cgroup: rel})
+	}
+	return f.addUncovered(s, all, found)
+}
+
+// AddUncovered adds to what a status tells uncovered those of the containers that are not
+// policed.
+func (f *Filter) AddUncovered(s *Status, containers []Uncovered) error {
+	all, err := f.installed()
+	if err != nil {
+		return err
+	}
+	defer closeAll(all)
+	return f.addUncovered(s, all, containers)
+}
+
+func (f *Filter) addUncovered(s *Status, all []*policed, containers []Uncovered) error {
 	if len(containers) == 0 {
 		return nil
 	}
@@ -235,36 +257,16 @@ func (s *Status) findUncovered(f *Filter, all []*policed) error {
 	} else {
 		defer state.Close()
 	}
-	s.Named = map[string]bool{}
-	for _, rel := range containers {
-		s.Named[cgroup.ContainerID(rel)] = true
-		covered, err := f.covers(all, state, rel)
+	for _, c := range containers {
+		covered, err := f.covers(all, state, c.Cgroup)
 		if err != nil {
 			return err
 		}
 		if !covered {
-			s.Uncovered = append(s.Uncovered, Uncovered{ID: cgroup.ContainerID(rel), Cgroup: rel})
+			s.Uncovered = append(s.Uncovered, c)
 		}
 	}
 	return nil
-}
-
-// Covers says whether what is in a cgroup is policed.
-func (f *Filter) Covers(rel string) (bool, error) {
-	all, err := f.installed()
-	if err != nil {
-		return false, err
-	}
-	defer closeAll(all)
-	state, err := f.State()
-	if errors.Is(err, ErrNotAttached) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	defer state.Close()
-	return f.covers(all, state, rel)
 }
 
 // covers says whether what is in a cgroup is policed.
