@@ -88,9 +88,7 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 // putDefaults has something in force where a config file that is refused would leave
 // nothing, as after a boot.
 func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stderr io.Writer) error {
-	without := o.configOptions
-	without.config = ""
-	config, err := without.read(flags)
+	config, err := o.withoutFile(flags)
 	if !o.orDefaults || err != nil {
 		return nil // the flags are wrong, which has been said
 	}
@@ -116,13 +114,18 @@ func (o *runOptions) load(flags *pflag.FlagSet) func() (policy.Config, error) {
 	optional := !flags.Changed("config")
 	return func() (policy.Config, error) {
 		if _, err := os.Stat(o.config); optional && errors.Is(err, fs.ErrNotExist) {
-			without := o.configOptions
-			without.config = ""
-			return without.read(flags)
+			return o.withoutFile(flags)
 		}
 		optional = false
 		return o.read(flags)
 	}
+}
+
+// withoutFile returns the defaults and what the flags say.
+func (o *runOptions) withoutFile(flags *pflag.FlagSet) (policy.Config, error) {
+	without := o.configOptions
+	without.config = ""
+	return without.read(flags)
 }
 
 // newLogger returns a logger of lines. The journal has clocks of its own.

@@ -313,12 +313,19 @@ const rulesText = `containers:
     metadata: allow
 `
 
-func TestRules(t *testing.T) {
-	s := newService(t, rulesText)
+// startBesideMailer starts the daemon, with rulesText, when container 1, mailer-1, runs, and
+// waits until that has its rule: from then on Docker is followed.
+func (s *service) startBesideMailer() {
+	s.t.Helper()
 	s.container(1)
 	s.engine.run("start", id(1), "mailer-1", nil)
 	s.start()
 	s.eventually("the rule of a container from before", func() bool { return s.burst(1) == 30 })
+}
+
+func TestRules(t *testing.T) {
+	s := newService(t, rulesText)
+	s.startBesideMailer()
 
 	s.container(2)
 	if s.mayReachMetadata(2) {
@@ -465,10 +472,7 @@ func TestFlood(t *testing.T) {
 // A container that Docker would not tell of when it started gets its rule later.
 func TestMissedStart(t *testing.T) {
 	s := newService(t, rulesText)
-	s.container(1)
-	s.engine.run("start", id(1), "mailer-1", nil)
-	s.start()
-	s.eventually("Docker is followed", func() bool { return s.burst(1) == 30 })
+	s.startBesideMailer()
 	s.engine.mu.Lock()
 	s.engine.broken = true
 	s.engine.mu.Unlock()
