@@ -51,7 +51,7 @@ alone() {
 # in_root KERNEL PACKAGE TESTS, with this machine's root and Docker.
 in_root() {
     guest "internal/$2" "$1" internal/vmtest/run.sh --root --timeout 1500 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
-        "$1" "$dir/$2" -test.short -test.run "$3"
+        "$1" "$dir/$2" -test.run "$3"
 }
 
 # With real packets and containers goes what this machine's own kernel may not be able to,
