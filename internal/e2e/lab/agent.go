@@ -19,7 +19,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-	"unsafe"
 
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
@@ -141,6 +140,12 @@ func (s *Socket) ConnectMeanwhile(to netip.AddrPort) (wait func() Result) {
 
 // Bind binds the socket.
 func (s *Socket) Bind(to netip.AddrPort) Result { return s.do("bind", to, nil, 0, 0, 0) }
+
+// Listen has the socket answer connections, which nobody accepts.
+func (s *Socket) Listen() Result { return s.do("listen", netip.AddrPort{}, nil, 0, 0, 0) }
+
+// Shutdown ends what the socket sends.
+func (s *Socket) Shutdown() Result { return s.do("shut down", netip.AddrPort{}, nil, 0, 0, 0) }
 
 // Send sends on a connected socket, or to an address if it is valid.
 func (s *Socket) Send(data []byte, to netip.AddrPort) Result {
@@ -320,6 +325,11 @@ type Remote struct {
 	flooded Flooded
 
 	overruling *link.RawLink // held
+	forgers    map[int]int   // raw sockets of an accomplice, by family
+
+	// Of sequences.
+	slots  map[int]*walker
+	starts map[netip.AddrPort]start
 }
 
 // SocketArgs are those of socket(2).
@@ -381,10 +391,12 @@ func (c *Call) do(r *Result) (err error) {
 			return unix.SetsockoptString(c.FD, c.Flags, c.Option, string(c.Data))
 		}
 		return unix.SetsockoptInt(c.FD, c.Flags, c.Option, c.Value)
+	case "listen":
+		return unix.Listen(c.FD, 100)
+	case "shut down":
+		return unix.Shutdown(c.FD, unix.SHUT_WR)
 	case "disconnect":
-		unspec := unix.RawSockaddr{Family: unix.AF_UNSPEC}
-		_, _, e := unix.Syscall(unix.SYS_CONNECT, uintptr(c.FD), uintptr(unsafe.Pointer(&unspec)), unsafe.Sizeof(unspec))
-		return errnoError(e)
+		return disconnect(c.FD)
 	case "close":
 		return unix.Close(c.FD)
 	}

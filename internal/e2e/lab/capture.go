@@ -22,7 +22,7 @@ type Packet struct {
 	Fragment bool
 	Offset   int   // of a fragment, in bytes
 	Flags    uint8 // of TCP
-	Seq      uint32
+	Seq, Ack uint32
 	Len      int // from the IP header on
 	payload  string
 }
@@ -66,6 +66,13 @@ func (n *Network) Capture(t testing.TB) *Capture {
 func (n *Network) CaptureBridge(t testing.TB) *Capture {
 	t.Helper()
 	return n.capture(t, n.Host, "br0")
+}
+
+// CaptureAnswers begins to capture what the host receives from the server, where
+// nothing can be settled.
+func (n *Network) CaptureAnswers(t testing.TB) *Capture {
+	t.Helper()
+	return n.capture(t, n.Host, "server")
 }
 
 func (n *Network) capture(t testing.TB, ns *Netns, device string) *Capture {
@@ -193,7 +200,7 @@ func parse(frame []byte) (Packet, bool) {
 		if p.Proto == unix.IPPROTO_UDP {
 			p.payload = string(b[8:min(len(b), 64)])
 		} else if len(b) >= 14 {
-			p.Seq, p.Flags = binary.BigEndian.Uint32(b[4:]), b[13]
+			p.Seq, p.Ack, p.Flags = binary.BigEndian.Uint32(b[4:]), binary.BigEndian.Uint32(b[8:]), b[13]
 		}
 	}
 	p.Src, p.Dst = netip.AddrPortFrom(src, ports[0]), netip.AddrPortFrom(dst, ports[1])
@@ -233,6 +240,13 @@ func (c *Capture) Settle(t testing.TB) []Packet {
 	if stats.Drops > 0 {
 		t.Fatalf("capture missed %d packets", stats.Drops)
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return append([]Packet(nil), c.packets...)
+}
+
+// Packets returns what was captured so far.
+func (c *Capture) Packets() []Packet {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return append([]Packet(nil), c.packets...)

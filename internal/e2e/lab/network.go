@@ -2,8 +2,6 @@ package lab
 
 import (
 	"fmt"
-	"hash/crc32"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -123,6 +121,15 @@ func (n *Netns) Sysctl(t testing.TB, name, value string) {
 	}
 }
 
+// NoBridgeNetfilter keeps bridges from handing packets to hooks of "iptables" or "ip6tables"
+// themselves, which they do where there is br_netfilter.
+func (n *Netns) NoBridgeNetfilter(t testing.TB, hooks string) {
+	t.Helper()
+	if _, err := os.Stat("/proc/sys/net/bridge"); err == nil {
+		n.Sysctl(t, "bridge/bridge-nf-call-"+hooks, "0")
+	}
+}
+
 // IP runs commands of ip(8), without its name.
 func (n *Netns) IP(t testing.TB, commands ...string) {
 	t.Helper()
@@ -163,6 +170,7 @@ func tool(t testing.TB, name, pkg string) string {
 // Network is a host with its containers and a server beyond.
 type Network struct {
 	Host, Server *Netns
+	Mail         map[uint16]*Listener // the server's, by port
 
 	probe      *Container
 	containers atomic.Uint32
@@ -219,11 +227,13 @@ func New(t testing.TB) *Network {
 	}
 	n.Host.IP(t, host...)
 	n.Server.IP(t, server...)
-	for _, port := range []int{25, 80, 465, 587} {
-		n.Server.Listen(t, port)
+	n.Server.Listen(t, 80)
+	n.Mail = map[uint16]*Listener{}
+	for _, port := range []int{25, 465, 587} {
+		n.Mail[uint16(port)] = n.Server.Listen(t, port)
 	}
 	n.Host.Listen(t, 80)
-	n.Server.serveDNS(t)
+	n.Server.ServeDNS(t, Resolver, Metadata4)
 	n.probe = n.Container(t)
 	return n
 }
@@ -263,34 +273,6 @@ func (n *Network) Container(t testing.TB) *Container {
 	return c
 }
 
-// Listen accepts connections to a TCP port of every address of the namespace. A
-// connection is read to its end and answered with what was received: see Receipt.
-func (n *Netns) Listen(t testing.TB, port int) {
-	t.Helper()
-	var l net.Listener
-	var err error
-	n.Do(func() { l, err = net.Listen("tcp", fmt.Sprintf("[::]:%d", port)) })
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				sum := crc32.NewIEEE()
-				if size, err := io.Copy(sum, c); err == nil {
-					fmt.Fprint(c, Receipt{size, sum.Sum32()})
-				}
-			}()
-		}
-	}()
-}
-
 // Receipt is what a server says of a stream.
 type Receipt struct {
 	Bytes int64
@@ -302,10 +284,10 @@ func (r Receipt) String() string { return fmt.Sprintf("%d bytes, crc %08x", r.By
 // ResolvedTo is the address of every name.
 var ResolvedTo = netip.MustParseAddr("192.0.2.53")
 
-// serveDNS answers questions for addresses, over UDP and TCP.
-func (n *Netns) serveDNS(t testing.TB) {
+// ServeDNS answers questions for addresses at the given ones, over UDP and TCP.
+func (n *Netns) ServeDNS(t testing.TB, at ...netip.Addr) {
 	t.Helper()
-	for _, addr := range []netip.Addr{Resolver, Metadata4} {
+	for _, addr := range at {
 		var udp net.PacketConn
 		var tcp net.Listener
 		var err error

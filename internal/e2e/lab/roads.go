@@ -30,10 +30,11 @@ func (l Link) Frame(packet []byte, tags ...uint16) []byte {
 	for _, tag := range tags {
 		frame = append(binary.BigEndian.AppendUint16(frame, tag), 0, 0)
 	}
-	return append(binary.BigEndian.AppendUint16(frame, etherType(packet)), packet...)
+	return append(binary.BigEndian.AppendUint16(frame, EtherType(packet)), packet...)
 }
 
-func etherType(packet []byte) uint16 {
+// EtherType returns what an IP packet is called in a frame.
+func EtherType(packet []byte) uint16 {
 	if packet[0]>>4 == 4 {
 		return unix.ETH_P_IP
 	}
@@ -52,9 +53,32 @@ func (a *Agent) Send(road string, l Link, packets ...[]byte) error {
 // SendUDP sends datagrams from an ordinary socket.
 func (a *Agent) SendUDP(to netip.AddrPort, payloads ...[]byte) error {
 	a.t.Helper()
+	return a.SendUDPFrom(0, nil, to, payloads...)
+}
+
+// SendUDPFrom sends datagrams from a port, of a socket with options. Port 0 is any.
+func (a *Agent) SendUDPFrom(port uint16, options []Option, to netip.AddrPort, payloads ...[]byte) error {
+	a.t.Helper()
 	var r Sent
-	a.call("SendUDP", Sending{To: to, Packets: payloads}, &r)
+	a.call("SendUDP", Sending{From: port, Options: options, To: to, Packets: payloads}, &r)
 	return r.err()
+}
+
+// SendSegments sends datagrams at once: the kernel carries them as one packet for as
+// long as it can. All but the last become as long as the longest.
+func (a *Agent) SendSegments(options []Option, to netip.AddrPort, payloads ...[]byte) error {
+	a.t.Helper()
+	size := 0
+	for _, payload := range payloads {
+		size = max(size, len(payload))
+	}
+	var all []byte
+	for _, payload := range payloads {
+		all = append(all, make([]byte, (size-len(all)%size)%size)...)
+		all = append(all, payload...)
+	}
+	options = append([]Option{{unix.SOL_UDP, unix.UDP_SEGMENT, binary.NativeEndian.AppendUint32(nil, uint32(size))}}, options...)
+	return a.SendUDPFrom(0, options, to, all)
 }
 
 // Finished is Packet with all its checksums, as nobody fills
@@ -80,6 +104,14 @@ func (h Header) Finished(payload []byte) []byte {
 	return packet
 }
 
+// Datagram returns a UDP datagram with its checksum, for the header.
+func (h Header) Datagram(sport, dport uint16, payload []byte) []byte {
+	datagram := UDP(sport, dport, len(payload))
+	copy(datagram[8:], payload)
+	packet := Header{Src: h.Src, Dst: h.Dst, Proto: unix.IPPROTO_UDP}.Finished(datagram)
+	return packet[len(packet)-len(datagram):]
+}
+
 // sum is the ones' complement sum of RFC 1071.
 func sum(b []byte, s uint32) uint16 {
 	for ; len(b) > 1; b = b[2:] {
@@ -100,8 +132,16 @@ func sum(b []byte, s uint32) uint16 {
 type Sending struct {
 	Road    string
 	Link    Link
+	From    uint16
+	Options []Option
 	To      netip.AddrPort
 	Packets [][]byte
+}
+
+// Option is one of a socket's, as setsockopt(2) takes it.
+type Option struct {
+	Level, Name int
+	Value       []byte
 }
 
 // Sent is what came of it.
@@ -129,12 +169,31 @@ func (*Remote) SendUDP(s Sending, r *Sent) error {
 		return nil
 	}
 	defer unix.Close(fd)
+	if s.From != 0 {
+		if err := unix.Bind(fd, sockaddr(family, netip.AddrPortFrom(unspecified(family), s.From))); err != nil {
+			*r = sent(fmt.Errorf("bind: %w", err))
+			return nil
+		}
+	}
+	for _, o := range s.Options {
+		if err := unix.SetsockoptString(fd, o.Level, o.Name, string(o.Value)); err != nil {
+			*r = sent(fmt.Errorf("setsockopt(%d, %d): %w", o.Level, o.Name, err))
+			return nil
+		}
+	}
 	for _, payload := range s.Packets {
 		if err := unix.Sendto(fd, payload, 0, sockaddr(family, s.To)); err != nil {
 			*r = sent(fmt.Errorf("sendto: %w", err))
 		}
 	}
 	return nil
+}
+
+func unspecified(family int) netip.Addr {
+	if family == unix.AF_INET {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
 }
 
 func sent(err error) Sent {
@@ -199,6 +258,7 @@ func roads() map[string]func(Link, [][]byte) error {
 		"AF_PACKET padded": packetRoad(raw, 0, func(l Link, packet []byte) []byte {
 			return append(l.Frame(packet), make([]byte, 64)...)
 		}),
+		"AF_PACKET TSO":     packetRoad(raw, unix.PACKET_VNET_HDR, toBeSegmented),
 		"AF_PACKET TX_RING": txRing,
 		"SOCK_PACKET":       sockPacket,
 		"socketcall":        packetRoad(socketcall, 0, untagged),
@@ -226,6 +286,28 @@ func untagged(l Link, packet []byte) []byte { return l.Frame(packet) }
 
 func withVnetHeader(l Link, packet []byte) []byte {
 	return append(make([]byte, 10), l.Frame(packet)...) // struct virtio_net_hdr
+}
+
+// TSOSegment is how much data each packet gets that is made of one on the road of that name.
+const TSOSegment = 20
+
+// toBeSegmented has the kernel make many of a TCP packet with data.
+func toBeSegmented(l Link, packet []byte) []byte {
+	const needsChecksum, tcp4, tcp6 = 1, 1, 4 // include/uapi/linux/virtio_net.h
+	kind, ip, addresses := byte(tcp4), int(packet[0]&15)*4, packet[12:20]
+	if EtherType(packet) == unix.ETH_P_IPV6 {
+		kind, ip, addresses = tcp6, 40, packet[8:40]
+	}
+	// The rest is for who segments it.
+	pseudo := sum(addresses, uint32(unix.IPPROTO_TCP)+uint32(len(packet)-ip))
+	binary.BigEndian.PutUint16(packet[ip+16:], pseudo)
+	frame := l.Frame(packet)
+	start := len(frame) - len(packet) + ip
+	header := []byte{needsChecksum, kind}
+	for _, field := range []int{start + int(packet[ip+12]>>4)*4, TSOSegment, start, 16} {
+		header = binary.NativeEndian.AppendUint16(header, uint16(field))
+	}
+	return append(header, frame...)
 }
 
 func (l Link) index() (int, error) {
@@ -258,7 +340,7 @@ func packetRoad(socket func() (int, error), option int, frame func(Link, []byte)
 		to := &unix.SockaddrLinklayer{Ifindex: index, Halen: 6}
 		copy(to.Addr[:], l.Gateway)
 		for _, packet := range packets {
-			to.Protocol = bigEndian(etherType(packet))
+			to.Protocol = bigEndian(EtherType(packet))
 			if err := unix.Sendto(fd, frame(l, packet), 0, to); err != nil {
 				return fmt.Errorf("sendto: %w", err)
 			}
@@ -318,7 +400,7 @@ func sockPacket(l Link, packets [][]byte) error {
 		var to [18]byte // struct sockaddr_pkt
 		binary.NativeEndian.PutUint16(to[:], unix.AF_INET)
 		copy(to[2:15], l.Device)
-		binary.BigEndian.PutUint16(to[16:], etherType(packet))
+		binary.BigEndian.PutUint16(to[16:], EtherType(packet))
 		if err := sendto(fd, l.Frame(packet), to[:]); err != nil {
 			return err
 		}
@@ -356,7 +438,7 @@ func socketcall() (int, error) {
 func rawIP(packets [][]byte, prepare func(fd int) error) error {
 	for _, packet := range packets {
 		family, to := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Addr: [4]byte(packet[16:20])})
-		if etherType(packet) == unix.ETH_P_IPV6 {
+		if EtherType(packet) == unix.ETH_P_IPV6 {
 			family, to = unix.AF_INET6, &unix.SockaddrInet6{Addr: [16]byte(packet[24:40])}
 		}
 		fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
