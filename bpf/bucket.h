@@ -69,6 +69,8 @@ static __always_inline bool bucket_take(struct bucket *b, const volatile struct 
 {
 	if (!l->count)
 		return true;
+	if (b->closed)
+		return false;
 	bucket_adopt(b, l, now);
 	if (b->full_at < now) {
 		b->full_at = now;

@@ -179,8 +179,9 @@ int recognise(__u64 *ctx)
 }
 
 /* Keeps what a container takes over when it is started again. Its state is still needed:
- * sockets can outlive the directory. No process is in there any more that would change
- * it, and 5.10 has no lock for programs of this type.
+ * sockets can outlive the directory, and be somebody else's by now, so that they open no
+ * more mail connections: whoever takes over the bucket has all of it. 5.10 has no lock for
+ * programs of this type.
  */
 SEC("tp_btf/cgroup_rmdir")
 int keep(__u64 *ctx)
@@ -194,12 +195,20 @@ int keep(__u64 *ctx)
 
 	if (cgrp->root->hierarchy_id)
 		return 0;
-	id = cgrp->kn->id;
-	c = bpf_map_lookup_elem(&containers, &id);
 	place = place_of(cgrp);
-	if (!c || !place)
+	if (!place)
 		return 0;
+	id = cgrp->kn->id;
+	/* Without an entry it would get one with a full bucket. */
+	if (!place->recognises && cgrp->level == (int)place->level + 1)
+		c = state_of(id);
+	else
+		c = bpf_map_lookup_elem(&containers, &id);
+	if (!c)
+		return 0;
+	c->bucket.closed = 1;
 	now.bucket = c->bucket;
+	now.bucket.closed = 0;
 	if (c->flags & CONTAINER_LIMIT_SET) {
 		now.limit = c->limit;
 		now.flags = CONTAINER_LIMIT_SET;

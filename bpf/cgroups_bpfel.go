@@ -28,7 +28,7 @@ type CgroupsPast struct {
 		Count    uint32
 		Interval uint64
 		Burst    uint32
-		Reserved uint32
+		Closed   uint32
 	}
 	Limit struct {
 		_         structs.HostLayout
@@ -82,6 +82,7 @@ const (
 	CgroupsMapRetired    = "retired"
 	CgroupsMapTickets    = "tickets"
 	CgroupsMapTotals     = "totals"
+	CgroupsMapTunnels    = "tunnels"
 	CgroupsProgKeep      = "keep"
 	CgroupsProgRecognise = "recognise"
 	CgroupsProgRelease   = "release"
@@ -150,6 +151,7 @@ type CgroupsMapSpecs struct {
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
+	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
 }
 
 // CgroupsVariableSpecs contains global variables before they are loaded into the kernel.
@@ -190,6 +192,7 @@ type CgroupsMaps struct {
 	Retired    *ebpf.Map `ebpf:"retired"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
+	Tunnels    *ebpf.Map `ebpf:"tunnels"`
 }
 
 func (m *CgroupsMaps) Close() error {
@@ -203,6 +206,7 @@ func (m *CgroupsMaps) Close() error {
 		m.Retired,
 		m.Tickets,
 		m.Totals,
+		m.Tunnels,
 	)
 }
 

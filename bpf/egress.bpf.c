@@ -6,9 +6,11 @@
  */
 #include "glance.h"
 #include "limit.h"
+#include "opening.h"
 #include "owner.h"
 #include "parse.h"
 #include "rules.h"
+#include "tunnels.h"
 
 const volatile bool over_limit_reject;	/* refuse in connect() what has no token */
 const volatile bool has_set_retval;	/* bpf_set_retval(), 5.18 */
@@ -16,7 +18,6 @@ const volatile bool has_host_side;	/* which wants to know what was let through *
 
 #define LOOPBACK_IFINDEX 1
 #define SOCK_STREAM 1
-#define SOCK_RAW 3
 #define ECONNREFUSED 111
 
 static __noinline void count_connect(struct container *c, enum reason reason)
@@ -40,87 +41,144 @@ static __always_inline bool sent_by_container(struct __sk_buff *skb, struct cont
 	return find_container(above_packet, skb, c);
 }
 
-/* Takes a token for a SYN, unless a TCP socket repeats one that it has paid for:
- * same connection, same sequence number, and the kernel says that it is a
- * retransmission. A raw socket has no such proof and pays for every SYN.
+/* The TCP socket that sends, listeners included; NULL if it is a socket of another kind,
+ * whose packets the kernel does not answer for.
  */
-static __always_inline bool admit_syn(struct __sk_buff *skb, const struct flow *f, struct container *c)
+static __always_inline struct bpf_sock *tcp_socket(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk;
-	struct bpf_tcp_sock *tcp = NULL;
-	struct ticket *ticket = NULL;
 
 	if (sk)
-		tcp = bpf_tcp_sock(sk);
-	if (tcp) {
 		sk = bpf_sk_fullsock(sk);
-		/* Older kernels take raw sockets of protocol TCP for one. */
-		if (!sk || sk->type != SOCK_STREAM)
-			tcp = NULL;
-		else
-			ticket = bpf_sk_storage_get(&tickets, sk, NULL, 0);
-	}
-	if (ticket && ticket->seq == f->seq && ticket->sport == f->sport && ticket->dport == f->dport &&
-	    !__builtin_memcmp(ticket->dst, &f->dst, sizeof(ticket->dst)) &&
-	    tcp->total_retrans > ticket->retransmits) {
-		ticket->retransmits = tcp->total_retrans;
-		return true;
-	}
-	if (!take_token(c)) {
-		/* What follows on this socket repeats a SYN that was refused. */
-		if (ticket)
-			bpf_sk_storage_delete(&tickets, sk);
-		return false;
-	}
-	count_allowed(c);
-	if (tcp)
-		ticket = bpf_sk_storage_get(&tickets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (tcp && ticket) {
-		__builtin_memcpy(ticket->dst, &f->dst, sizeof(ticket->dst));
-		ticket->seq = f->seq;
-		ticket->sport = f->sport;
-		ticket->dport = f->dport;
-		ticket->retransmits = tcp->total_retrans;
-	}
-	return true;
+	/* Older kernels take raw sockets of protocol TCP for one. */
+	return sk && sk->type == SOCK_STREAM && sk->protocol == IPPROTO_TCP ? sk : NULL;
 }
 
-/* Tells the host side that the packet has been judged. */
-static __always_inline void announce(const struct flow *f)
+/* What the socket sends from here on has to be paid again. */
+static __always_inline void end_ticket(struct __sk_buff *skb)
 {
-	struct syn_key key = { .seq = f->seq, .dport = f->dport };
-	const __u32 one = 1;
+	struct bpf_sock *sk = tcp_socket(skb);
+
+	if (sk)
+		bpf_sk_storage_delete(&tickets, sk);
+}
+
+/* Good enough for what lasts a second. */
+static __always_inline __u64 now_roughly(void)
+{
+	return has_coarse_clock ? bpf_ktime_get_coarse_ns() : bpf_ktime_get_ns();
+}
+
+/* Tells the host side that the packet has been judged; once more, if that has not been used. */
+static __always_inline void announce(const struct flow *f, bool again)
+{
+	struct announcement key = { .seq = f->seq, .dport = f->dport };
+	__u64 now;
 
 	if (!has_host_side)
 		return;
 	__builtin_memcpy(key.dst, &f->dst, sizeof(key.dst));
-	bpf_map_update_elem(&admitted, &key, &one, BPF_ANY);
+	if (!opens(f)) {
+		__builtin_memcpy(key.src, &f->src, sizeof(key.src));
+		key.sport = f->sport;
+	}
+	now = now_roughly();
+	bpf_map_update_elem(&admitted, &key, &now, again ? BPF_EXIST : BPF_ANY);
 }
 
-/* Whether a blocked destination is open to this container. */
-static __always_inline bool permits(const struct container *c, __u32 blocked)
+/* Whether the host has seen a connection go on, as it does if others forge what this socket
+ * has not sent.
+ */
+static __always_inline bool answered_on_host(const struct flow *f)
 {
-	return c && c->flags & CONTAINER_METADATA && blocked == RULE_METADATA;
+	struct mail_key key = { .sport = f->sport, .dport = f->dport };
+	struct opening *known;
+
+	if (!has_host_side)
+		return false;
+	__builtin_memcpy(key.src, &f->src, sizeof(key.src));
+	__builtin_memcpy(key.dst, &f->dst, sizeof(key.dst));
+	known = bpf_map_lookup_elem(&mails, &key);
+	return known && known->answered;
+}
+
+/* Whether the packet is of the connection that the ticket was bought for. */
+static __always_inline bool same_connection(const struct ticket *t, const struct flow *f)
+{
+	return t->sport == f->sport && t->dport == f->dport && !__builtin_memcmp(t->dst, &f->dst, sizeof(t->dst)) &&
+	       !__builtin_memcmp(t->src, &f->src, sizeof(t->src));
+}
+
+/* Whether a SYN repeats one that was paid for, as the kernel knows. Once the connection has
+ * gone on, the socket would not send it again, unless for another one.
+ */
+static __always_inline bool repeats_syn(const struct ticket *t, const struct bpf_tcp_sock *tcp, const struct flow *f)
+{
+	return t->opening.first == bpf_ntohl(f->seq) + 1 && !t->opening.answered &&
+	       tcp->total_retrans > t->retransmits && !answered_on_host(f);
+}
+
+/* The host side forgets connections that have long been idle, so it is told of them now and
+ * then.
+ */
+static __always_inline void remind(struct ticket *t, const struct flow *f)
+{
+	__u64 now;
+
+	if (!has_host_side)
+		return;
+	now = now_roughly();
+	if (now - t->announced > ANNOUNCED_NS) {
+		t->announced = now;
+		announce(f, false);
+	}
+}
+
+/* Notes that the connection is the socket's to go on with, from this packet on. */
+static __always_inline void begin_ticket(struct bpf_sock *sk, const struct bpf_tcp_sock *tcp, const struct flow *f)
+{
+	struct ticket *t = bpf_sk_storage_get(&tickets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!t)
+		return;
+	__builtin_memcpy(t->src, &f->src, sizeof(t->src));
+	__builtin_memcpy(t->dst, &f->dst, sizeof(t->dst));
+	t->sport = f->sport;
+	t->dport = f->dport;
+	t->opening = begin_opening(f);
+	t->retransmits = tcp->total_retrans;
+	t->announced = 0;
+}
+
+/* Whether what is blocked for that reason is open to this container. */
+static __always_inline bool permits(const struct container *c, __u32 why)
+{
+	return c && c->flags & CONTAINER_METADATA && why == RULE_METADATA;
 }
 
 /* Tells the host side that one more packet of the flow may pass. */
 static __always_inline void announce_permitted(const struct flow *f)
 {
 	struct flow_key key = { .sport = f->sport, .dport = f->dport, .proto = f->proto };
-	const __u32 none = 0;
-	__u32 *n;
+	const struct permit none = {};
+	struct permit *p;
 
 	if (!has_host_side)
 		return;
 	__builtin_memcpy(key.src, &f->src, sizeof(key.src));
 	__builtin_memcpy(key.dst, &f->dst, sizeof(key.dst));
-	n = bpf_map_lookup_elem(&permitted, &key);
-	if (!n) {
+	p = bpf_map_lookup_elem(&permitted, &key);
+	if (!p) {
 		bpf_map_update_elem(&permitted, &key, &none, BPF_NOEXIST);
-		n = bpf_map_lookup_elem(&permitted, &key);
+		p = bpf_map_lookup_elem(&permitted, &key);
 	}
-	if (n)
-		__sync_fetch_and_add(n, 1);
+	if (!p)
+		return;
+	if (f->proto == IPPROTO_TCP && f->flags & TCP_FIN) {
+		p->closing = bpf_htonl(bpf_ntohl(f->seq) + f->payload + 1);
+		p->closed = 1;
+	}
+	__sync_fetch_and_add(&p->packets, 1);
 }
 
 static __always_inline int drop(struct __sk_buff *skb, struct container *c, enum reason reason)
@@ -129,68 +187,109 @@ static __always_inline int drop(struct __sk_buff *skb, struct container *c, enum
 	return !enforce;
 }
 
-/* The verdict on a SYN to a mail port, whose destination is not blocked. */
-static __always_inline int judge_mail_syn(struct __sk_buff *skb, const struct flow *f)
-{
-	struct container *c;
+#define TCP_LISTENS 10
 
-	if (skb->ifindex == LOOPBACK_IFINDEX || exempt(f) || !sent_by_container(skb, &c))
-		return 1;
-	if (!c || !admit_syn(skb, f, c)) {
-		if (!enforce)
-			announce(f);
-		return drop(skb, c, c ? REASON_RATE_LIMITED : REASON_NO_BUCKET);
-	}
-	announce(f);
-	return 1;
-}
-
-/* TCP to a mail port that opens no connection belongs to one that was let through,
- * unless a raw socket sends it. That could answer for a connection whose SYN a
- * deaf TCP socket repeats for free, and so make many of one token.
+/* The verdict on TCP to a mail port, whose destination is not blocked. A TCP socket pays
+ * for a connection with its first packet, whichever that is: a server that answers with
+ * SYN cookies needs no SYN to accept one. Then it sends what is of that connection.
+ * Whatever else may send TCP pays for each SYN, and sends nothing else: it could answer
+ * for a connection whose SYN a deaf TCP socket repeats for free, and so make many of one
+ * token.
  */
-static __always_inline int judge_mail_data(struct __sk_buff *skb, const struct flow *f)
-{
-	struct bpf_sock *sk = skb->sk;
-	struct container *c;
-
-	if (sk)
-		sk = bpf_sk_fullsock(sk);
-	if (!sk || sk->type != SOCK_RAW || skb->ifindex == LOOPBACK_IFINDEX || exempt(f) ||
-	    !sent_by_container(skb, &c))
-		return 1;
-	return drop(skb, c, REASON_RATE_LIMITED);
-}
-
 static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *f)
 {
-	return f->syn ? judge_mail_syn(skb, f) : judge_mail_data(skb, f);
+	bool loopback = skb->ifindex == LOOPBACK_IFINDEX, may_open, same;
+	struct bpf_sock *sk = tcp_socket(skb);
+	struct bpf_tcp_sock *tcp = NULL;
+	struct ticket *t = NULL;
+	struct container *c;
+
+	if (sk) {
+		tcp = bpf_tcp_sock(sk);
+		t = bpf_sk_storage_get(&tickets, sk, NULL, 0);
+	}
+	same = t && tcp && !loopback && same_connection(t, f);
+	if (same && opens(f) && repeats_syn(t, tcp, f)) {
+		t->retransmits = tcp->total_retrans;
+		announce(f, true);
+		return 1;
+	}
+	if (same && !opens(f) && !(f->flags & TCP_RST) && goes_on(&t->opening, f)) {
+		remind(t, f);
+		return 1;
+	}
+	/* Wherever this one goes, the ticket was bought for another connection, or has ended. */
+	if (t && (!same || opens(f) || f->flags & TCP_RST))
+		bpf_sk_storage_delete(&tickets, sk);
+	if (loopback || (sk && f->flags & TCP_RST) || exempt(f) || !sent_by_container(skb, &c))
+		return 1;
+	if (!c)
+		return drop(skb, c, REASON_NO_BUCKET);
+	/* What answers somebody opens nothing at a server, and takes no token: else whoever asks
+	 * from a mail port could empty the bucket.
+	 */
+	may_open = opens(f) || (sk && !same && !accepts(f) && sk->state != TCP_LISTENS);
+	if (may_open && take_token(c)) {
+		count_allowed(c);
+	} else if (limit_of(c)->count) {
+		count_drop(c, REASON_RATE_LIMITED, skb->len);
+		if (enforce)
+			return 0;
+	}
+	/* In audit mode a connection goes on that was not paid for, and is counted once. */
+	announce(f, false);
+	if (sk && tcp && may_open)
+		begin_ticket(sk, tcp, f);
+	return 1;
 }
 
-/* Out of line: the verdict on any packet. */
-static __noinline int judge(struct __sk_buff *skb)
+/* Why a packet may not be sent that is not blocked. Over the loopback, a container could
+ * reach the host's own tunnels, in the host's network. By other sockets than those of TCP it
+ * could tell a TCP socket, its own or a neighbour's, what a mail server has not said.
+ */
+static __always_inline enum reason judge_sender(struct __sk_buff *skb, const struct flow *f)
 {
-	struct container *c;
-	__u32 blocked;
-	bool forged;
-	struct flow f = {};
-	struct packet p = { .data = skb, .len = skb->len, .protocol = skb->protocol };
+	if (skb->ifindex == LOOPBACK_IFINDEX && tunnel_of_host(f))
+		return REASON_BLOCKED;
+	if (f->proto == IPPROTO_TCP && f->has_ports && smtp_ports[f->sport] && default_limit.count && !tcp_socket(skb))
+		return REASON_RATE_LIMITED;
+	return REASON_NONE;
+}
 
-	if (!parse(&p, &f))
-		return sent_by_container(skb, &c) ? drop(skb, c, REASON_MALFORMED) : 1;
-	blocked = blocked_destination(&f);
-	forged = blocked_source(&f);
-	if (blocked || forged) {
-		if (!sent_by_container(skb, &c))
-			return 1;
-		if (forged || !permits(c, blocked))
-			return drop(skb, c, REASON_BLOCKED);
+/* What is to become of a packet that has been read. */
+enum finding {
+	DROPPED,
+	PASSES,
+	IS_MAIL,	/* to be judged as that */
+};
+
+/* Judges any packet but for mail. why is what it is blocked by; 0 if it is not. */
+static __always_inline enum finding judge(struct __sk_buff *skb, struct flow *f, __u32 *why)
+{
+	struct packet p = { .data = skb, .len = skb->len, .protocol = skb->protocol };
+	enum reason reason = REASON_NONE;
+	struct container *c;
+
+	if (!parse(&p, f)) {
+		reason = REASON_MALFORMED;
+	} else {
+		*why = blocked(f);
+		reason = *why ? REASON_BLOCKED : judge_sender(skb, f);
 	}
-	if (f.proto == IPPROTO_TCP && f.has_ports && smtp_ports[f.dport] && !judge_mail(skb, &f))
-		return 0;
-	if (blocked)
-		announce_permitted(&f);
-	return 1;
+	if (reason != REASON_NONE) {
+		if (!sent_by_container(skb, &c))
+			return PASSES;
+		if (!permits(c, *why)) {
+			/* The repeat may look better, and is not that of what was paid for. */
+			end_ticket(skb);
+			return drop(skb, c, reason) ? PASSES : DROPPED;
+		}
+	}
+	if (f->proto == IPPROTO_TCP && f->has_ports && smtp_ports[f->dport])
+		return IS_MAIL;
+	if (*why)
+		announce_permitted(f);
+	return PASSES;
 }
 
 /* Most packets pass at a glance, which touches no map and calls no helper. */
@@ -199,17 +298,28 @@ int egress(struct __sk_buff *skb)
 {
 	const void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	enum glance g = UNCLEAR;
+	__u32 why = 0;
 	struct flow f;
 
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		g = glance4(data, end, skb->len, &f);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
 		g = glance6(data, end, skb->len, &f);
-	if (g == PLAIN)
+	if (g == PLAIN || (g == DATAGRAM && (skb->ifindex != LOOPBACK_IFINDEX || !tunnel_port(f.dport))))
 		return 1;
-	if (g == MAIL)
-		return judge_mail(skb, &f);
-	return judge(skb);
+	if (g != MAIL) {
+		enum finding found;
+
+		f = (struct flow){};
+		found = judge(skb, &f, &why);
+		if (found != IS_MAIL)
+			return found == PASSES;
+	}
+	if (!judge_mail(skb, &f))
+		return 0;
+	if (why)
+		announce_permitted(&f);
+	return 1;
 }
 
 /* It may have been handed a socket from elsewhere; then there is no container below
@@ -265,9 +375,9 @@ static __always_inline bool own_listener(struct bpf_sock_addr *ctx, const struct
 static __always_inline enum reason judge_attempt(struct bpf_sock_addr *ctx, const struct flow *f,
 						 struct container **c)
 {
-	__u32 blocked = blocked_destination(f);
+	__u32 why = blocked(f);
 
-	if (blocked && asked_by_container(c) && !permits(*c, blocked))
+	if (why && asked_by_container(c) && !permits(*c, why))
 		return REASON_BLOCKED;
 	/* Only looks: the token is the packet's to take, and to count if nothing is
 	 * refused.
@@ -284,6 +394,9 @@ static __always_inline int attempt(struct bpf_sock_addr *ctx, struct flow *f)
 	struct container *c = NULL;
 	enum reason reason;
 
+	/* Whatever the socket has paid for was another connection. */
+	if (ctx->protocol == IPPROTO_TCP && ctx->sk)
+		bpf_sk_storage_delete(&tickets, ctx->sk);
 	f->dport = ctx->user_port;
 	f->proto = ctx->protocol == PROTO_MPTCP ? IPPROTO_TCP : ctx->protocol;
 	f->has_ports = carries_ports(f->proto);

@@ -13,6 +13,15 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type EgressAnnouncement struct {
+	_     structs.HostLayout
+	Src   [16]uint8
+	Dst   [16]uint8
+	Seq   uint32
+	Sport uint16
+	Dport uint16
+}
+
 type EgressBucket struct {
 	_        structs.HostLayout
 	FullAt   uint64
@@ -20,7 +29,7 @@ type EgressBucket struct {
 	Count    uint32
 	Interval uint64
 	Burst    uint32
-	Reserved uint32
+	Closed   uint32
 }
 
 type EgressContainer struct {
@@ -94,12 +103,6 @@ type EgressLimit struct {
 	Period    uint32
 }
 
-type EgressMail struct {
-	_        structs.HostLayout
-	Seq      uint32
-	Answered uint32
-}
-
 type EgressMailKey struct {
 	_     structs.HostLayout
 	Src   [16]uint8
@@ -112,6 +115,16 @@ type EgressNameKey struct {
 	_     structs.HostLayout
 	Place uint64
 	Name  [256]int8
+}
+
+type EgressOpening struct {
+	_        structs.HostLayout
+	First    uint32
+	Ack      uint32
+	Answered uint8
+	Said     uint8
+	Silent   uint8
+	Moves    uint8
 }
 
 type EgressPast struct {
@@ -128,6 +141,13 @@ type EgressPast struct {
 	}
 	Flags    EgressContainerFlag
 	Reserved uint32
+}
+
+type EgressPermit struct {
+	_       structs.HostLayout
+	Packets uint32
+	Closing uint32
+	Closed  uint32
 }
 
 type EgressPortKey struct {
@@ -195,21 +215,16 @@ type EgressSuspects struct {
 	Second [65536]bool
 }
 
-type EgressSynKey struct {
-	_        structs.HostLayout
-	Dst      [16]uint8
-	Seq      uint32
-	Dport    uint16
-	Reserved uint16
-}
-
 type EgressTicket struct {
 	_           structs.HostLayout
+	Src         [16]uint8
 	Dst         [16]uint8
-	Seq         uint32
 	Sport       uint16
 	Dport       uint16
+	Opening     EgressOpening
 	Retransmits uint32
+	_           [4]byte
+	Announced   uint64
 }
 
 type EgressTraffic struct {
@@ -233,6 +248,7 @@ const (
 	EgressMapRules           = "rules"
 	EgressMapTickets         = "tickets"
 	EgressMapTotals          = "totals"
+	EgressMapTunnels         = "tunnels"
 	EgressProgConfigure      = "configure"
 	EgressProgConnect4       = "connect4"
 	EgressProgConnect6       = "connect6"
@@ -319,6 +335,7 @@ type EgressMapSpecs struct {
 	Rules      *ebpf.MapSpec `ebpf:"rules"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
+	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
 }
 
 // EgressVariableSpecs contains global variables before they are loaded into the kernel.
@@ -371,6 +388,7 @@ type EgressMaps struct {
 	Rules      *ebpf.Map `ebpf:"rules"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
+	Tunnels    *ebpf.Map `ebpf:"tunnels"`
 }
 
 func (m *EgressMaps) Close() error {
@@ -386,6 +404,7 @@ func (m *EgressMaps) Close() error {
 		m.Rules,
 		m.Tickets,
 		m.Totals,
+		m.Tunnels,
 	)
 }
 

@@ -25,6 +25,7 @@ const (
 	FamiliesMapRetired           = "retired"
 	FamiliesMapTickets           = "tickets"
 	FamiliesMapTotals            = "totals"
+	FamiliesMapTunnels           = "tunnels"
 	FamiliesProgFamiliesFmod     = "families_fmod"
 	FamiliesProgFamiliesLsm      = "families_lsm"
 	FamiliesVarEnforce           = "enforce"
@@ -95,6 +96,7 @@ type FamiliesMapSpecs struct {
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
+	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
 }
 
 // FamiliesVariableSpecs contains global variables before they are loaded into the kernel.
@@ -139,6 +141,7 @@ type FamiliesMaps struct {
 	Retired    *ebpf.Map `ebpf:"retired"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
+	Tunnels    *ebpf.Map `ebpf:"tunnels"`
 }
 
 func (m *FamiliesMaps) Close() error {
@@ -152,6 +155,7 @@ func (m *FamiliesMaps) Close() error {
 		m.Retired,
 		m.Tickets,
 		m.Totals,
+		m.Tunnels,
 	)
 }
 

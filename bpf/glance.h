@@ -8,31 +8,37 @@
 /* What a glance at the headers, where they lie, tells of a packet. */
 enum glance {
 	PLAIN,		/* passes */
+	DATAGRAM,	/* UDP, not blocked; its destination port is filled in */
 	MAIL,		/* TCP to a mail port, not blocked; the flow is filled in */
 	UNCLEAR,	/* anything else: to be parsed */
 };
 
 static __always_inline enum glance glance_transport(__u8 proto, const struct tcp *tcp, const void *end,
-						    struct flow *f)
+						    __u32 len, struct flow *f)
 {
-	if (proto == IPPROTO_UDP)
-		return PLAIN;
+	if (proto == IPPROTO_UDP) {
+		f->dport = tcp->dport;	/* at the same place */
+		return DATAGRAM;
+	}
 	if (proto != IPPROTO_TCP || (const void *)(tcp + 1) > end)
 		return UNCLEAR;
-	if (!smtp_ports[tcp->dport])
+	/* Neither to a mail port nor as from one. */
+	if (!((__u8)smtp_ports[tcp->dport] | (__u8)smtp_ports[tcp->sport]))
 		return PLAIN;
+	if (smtp_ports[tcp->sport])
+		return UNCLEAR;
 	*f = (struct flow){
 		.sport = tcp->sport,
 		.dport = tcp->dport,
 		.seq = tcp->seq,
+		.ack = tcp->ack,
+		.payload = payload_of(tcp, len),
 		.proto = IPPROTO_TCP,
 		.has_ports = true,
-		.syn = syn_without_ack(tcp->flags),
+		.flags = tcp->flags,
 	};
 	return MAIL;
 }
-
-#define UDP_HEADER 8
 
 /* The first eight bytes of IP headers. */
 union header4 {
@@ -72,9 +78,11 @@ static __always_inline enum glance glance4(const void *data, const void *end, __
 	if ((const void *)(ip + 1) + UDP_HEADER > end || (*(const __u64 *)ip & mask.word) != plain.word ||
 	    len > 0xffff || either_suspect4(ip->daddr, ip->saddr))
 		return UNCLEAR;
-	g = glance_transport(ip->protocol, (const void *)(ip + 1), end, f);
-	if (g == MAIL)
+	g = glance_transport(ip->protocol, (const void *)(ip + 1), end, len - sizeof(*ip), f);
+	if (g == MAIL) {
+		map4(&f->src, ip->saddr);
 		map4(&f->dst, ip->daddr);
+	}
 	return g;
 }
 
@@ -88,9 +96,11 @@ static __always_inline enum glance glance6(const void *data, const void *end, __
 	if ((const void *)(ip + 1) + UDP_HEADER > end || (*(const __u64 *)ip & mask.word) != plain.word ||
 	    len > 0xffff || either_suspect6((const union address *)&ip->daddr, (const union address *)&ip->saddr))
 		return UNCLEAR;
-	g = glance_transport(ip->nexthdr, (const void *)(ip + 1), end, f);
-	if (g == MAIL)
+	g = glance_transport(ip->nexthdr, (const void *)(ip + 1), end, len - sizeof(*ip), f);
+	if (g == MAIL) {
+		__builtin_memcpy(&f->src, &ip->saddr, sizeof(f->src));
 		__builtin_memcpy(&f->dst, &ip->daddr, sizeof(f->dst));
+	}
 	return g;
 }
 

@@ -5,6 +5,7 @@
  * before every rule of iptables and nftables.
  */
 #define PACKET_IS_DYNPTR
+#define RULES_LINKAGE __noinline
 
 #include "cgroup.h"
 #include "glance.h"
@@ -43,6 +44,7 @@ struct net_device {
 	int ifindex;
 	struct {
 		struct list_head upper;	/* a bridge comes first */
+		struct list_head lower;
 	} adj_list;
 } __attribute__((preserve_access_index));
 
@@ -72,6 +74,12 @@ struct sock {
 struct sk_buff {
 	unsigned int len;
 	struct sock *sk;
+	unsigned char *head;
+	unsigned int end;
+} __attribute__((preserve_access_index));
+
+struct skb_shared_info {
+	unsigned short gso_size;
 } __attribute__((preserve_access_index));
 
 struct bpf_nf_ctx {
@@ -122,9 +130,17 @@ static __always_inline bool leads_to_containers(struct net_device *in)
 	return bpf_map_lookup_elem(&device_names, &name);
 }
 
+static __always_inline struct net_device *adjacent(struct list_head *at)
+{
+	struct netdev_adjacent *a = (void *)at - bpf_core_field_offset(struct netdev_adjacent, list);
+
+	return BPF_CORE_READ(a, dev);
+}
+
 /* Whether what the device receives comes from containers. A bridge hands up frames to
  * the groups of IEEE 802.1D (01:80:c2:00:00:0x) as what its port has received,
- * whatever is in them.
+ * whatever is in them; and to a device above it, of VLANs or with another address, what
+ * is for that.
  *
  * This and some below are no static functions, for the verifier's sake: it looks at each
  * of them once, and not again on every path that leads there.
@@ -132,18 +148,16 @@ static __always_inline bool leads_to_containers(struct net_device *in)
 __noinline int from_containers(struct bpf_nf_ctx *ctx)
 {
 	struct net_device *in = ctx->state->in;
-	struct netdev_adjacent *upper;
-	struct list_head *first;
+	struct list_head *upper, *lower;
 
 	if (!in)
 		return false;
-	first = in->adj_list.upper.next;
+	upper = in->adj_list.upper.next;
+	lower = in->adj_list.lower.next;
 	if (leads_to_containers(in))
 		return true;
-	if (first == &in->adj_list.upper)
-		return false;
-	upper = (void *)first - bpf_core_field_offset(struct netdev_adjacent, list);
-	return leads_to_containers(BPF_CORE_READ(upper, dev));
+	return (upper != &in->adj_list.upper && leads_to_containers(adjacent(upper))) ||
+	       (lower != &in->adj_list.lower && leads_to_containers(adjacent(lower)));
 }
 
 /* The container whose socket sent the packet, if that is still known: it is while a
@@ -162,11 +176,16 @@ static __always_inline struct container *sender(struct sk_buff *skb)
 	return container_of_sender(sk->sk_cgrp_data.cgroup);
 }
 
+static __always_inline __be16 protocol(struct bpf_nf_ctx *ctx)
+{
+	return ctx->state->pf == NFPROTO_IPV4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
+}
+
 static __always_inline bool open_packet(struct bpf_nf_ctx *ctx, struct bpf_dynptr *data, struct packet *p)
 {
 	p->data = data;
 	p->len = ctx->skb->len;
-	p->protocol = ctx->state->pf == NFPROTO_IPV4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
+	p->protocol = protocol(ctx);
 	return !bpf_dynptr_from_skb((struct __sk_buff *)ctx->skb, 0, data);
 }
 
@@ -182,22 +201,89 @@ static __always_inline int drop(struct bpf_nf_ctx *ctx)
 	return enforce ? NF_DROP : NF_ACCEPT;
 }
 
-/* Reads the packet as a flow; 0 if it cannot be judged. */
-__noinline int read_flow(struct bpf_nf_ctx *ctx, struct flow *f)
+/* How long those are that the packet is to be split into; 0 if it is not. */
+static __always_inline __u32 segment_size(struct sk_buff *skb)
+{
+	struct skb_shared_info *shared = (void *)skb->head + skb->end;
+
+	return BPF_CORE_READ(shared, gso_size);
+}
+
+/* Reads what is in the packet as a flow; 0 if it cannot be judged. */
+__noinline int parse_at(struct bpf_nf_ctx *ctx, const struct packet *at, struct flow *f)
+{
+	struct bpf_dynptr data;
+	struct packet p;
+
+	if (!at || !f || bpf_dynptr_from_skb((struct __sk_buff *)ctx->skb, 0, &data))
+		return 0;
+	p = *at;
+	p.data = &data;
+	return parse(&p, f);
+}
+
+/* Reads the packet as a flow; false if it cannot be judged. */
+static __always_inline bool read_flow(struct bpf_nf_ctx *ctx, struct flow *f)
+{
+	struct packet p = { .len = ctx->skb->len, .protocol = protocol(ctx) };
+
+	return parse_at(ctx, &p, f);
+}
+
+/* Reads the packet at an offset within that of ctx, or within what ends there, if that is
+ * given. This and the next are functions of their own for the verifier's sake, as are those
+ * above.
+ */
+__noinline int look_inside(struct bpf_nf_ctx *ctx, const struct inner *in, __u32 end, __u32 fragment, struct flow *f)
 {
 	struct bpf_dynptr data;
 	struct packet p = {};
+	enum inside found;
 
-	return f && open_packet(ctx, &data, &p) && parse(&p, f);
+	if (!in || !f || !open_packet(ctx, &data, &p))
+		return NOTHING;
+	if (end && end < p.len)
+		p.len = end;
+	if (in->off > p.len)
+		return fragment ? UNREADABLE : NOTHING;
+	p.base = in->off;
+	p.len -= in->off;
+	p.protocol = in->protocol;
+	found = trim(&p, fragment);
+	p.data = NULL;
+	if (found != A_FLOW || parse_at(ctx, &p, f))
+		return found;
+	return in->guessed ? NOTHING : UNREADABLE;
+}
+
+__noinline int judge_inside(const struct flow *f, __u32 guessed)
+{
+	return f && may_pass_inside(f, guessed);
+}
+
+/* Whether what a packet with this flow carries may pass. Its flow takes the place of that. */
+__noinline int judge_carried(struct bpf_nf_ctx *ctx, struct flow *f)
+{
+	struct bpf_dynptr data;
+	struct packet p = {};
+	struct inner in;
+
+	if (!f || !open_packet(ctx, &data, &p))
+		return 0;
+	in = carried(&p, f);
+	return !in.protocol || look_inside(ctx, &in, 0, f->fragment, f) != A_FLOW || may_be_carried(f);
+}
+
+__noinline int judge_flow(const struct flow *f, __u32 segments, __u32 device)
+{
+	return f && may_pass(f, segments, device);
 }
 
 static __always_inline int judge_forwarded(struct bpf_nf_ctx *ctx, __u32 device)
 {
-	struct bpf_dynptr data;
-	struct packet p = {};
 	struct flow f = {};
 
-	if (!read_flow(ctx, &f) || !open_packet(ctx, &data, &p) || !may_pass(&p, &f, device))
+	if (!read_flow(ctx, &f) || !judge_flow(&f, segment_size(ctx->skb), device) || (carries(&f) && !judge_carried(ctx, &f)))
 		return drop(ctx);
 	return NF_ACCEPT;
 }
@@ -215,10 +301,10 @@ static __always_inline bool plain(struct bpf_nf_ctx *ctx)
 		return false;
 	if (p.protocol == bpf_htons(ETH_P_IP)) {
 		ip = bpf_dynptr_slice(&data, 0, copy, sizeof(struct iphdr) + sizeof(struct tcp));
-		return ip && glance4(ip, ip + sizeof(struct iphdr) + sizeof(struct tcp), p.len, &f) == PLAIN;
+		return ip && glance4(ip, ip + sizeof(struct iphdr) + sizeof(struct tcp), p.len, &f) <= DATAGRAM;
 	}
 	ip = bpf_dynptr_slice(&data, 0, copy, sizeof(copy));
-	return ip && glance6(ip, ip + sizeof(copy), p.len, &f) == PLAIN;
+	return ip && glance6(ip, ip + sizeof(copy), p.len, &f) <= DATAGRAM;
 }
 
 /* NF_INET_PRE_ROUTING */
@@ -234,64 +320,94 @@ int host_forward(struct bpf_nf_ctx *ctx)
 	return judge_forwarded(ctx, in->ifindex);
 }
 
-/* Reads the packet at an offset within that of ctx; 0 if it is none. This and the next are
- * functions of their own for the verifier's sake, as are those above.
- */
-__noinline int look_inside(struct bpf_nf_ctx *ctx, __u32 off, __u32 protocol, struct flow *f)
-{
-	struct bpf_dynptr data;
-	struct packet p = {};
-
-	if (!f || !open_packet(ctx, &data, &p))
-		return 0;
-	if (off) {
-		if (off > p.len)
-			return 0;
-		p.base = off;
-		p.len -= off;
-		p.protocol = protocol;
-	}
-	return read_inside(&p, f);
-}
-
-/* Notes what is behind the transport header at an offset. */
-__noinline int unpack(struct bpf_nf_ctx *ctx, __u32 off, __u32 proto, struct inners *all)
+/* Notes what is in a datagram whose data is at an offset. */
+__noinline int unpack(struct bpf_nf_ctx *ctx, __u32 off, struct inners *all)
 {
 	struct bpf_dynptr data;
 	struct packet p = {};
 
 	if (all && open_packet(ctx, &data, &p))
-		add_tunnelled(&p, proto, off, all);
+		add_datagram(&p, off, all);
 	return 0;
 }
 
-__noinline int judge_inside(const struct flow *f, __u32 device)
+/* Whether a datagram whose data is at an offset, up to end, has something in it that may
+ * not pass if the host unpacks it. With end 0 it is the last one.
+ */
+__noinline int smuggles(struct bpf_nf_ctx *ctx, __u32 off, __u32 end, __u32 fragment)
 {
-	return f && may_pass_inside(f, device);
+	struct inners all = {};
+
+	unpack(ctx, off, &all);
+	for (__u32 i = 0; i < MAX_INNER && i < all.n; i++) {
+		struct inner in = all.list[i];
+		struct flow f = {};
+
+		switch (look_inside(ctx, &in, end, fragment, &f)) {
+		case UNREADABLE:
+			return true;
+		case A_FLOW:
+			if (!judge_inside(&f, in.guessed))
+				return true;
+			if (is_datagram(&f))
+				unpack(ctx, in.off + f.transport + UDP_HEADER, &all);
+		}
+	}
+	return all.deep || (all.cut && fragment);
 }
 
-/* NF_INET_LOCAL_IN: for packets to the host itself, which may unpack others from them. */
+/* NF_INET_LOCAL_IN: for packets to the host itself, which may unpack others from them.
+ * Fragments of IPv6 are not put together yet; what has its first dropped never is.
+ */
 SEC("netfilter")
 int host_deliver(struct bpf_nf_ctx *ctx)
 {
-	struct inners all = { .n = 1 };
 	struct net_device *in = ctx->state->in;
+	struct flow f = {};
+	__u32 off, size;
 
 	if (!in || !from_containers(ctx))
 		return NF_ACCEPT;
-	for (__u32 i = 0; i < MAX_INNER && i < all.n; i++) {
-		__u32 off = all.list[i].off;
-		struct flow f = {};
-
-		if (!look_inside(ctx, off, all.list[i].protocol, &f))
-			continue;
-		/* The packet itself is the first: it has been judged where it came in. */
-		if (i && !judge_inside(&f, in->ifindex))
+	if (!read_flow(ctx, &f) || for_tunnel(&f))
+		return drop(ctx);
+	if (!is_datagram(&f))
+		return NF_ACCEPT;
+	size = segment_size(ctx->skb);
+	off = f.transport + UDP_HEADER;
+	for (int i = 0; i < MAX_SEGMENTS; i++) {
+		if (smuggles(ctx, off, size ? off + size : 0, f.fragment))
 			return drop(ctx);
-		if (f.transport)
-			unpack(ctx, off + f.transport, f.proto, &all);
+		off += size;
+		if (!size || off >= ctx->skb->len)
+			return NF_ACCEPT;
 	}
-	return all.deep ? drop(ctx) : NF_ACCEPT;
+	return drop(ctx);
+}
+
+#define PROTO_ICMPV6 58
+#define ICMPV6_INFO 128	/* types below are of errors (RFC 4443) */
+
+/* NF_INET_LOCAL_OUT, IPv6: an error that the host has found before NF_INET_PRE_ROUTING, in
+ * a packet that says it comes from the metadata service, is not told there. Much of such a
+ * packet would go along.
+ */
+SEC("netfilter")
+int host_answer(struct bpf_nf_ctx *ctx)
+{
+	struct bpf_dynptr data;
+	struct packet p = {};
+	struct ipv6hdr ip;
+	union address to;
+	__u8 type;
+
+	if (!open_packet(ctx, &data, &p) || load(&p, 0, &ip, sizeof(ip)) || ip.nexthdr != PROTO_ICMPV6 ||
+	    load(&p, sizeof(ip), &type, sizeof(type)) || type >= ICMPV6_INFO)
+		return NF_ACCEPT;
+	__builtin_memcpy(&to, &ip.daddr, sizeof(to));
+	/* As is told of the source that such a packet has. */
+	if (suspect(&to) && rule_flags(&to, (struct service){ .proto = PROTO_ICMPV6 }) & RULE_BLOCK_SOURCE)
+		return drop(ctx);
+	return NF_ACCEPT;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

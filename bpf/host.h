@@ -9,12 +9,12 @@
 #define EGRESSBPF_HOST_H
 
 #include "limit.h"
+#include "opening.h"
 #include "packet.h"
 #include "parse.h"
 #include "rules.h"
 #include "state.h"
-
-#include <stddef.h>
+#include "tunnels.h"
 
 #define MAX_PLACES 8
 const volatile struct place places[MAX_PLACES];
@@ -61,35 +61,29 @@ static __always_inline void count_host_side(struct container *c, __u64 bytes)
 	}
 }
 
-/* Whether the packet is TCP without data that opens nothing. For a connection that it has
- * closed, a kernel makes such without the connection's socket.
- */
-static __always_inline bool bare_tcp(const struct packet *p, const struct flow *f)
-{
-	__u8 doff;
-
-	return f->proto == IPPROTO_TCP && f->has_ports && !f->syn &&
-	       !load(p, f->transport + offsetof(struct tcp, doff), &doff, sizeof(doff)) &&
-	       f->transport + (doff >> 4) * 4 == p->len;
-}
-
 /* Whether a blocked packet is one that the egress hook has let through, since its
- * container may reach the metadata service: as many of a flow pass as it has.
+ * container may reach the metadata service: as many of a flow pass as it has. For a
+ * connection that it has closed, a kernel answers without the connection's socket: with
+ * no data, and the one number that follows the last. Nobody else knows that.
  */
-static __always_inline bool take_permit(const struct packet *p, const struct flow *f, __u32 blocked)
+static __always_inline bool take_permit(const struct flow *f, __u32 why)
 {
 	struct flow_key key = { .sport = f->sport, .dport = f->dport, .proto = f->proto };
+	struct permit *permit;
 	__s32 *n;
 
-	if (blocked != RULE_METADATA)
+	if (why != RULE_METADATA)
 		return false;
 	__builtin_memcpy(key.src, &f->src, sizeof(key.src));
 	__builtin_memcpy(key.dst, &f->dst, sizeof(key.dst));
-	n = bpf_map_lookup_elem(&permitted, &key);
-	if (!n)
+	permit = bpf_map_lookup_elem(&permitted, &key);
+	if (!permit)
 		return false;
+	if (permit->closed && permit->closing == f->seq && f->proto == IPPROTO_TCP && f->has_ports && !opens(f) && !f->payload)
+		return true;
+	n = (__s32 *)&permit->packets;
 	if (*(volatile __s32 *)n <= 0)
-		return bare_tcp(p, f);
+		return false;
 	/* Additions that return nothing: others came in 5.12. Of several CPUs that want
 	 * the last one, none may get it, never two.
 	 */
@@ -130,52 +124,82 @@ static __always_inline bool take_device_token(__u32 index)
 	return taken;
 }
 
-/* Whether a packet of a mail connection may pass: a SYN that the egress hook has let
- * through, once each time it has, or one that takes a token here. Whoever has said
- * more than a SYN does not repeat it, unless to make another connection of it.
+/* How many bytes a connection can be ahead of its SYN when a server takes it up: the
+ * largest window that a SYN can offer.
+ */
+#define FIRST_WINDOW 65535
+
+/* Whether a packet is of a connection that has been let through, and could open no other. */
+static __always_inline bool known_to_go_on(struct opening *known, const struct flow *f)
+{
+	if (opens(f))
+		return !known->answered && known->first == bpf_ntohl(f->seq) + 1;
+	/* What is further off answers nobody, and may be somebody else's guess. */
+	if (!known->answered && bpf_ntohl(f->seq) - known->first > FIRST_WINDOW)
+		return true;
+	return goes_on(known, f);
+}
+
+/* Whether the egress hook has just let this very packet through, and nothing has used
+ * that yet.
+ */
+static __always_inline bool take_announced(const struct flow *f)
+{
+	struct announcement key = { .seq = f->seq, .dport = f->dport };
+	__u64 *at;
+
+	__builtin_memcpy(key.dst, &f->dst, sizeof(key.dst));
+	if (!opens(f)) {
+		__builtin_memcpy(key.src, &f->src, sizeof(key.src));
+		key.sport = f->sport;
+	}
+	at = bpf_map_lookup_elem(&admitted, &key);
+	/* The clock of the egress hook may be behind, and this one's packet late. */
+	if (!at || (__s64)(bpf_ktime_get_ns() - *at) > (__s64)ANNOUNCED_NS)
+		return false;
+	return !bpf_map_delete_elem(&admitted, &key);
+}
+
+/* Whether a packet of a mail connection may pass: one that goes on with what has been let
+ * through; or that the egress hook has let through, once each time it was paid for; or
+ * that takes a token here. Of what is known, only a SYN can do that. The answer of a listener
+ * takes none: else whoever asks from a mail port could empty the bucket.
  */
 static __always_inline bool admit_mail(const struct flow *f, __u32 index)
 {
 	struct mail_key key = { .sport = f->sport, .dport = f->dport };
-	struct syn_key syn = { .seq = f->seq, .dport = f->dport };
-	struct mail fresh = { .seq = f->seq };
-	struct mail *known;
+	struct opening *known, fresh;
 
-	if (exempt(f))
+	if (!default_limit.count || exempt(f) || (f->flags & TCP_RST && !(f->flags & TCP_SYN)))
 		return true;
 	__builtin_memcpy(key.src, &f->src, sizeof(key.src));
 	__builtin_memcpy(key.dst, &f->dst, sizeof(key.dst));
 	known = bpf_map_lookup_elem(&mails, &key);
-	if (!f->syn) {
-		if (known && !known->answered)
-			known->answered = 1;
+	if (known && known_to_go_on(known, f))
 		return true;
-	}
-	__builtin_memcpy(syn.dst, &f->dst, sizeof(syn.dst));
-	if (bpf_map_delete_elem(&admitted, &syn) || (known && known->answered && known->seq == f->seq)) {
-		if (!take_device_token(index))
-			return false;
-	}
+	if (known && !opens(f))
+		return false;
+	if (!take_announced(f) && (accepts(f) || !take_device_token(index)))
+		return false;
+	fresh = begin_opening(f);
 	bpf_map_update_elem(&mails, &key, &fresh, BPF_ANY);
 	return true;
 }
 
-/* Whether a packet that came in by a device may go where it wants to. */
-static __always_inline bool may_pass(const struct packet *p, const struct flow *f, __u32 device)
+/* Whether a packet that came in by a device may go where it wants to. segments is how long
+ * those are that it is to be split into; 0 if it is not.
+ */
+static __always_inline bool may_pass(const struct flow *f, __u32 segments, __u32 device)
 {
-	__u32 blocked;
+	__u32 why = blocked(f);
 
-	if (blocked_source(f))
+	if (why && !take_permit(f, why))
 		return false;
-	blocked = blocked_destination(f);
-	if (blocked && !take_permit(p, f, blocked))
+	/* No kernel asks for several connections at once. */
+	if (f->proto == IPPROTO_TCP && opens(f) && segments)
 		return false;
 	return !(f->proto == IPPROTO_TCP && f->has_ports && smtp_ports[f->dport]) || admit_mail(f, device);
 }
-
-#define PROTO_IPIP 4
-#define PROTO_IPV6 41
-#define PROTO_GRE 47
 
 #define ETH_P_8021Q 0x8100
 #define ETH_P_8021AD 0x88a8
@@ -193,6 +217,7 @@ static __always_inline bool is_tag(__be16 protocol)
 struct inner {
 	__u32 off;
 	__be16 protocol;
+	__u16 guessed;	/* 1: nothing but its first bits say that it is a packet */
 };
 struct inners {
 	struct inner list[MAX_INNER];
@@ -201,30 +226,42 @@ struct inners {
 	bool deep;	/* there is more than is looked at */
 };
 
-static __always_inline void add_inner(struct inners *all, __u32 off, __be16 protocol)
+static __always_inline void add_inner(struct inners *all, __u32 off, __be16 protocol, bool guessed)
 {
 	if (all->n >= MAX_INNER) {
 		all->deep = true;
 		return;
 	}
-	all->list[all->n & (MAX_INNER - 1)] = (struct inner){ off, protocol };
+	all->list[all->n & (MAX_INNER - 1)] = (struct inner){ off, protocol, guessed };
 	all->n++;
 }
 
-/* What is called type, at off: behind VLAN tags, if that is what follows. */
+/* Goes from off, at which there is what is called type, to behind VLAN tags, if that is
+ * what follows. False if the packet ends before.
+ */
+static __always_inline bool skip_tags(const struct packet *p, __u32 *off, __be16 *type)
+{
+	for (int i = 0; i < MAX_TAGS && is_tag(*type); i++) {
+		if (load(p, *off + 2, type, sizeof(*type)))
+			return false;
+		*off += 4;
+	}
+	return true;
+}
+
+static __always_inline bool is_ip(__be16 protocol)
+{
+	return protocol == bpf_htons(ETH_P_IP) || protocol == bpf_htons(ETH_P_IPV6);
+}
+
 static __always_inline void add_by_type(const struct packet *p, struct inners *all, __u32 off, __be16 type)
 {
-	for (int i = 0; i < MAX_TAGS && is_tag(type); i++) {
-		if (load(p, off + 2, &type, sizeof(type))) {
-			all->cut = true;
-			return;
-		}
-		off += 4;
-	}
-	if (is_tag(type))
+	if (!skip_tags(p, &off, &type))
+		all->cut = true;
+	else if (is_tag(type))
 		all->deep = true;
-	else if (type == bpf_htons(ETH_P_IP) || type == bpf_htons(ETH_P_IPV6))
-		add_inner(all, off, type);
+	else if (is_ip(type))
+		add_inner(all, off, type, false);
 }
 
 /* An Ethernet frame at off. */
@@ -265,19 +302,19 @@ static __always_inline void add_gre(const struct packet *p, struct inners *all, 
 	/* Of four bytes each: flags, checksum, (routing), key, sequence. */
 	off += 4 + ((h.flags >> 5 & 4) + (h.flags >> 4 & 4) + (h.flags >> 3 & 4) + (h.flags >> 2 & 4));
 	if (h.type == bpf_htons(ETH_P_WCCP)) {	/* with a header of its own, or without */
-		add_inner(all, off, bpf_htons(ETH_P_IP));
-		add_inner(all, off + 4, bpf_htons(ETH_P_IP));
-		add_inner(all, off, bpf_htons(ETH_P_IPV6));
-		add_inner(all, off + 4, bpf_htons(ETH_P_IPV6));
+		add_inner(all, off, bpf_htons(ETH_P_IP), true);
+		add_inner(all, off + 4, bpf_htons(ETH_P_IP), true);
+		add_inner(all, off, bpf_htons(ETH_P_IPV6), true);
+		add_inner(all, off + 4, bpf_htons(ETH_P_IPV6), true);
 	} else {
 		add_payload(p, all, off, h.type);
 	}
 }
 
-/* What this host may find in the packet if one of its tunnels unpacks it. Which port
- * is which tunnel's is not known here; what reads as a tunnel's header counts.
+/* What a tunnel of this host may find in a UDP datagram whose data is at off, if there is
+ * one that is not known here yet. What reads as a tunnel's header counts.
  */
-static __always_inline void add_tunnelled(const struct packet *p, __u8 proto, __u32 off, struct inners *all)
+static __always_inline void add_datagram(const struct packet *p, __u32 off, struct inners *all)
 {
 	struct {
 		__u8 first;
@@ -286,109 +323,144 @@ static __always_inline void add_tunnelled(const struct packet *p, __u8 proto, __
 		__be32 rest;
 	} h;
 
-	switch (proto) {
-	case PROTO_IPIP:
-		add_inner(all, off, bpf_htons(ETH_P_IP));
-		return;
-	case PROTO_IPV6:
-		add_inner(all, off, bpf_htons(ETH_P_IPV6));
-		return;
-	case PROTO_GRE:
-		add_gre(p, all, off);
-		return;
-	case IPPROTO_UDP:
-		off += 8;
-		if (load(p, off, &h, sizeof(h))) {
-			all->cut = true;
-			return;
-		}
-		if (h.first & 0x08)	/* VXLAN */
-			add_frame(p, all, off + 8);
-		if (!(h.first & 0xc0))	/* GENEVE */
-			add_payload(p, all, off + 8 + (h.first & 0x3f) * 4, h.type);
-		if (!(h.first & 0xe0)) {	/* GUE */
-			__u32 at = off + 4 + (h.first & 0x1f) * 4;
-
-			if (h.second == PROTO_IPIP)
-				add_inner(all, at, bpf_htons(ETH_P_IP));
-			if (h.second == PROTO_IPV6)
-				add_inner(all, at, bpf_htons(ETH_P_IPV6));
-			if (h.second == PROTO_GRE)
-				add_gre(p, all, at);
-		}
-		if (h.first >> 4 == 4)	/* FOU */
-			add_inner(all, off, bpf_htons(ETH_P_IP));
-		if (h.first >> 4 == 6)
-			add_inner(all, off, bpf_htons(ETH_P_IPV6));
-		add_gre(p, all, off);
+	if (load(p, off, &h, sizeof(h))) {
+		all->cut = true;
 		return;
 	}
-}
-
-static __always_inline bool address4(const struct packet *p, struct flow *f)
-{
-	struct iphdr ip;
-
-	if (load(p, 0, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5 ||
-	    bpf_ntohs(ip.tot_len) < ip.ihl * 4 || (!f->fragment && bpf_ntohs(ip.tot_len) > p->len))
-		return false;
-	map4(&f->src, ip.saddr);
-	map4(&f->dst, ip.daddr);
-	f->proto = ip.protocol;
-	f->transport = ip.frag_off & bpf_htons(IP_OFFSET) ? 0 : ip.ihl * 4;
-	return true;
-}
-
-static __always_inline bool address6(const struct packet *p, struct flow *f)
-{
-	struct ipv6hdr ip;
-
-	if (load(p, 0, &ip, sizeof(ip)) || ip.version != 6 || (!f->fragment && bpf_ntohs(ip.payload_len) + sizeof(ip) > p->len))
-		return false;
-	__builtin_memcpy(&f->src, &ip.saddr, sizeof(f->src));
-	__builtin_memcpy(&f->dst, &ip.daddr, sizeof(f->dst));
-	f->proto = ip.nexthdr;
-	f->transport = sizeof(ip);
-	/* As a tunnel of this host's kernel puts it there (RFC 2473). */
-	if (f->proto == EXT_DSTOPTS || f->proto == EXT_HOPOPTS) {
-		__u8 ext[2];
-
-		if (load(p, sizeof(ip), ext, sizeof(ext)))
-			return false;
-		f->proto = ext[0];
-		f->transport += (ext[1] + 1) * 8;
+	if (h.first & 0x08)	/* VXLAN */
+		add_frame(p, all, off + 8);
+	if ((h.first & 0x0c) == 0x0c) {	/* VXLAN-GPE, with the protocol that is next */
+		if ((bpf_ntohs(h.type) & 0xff) == 1)
+			add_inner(all, off + 8, bpf_htons(ETH_P_IP), true);
+		if ((bpf_ntohs(h.type) & 0xff) == 2)
+			add_inner(all, off + 8, bpf_htons(ETH_P_IPV6), true);
 	}
-	return true;
+	if (!(h.first & 0xc0))	/* GENEVE */
+		add_payload(p, all, off + 8 + (h.first & 0x3f) * 4, h.type);
+	if (!(h.first & 0xe0)) {	/* GUE */
+		__u32 at = off + 4 + (h.first & 0x1f) * 4;
+
+		if (h.second == PROTO_IPIP)
+			add_inner(all, at, bpf_htons(ETH_P_IP), true);
+		if (h.second == PROTO_IPV6)
+			add_inner(all, at, bpf_htons(ETH_P_IPV6), true);
+		if (h.second == PROTO_GRE)
+			add_gre(p, all, at);
+	}
+	if (h.first >> 4 == 4)	/* FOU */
+		add_inner(all, off, bpf_htons(ETH_P_IP), true);
+	if (h.first >> 4 == 6)
+		add_inner(all, off, bpf_htons(ETH_P_IPV6), true);
+	add_gre(p, all, off);
 }
 
-/* The packet p as a flow; false if it is none. That of a fragment may be longer than what
- * is there. Read less closely than packets that are judged for themselves: only what a
- * tunnel of this host takes for a packet matters.
+/* How many datagrams a socket hands over as one (UDP_SEGMENT) at most; the kernel splits
+ * them before it unpacks.
  */
-static __always_inline bool read_inside(const struct packet *p, struct flow *f)
-{
-	__be16 ports[2];
-	__u8 flags = 0;
+#define MAX_SEGMENTS 128
 
-	if (p->protocol == bpf_htons(ETH_P_IP) ? !address4(p, f) : p->protocol != bpf_htons(ETH_P_IPV6) || !address6(p, f))
-		return false;
-	if (!f->transport || !carries_ports(f->proto) || load(p, f->transport, ports, sizeof(ports)))
-		return true;
-	f->sport = ports[0];
-	f->dport = ports[1];
-	f->has_ports = true;
-	/* Without its flags, it may be one. */
-	f->syn = f->proto == IPPROTO_TCP &&
-		 (load(p, f->transport + offsetof(struct tcp, flags), &flags, 1) || syn_without_ack(flags));
-	return true;
+/* The packet that is behind the transport header of one of IPv6, wherever that goes: a route
+ * can have the host unpack it (seg6local). Its protocol is 0 if there is none.
+ */
+static __always_inline struct inner carried(const struct packet *p, const struct flow *f)
+{
+	struct inner in = { .off = f->transport };
+
+	if (!in.off)
+		return in;
+	if (f->proto == PROTO_IPIP)
+		in.protocol = bpf_htons(ETH_P_IP);
+	if (f->proto == PROTO_IPV6)
+		in.protocol = bpf_htons(ETH_P_IPV6);
+	if (f->proto == PROTO_ETHERNET) {
+		__be16 type;
+
+		if (load(p, in.off + 12, &type, sizeof(type)))
+			return in;
+		in.off += 14;
+		if (skip_tags(p, &in.off, &type) && is_ip(type))
+			in.protocol = type;
+	}
+	return in;
 }
 
-/* Whether what a tunnel of this host would unpack may go where it wants to. */
-static __always_inline bool may_pass_inside(const struct flow *f, __u32 device)
+static __always_inline bool carries(const struct flow *f)
 {
-	if (blocked_destination(f) || blocked_source(f))
+	return !mapped4(&f->dst) && (f->proto == PROTO_IPIP || f->proto == PROTO_IPV6 || f->proto == PROTO_ETHERNET);
+}
+
+/* Whether such a packet may pass, for all that is known of where it is unpacked. */
+static __always_inline bool may_be_carried(const struct flow *f)
+{
+	if (blocked(f))
 		return false;
-	return !f->syn || !smtp_ports[f->dport] || exempt(f) || take_device_token(device);
+	return f->proto != IPPROTO_TCP || !opens(f) || !smtp_ports[f->dport] || exempt(f) || !default_limit.count;
+}
+
+/* The first bytes of IP headers. */
+union ip_header {
+	struct {
+		__u8 version;
+		__u8 tos;
+		__be16 tot_len;
+	};
+	struct {
+		__be32 flow;
+		__be16 payload_len;
+		__be16 rest;
+	};
+};
+
+/* What an IP header says of how long the packet is. */
+static __always_inline __u32 claimed_length(const struct packet *p, const union ip_header *ip)
+{
+	if (p->protocol == bpf_htons(ETH_P_IP))
+		return bpf_ntohs(ip->tot_len);
+	return bpf_ntohs(ip->payload_len) + sizeof(struct ipv6hdr);
+}
+
+/* How much of a packet within a fragment has to be there for it to be judged: its headers,
+ * as far as they are read.
+ */
+#define MIN_INSIDE 80
+
+/* What is found inside of a packet. */
+enum inside {
+	NOTHING,	/* nothing that a tunnel would take for a packet */
+	A_FLOW,
+	UNREADABLE,	/* a packet that cannot be judged */
+};
+
+/* Finds the end of the packet p, which is within another one, so that it can be read as
+ * those that are not. What follows is padding; of a fragment, its end may be still to come.
+ */
+static __always_inline enum inside trim(struct packet *p, bool fragment)
+{
+	union ip_header ip;
+	__u32 len;
+	__u8 last;
+
+	if (fragment && load(p, MIN_INSIDE - 1, &last, sizeof(last)))
+		return UNREADABLE;
+	if (load(p, 0, &ip, sizeof(ip)) || ip.version >> 4 != (p->protocol == bpf_htons(ETH_P_IP) ? 4 : 6))
+		return NOTHING;
+	len = claimed_length(p, &ip);
+	if (len > p->len) {
+		p->whole = len;
+		return fragment ? A_FLOW : NOTHING;
+	}
+	p->len = len;
+	return A_FLOW;
+}
+
+/* Whether what a tunnel of this host would unpack may go where it wants to. None of it is
+ * mail, or for another tunnel, of which any data may remind.
+ */
+static __always_inline bool may_pass_inside(const struct flow *f, bool guessed)
+{
+	if (blocked(f) || (!guessed && for_tunnel(f)))
+		return false;
+	return f->proto != IPPROTO_TCP || !f->has_ports || !smtp_ports[f->dport] || exempt(f) || !default_limit.count;
 }
 
 #endif

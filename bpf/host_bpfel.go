@@ -42,6 +42,8 @@ const (
 	HostMapRules          = "rules"
 	HostMapTickets        = "tickets"
 	HostMapTotals         = "totals"
+	HostMapTunnels        = "tunnels"
+	HostProgHostAnswer    = "host_answer"
 	HostProgHostDeliver   = "host_deliver"
 	HostProgHostForward   = "host_forward"
 	HostVarDefaultLimit   = "default_limit"
@@ -97,6 +99,7 @@ type HostSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type HostProgramSpecs struct {
+	HostAnswer  *ebpf.ProgramSpec `ebpf:"host_answer"`
 	HostDeliver *ebpf.ProgramSpec `ebpf:"host_deliver"`
 	HostForward *ebpf.ProgramSpec `ebpf:"host_forward"`
 }
@@ -117,6 +120,7 @@ type HostMapSpecs struct {
 	Rules       *ebpf.MapSpec `ebpf:"rules"`
 	Tickets     *ebpf.MapSpec `ebpf:"tickets"`
 	Totals      *ebpf.MapSpec `ebpf:"totals"`
+	Tunnels     *ebpf.MapSpec `ebpf:"tunnels"`
 }
 
 // HostVariableSpecs contains global variables before they are loaded into the kernel.
@@ -166,6 +170,7 @@ type HostMaps struct {
 	Rules       *ebpf.Map `ebpf:"rules"`
 	Tickets     *ebpf.Map `ebpf:"tickets"`
 	Totals      *ebpf.Map `ebpf:"totals"`
+	Tunnels     *ebpf.Map `ebpf:"tunnels"`
 }
 
 func (m *HostMaps) Close() error {
@@ -182,6 +187,7 @@ func (m *HostMaps) Close() error {
 		m.Rules,
 		m.Tickets,
 		m.Totals,
+		m.Tunnels,
 	)
 }
 
@@ -204,12 +210,14 @@ type HostVariables struct {
 //
 // It can be passed to LoadHostObjects or ebpf.CollectionSpec.LoadAndAssign.
 type HostPrograms struct {
+	HostAnswer  *ebpf.Program `ebpf:"host_answer"`
 	HostDeliver *ebpf.Program `ebpf:"host_deliver"`
 	HostForward *ebpf.Program `ebpf:"host_forward"`
 }
 
 func (p *HostPrograms) Close() error {
 	return _HostClose(
+		p.HostAnswer,
 		p.HostDeliver,
 		p.HostForward,
 	)

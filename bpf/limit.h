@@ -22,7 +22,11 @@ static __always_inline bool surely_empty(const struct bucket *b, const volatile 
 {
 	const __u64 clock_slack = 100 * 1000 * 1000;
 
-	if (!l->count || !bucket_settled(b, l))
+	if (!l->count)
+		return false;
+	if (b->closed)
+		return true;
+	if (!bucket_settled(b, l))
 		return false;
 	if (has_coarse_clock && !bucket_has(b, l, bpf_ktime_get_coarse_ns() + clock_slack))
 		return true;

@@ -41,13 +41,15 @@ struct {
 	__type(value, struct counters);
 } totals SEC(".maps");
 
-/* The SYN that a TCP socket was last let through with. */
+/* The mail connection that a TCP socket has paid for. */
 struct ticket {
+	__u8 src[16];
 	__u8 dst[16];
-	__be32 seq;
 	__be16 sport;
 	__be16 dport;
-	__u32 retransmits;	/* of the socket, when it was let through */
+	struct opening opening;
+	__u32 retransmits;	/* of the socket, when its SYN was last let through */
+	__u64 announced;	/* when the host side was last told of it, in ns */
 };
 
 struct {
@@ -57,15 +59,20 @@ struct {
 	__type(value, struct ticket);
 } tickets SEC(".maps");
 
-/* Mail SYNs on their way from the egress hook to the host. Whoever deletes an entry
- * has used it: each lets one packet pass.
+/* Mail on its way from the egress hook to the host: when it was let through, in ns.
+ * Whoever deletes an entry has used it: each lets one packet pass.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 4096);
-	__type(key, struct syn_key);
-	__type(value, __u32);
+	__type(key, struct announcement);
+	__type(value, __u64);
 } admitted SEC(".maps");
+
+/* How long an announcement is good for. Whoever holds SYNs back on the way, to let them
+ * go all at once, has to pay for them again.
+ */
+#define ANNOUNCED_NS (1000 * 1000 * 1000ULL)
 
 /* Packets to metadata services on their way to the host: how many of each flow may
  * still pass.
@@ -74,15 +81,15 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1024);
 	__type(key, struct flow_key);
-	__type(value, __u32);
+	__type(value, struct permit);
 } permitted SEC(".maps");
 
 /* Mail connections that were let through on the host. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 4096);
+	__uint(max_entries, 16384);
 	__type(key, struct mail_key);
-	__type(value, struct mail);
+	__type(value, struct opening);
 } mails SEC(".maps");
 
 struct {
@@ -92,5 +99,14 @@ struct {
 	__type(key, __u32);	/* index of a device */
 	__type(value, struct device);
 } devices SEC(".maps");
+
+/* UDP ports at which the host unpacks packets from others: 1, or 0 where it may. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, __be16);
+	__type(value, __u8);
+} tunnels SEC(".maps");
 
 #endif

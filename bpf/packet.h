@@ -22,6 +22,7 @@ struct packet {
 #endif
 	__u32 base;		/* where its IP header begins */
 	__u32 len;		/* of it; anything may follow behind it */
+	__u32 whole;		/* if more than that is still to come: its length then */
 	__be16 protocol;	/* as in an Ethernet header */
 };
 

@@ -14,6 +14,8 @@
 
 #define IP_MAX_OPTIONS 40
 
+#define UDP_HEADER 8
+
 /* IPv6 extension headers that may stand before the transport header. */
 #define EXT_HOPOPTS 0
 #define EXT_ROUTING 43
@@ -27,6 +29,7 @@
 
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
+#define TCP_RST 0x04
 #define TCP_ACK 0x10
 
 /* Protocols whose header begins with source and destination port. */
@@ -53,6 +56,7 @@ union address {
 	__u8 bytes[16];		/* network byte order; IPv4 is v4-mapped */
 	__be16 be16[8];
 	__be32 be32[4];
+	__be64 be64[2];
 };
 
 struct flow {
@@ -60,11 +64,13 @@ struct flow {
 	union address dst;
 	__be16 sport;		/* 0 without has_ports */
 	__be16 dport;
-	__be32 seq;		/* of TCP */
+	__be32 seq;		/* of TCP, as are the next two */
+	__be32 ack;
 	__u32 transport;	/* offset of the transport header; 0 without one */
+	__u32 payload;		/* of TCP: how many bytes there are behind its header */
 	__u8 proto;
+	__u8 flags;
 	bool has_ports;		/* false too for later fragments */
-	bool syn;		/* TCP, SYN set and ACK clear */
 	bool fragment;		/* others may follow */
 };
 
@@ -81,21 +87,30 @@ static __always_inline bool mapped4(const union address *a)
 	return !a->be32[0] && !a->be32[1] && a->be32[2] == bpf_htonl(0xffff);
 }
 
-/* In 64:ff9b::/96 (NAT64, RFC 6052), which stands for all of IPv4. */
-static __always_inline bool nat64(const union address *a)
-{
-	return a->be32[0] == bpf_htonl(0x64ff9b) && !a->be32[1] && !a->be32[2];
-}
-
 static __always_inline bool carries_ports(__u8 proto)
 {
 	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == PROTO_SCTP ||
 	       proto == PROTO_DCCP || proto == PROTO_UDPLITE;
 }
 
-static __always_inline bool syn_without_ack(__u8 flags)
+/* Whether it asks for a connection, whatever else is set. */
+static __always_inline bool opens(const struct flow *f)
 {
-	return (flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+	return (f->flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+/* Whether it answers one who asks. */
+static __always_inline bool accepts(const struct flow *f)
+{
+	return (f->flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK);
+}
+
+/* How much follows the header of a segment of len bytes. */
+static __always_inline __u32 payload_of(const struct tcp *tcp, __u32 len)
+{
+	__u32 header = (tcp->doff >> 4) * 4;
+
+	return header < len ? len - header : 0;
 }
 
 /* The transport header of a whole packet or a first fragment, at offset off. */
@@ -113,8 +128,10 @@ static __always_inline bool parse_transport(const struct packet *p, __u32 off, s
 		f->sport = tcp.sport;
 		f->dport = tcp.dport;
 		f->has_ports = true;
-		f->syn = syn_without_ack(tcp.flags);
+		f->flags = tcp.flags;
 		f->seq = tcp.seq;
+		f->ack = tcp.ack;
+		f->payload = payload_of(&tcp, p->len - off);
 	} else if (carries_ports(f->proto)) {
 		/* Eight bytes: the whole of a UDP header. */
 		__be16 ports[4];
@@ -246,7 +263,7 @@ static __always_inline bool true_length(__u32 length, __u32 actual)
 
 static __always_inline bool parse4(const struct packet *p, struct flow *f)
 {
-	__u32 len = p->len, header;
+	__u32 len = p->whole ? p->whole : p->len, header;
 	struct iphdr ip;
 
 	if (load(p, 0, &ip, sizeof(ip)))
@@ -269,7 +286,7 @@ static __always_inline bool parse4(const struct packet *p, struct flow *f)
 
 static __always_inline bool parse6(const struct packet *p, struct flow *f)
 {
-	__u32 payload = p->len - sizeof(struct ipv6hdr);
+	__u32 payload = (p->whole ? p->whole : p->len) - sizeof(struct ipv6hdr);
 	struct ipv6hdr ip;
 
 	if (load(p, 0, &ip, sizeof(ip)))

@@ -11,7 +11,7 @@ static __always_inline bool suspect4(__be32 ip)
 	return suspects4.first[(__u16)ip] && suspects4.second[ip >> 16];
 }
 
-/* Set for v4-mapped and NAT64 addresses too, whenever any IPv4 address is. */
+/* Set for the other spellings of IPv4 addresses too, whenever any of these is. */
 static __always_inline bool suspect6(const union address *a)
 {
 	return suspects6.first[a->be16[0]] && suspects6.second[a->be16[1]];
@@ -43,7 +43,14 @@ static __always_inline __u32 port_flags(__u32 group, __u8 proto, __be16 port)
 	return flags ? *flags : 0;
 }
 
-static __always_inline __u32 prefix_flags(const union address *a, __u8 proto, bool has_ports, __be16 port)
+/* What a packet is for at an address. */
+struct service {
+	__u8 proto;
+	bool has_ports;
+	__be16 port;
+};
+
+static __always_inline __u32 prefix_flags(const union address *a, struct service s)
 {
 	struct prefix key = { .len = 128 };
 	struct rule *rule;
@@ -55,54 +62,128 @@ static __always_inline __u32 prefix_flags(const union address *a, __u8 proto, bo
 		return 0;
 	flags = rule->flags;
 	if (rule->group) {
-		flags |= port_flags(rule->group, proto, 0);
-		if (has_ports && port) {
-			flags |= port_flags(rule->group, proto, port);
-			flags |= port_flags(rule->group, 0, port);
+		flags |= port_flags(rule->group, s.proto, 0);
+		if (s.has_ports && s.port) {
+			flags |= port_flags(rule->group, s.proto, s.port);
+			flags |= port_flags(rule->group, 0, s.port);
 		}
 	}
 	return flags;
 }
 
-/* The flags of every rule that holds for the address, with its port where
- * has_ports says that there is one. What holds for an IPv4 address holds for
- * its NAT64 spelling, beside what the policy says of that.
- */
-static __always_inline __u32 rule_flags(const union address *a, __u8 proto, bool has_ports, __be16 port)
+/* Where an IPv6 address that stands for an IPv4 address has its bytes. */
+struct spelling {
+	__u8 at[4];
+};
+
+static __always_inline __u32 spelling_flags(const union address *a, struct spelling at, struct service s)
 {
-	__u32 flags = prefix_flags(a, proto, has_ports, port);
+	union address embedded = { .be16[5] = 0xffff };
 
-	if (nat64(a)) {
-		union address embedded;
-
-		map4(&embedded, a->be32[3]);
-		flags |= prefix_flags(&embedded, proto, has_ports, port);
-	}
-	return flags;
+	for (int i = 0; i < 4; i++)
+		embedded.bytes[12 + i] = a->bytes[at.at[i]];
+	return prefix_flags(&embedded, s);
 }
 
-/* RULE_BLOCK and RULE_METADATA, as they hold for the destination. */
-static __always_inline __u32 blocked_destination(const struct flow *f)
+/* In 64:ff9b::/96 (NAT64, RFC 6052) or ::/96 (RFC 4291, 2.5.5.1), which stand for all
+ * of IPv4; of the latter not in ::/104, where :: and ::1 are.
+ */
+static __always_inline bool embeds_at_end(const union address *a)
+{
+	return (a->be32[0] == bpf_htonl(0x64ff9b) || (!a->be32[0] && a->bytes[12])) && !a->be32[1] && !a->be32[2];
+}
+
+/* In 64:ff9b:1::/48 (RFC 8215), of which a host may use any part for NAT64, with prefixes
+ * of 48, 56, 64 or 96 bits (RFC 6052, 2.2).
+ */
+static __always_inline bool local_nat64(const union address *a)
+{
+	return a->be32[0] == bpf_htonl(0x64ff9b) && a->be16[2] == bpf_htons(1);
+}
+
+/* What a spelling would be blocked by. Read with the wrong one of these prefixes, an
+ * address begins or ends with zeros.
+ */
+static __always_inline __u32 local_nat64_flags(const union address *a, struct spelling at, struct service s)
 {
 	__u32 flags;
 
-	if (!suspect(&f->dst))
+	if (!a->bytes[at.at[0]] || !a->bytes[at.at[3]])
 		return 0;
-	flags = rule_flags(&f->dst, f->proto, f->has_ports, f->dport);
-	return flags & RULE_ALLOW ? 0 : flags & (RULE_BLOCK | RULE_METADATA);
+	flags = spelling_flags(a, at, s);
+	return flags & RULE_ALLOW ? 0 : flags & (RULE_BLOCK | RULE_BLOCK_SOURCE | RULE_METADATA);
 }
 
-/* Whoever answers a packet sent as the metadata service answers to it. */
-static __always_inline bool blocked_source(const struct flow *f)
+/* In 2002::/16 (6to4, RFC 3056). */
+static __always_inline bool six_to_four(const union address *a)
 {
-	return suspect(&f->src) &&
-	       rule_flags(&f->src, f->proto, f->has_ports, f->sport) & RULE_BLOCK_SOURCE &&
-	       !(rule_flags(&f->dst, f->proto, f->has_ports, f->dport) & RULE_ALLOW);
+	return a->be16[0] == bpf_htons(0x2002);
+}
+
+#ifndef RULES_LINKAGE
+#define RULES_LINKAGE static __always_inline
+#endif
+
+/* The flags of every rule that holds for the address with these halves, with its port where
+ * there is one. What holds for an IPv4 address holds for its other spellings, beside what
+ * the policy says of those.
+ *
+ * A program that calls other functions than static ones anyway makes this one, for the
+ * verifier's sake, which then looks at it once; before 5.12 such are given numbers only.
+ */
+RULES_LINKAGE __u32 address_flags(__u64 high, __u64 low, __u8 proto, __u8 has_ports, __be16 port)
+{
+	const struct spelling end = { { 12, 13, 14, 15 } }, bits16 = { { 2, 3, 4, 5 } }, bits48 = { { 6, 7, 9, 10 } },
+			      bits56 = { { 7, 9, 10, 11 } }, bits64 = { { 9, 10, 11, 12 } };
+	struct service s = { proto, has_ports, port };
+	union address a = { .be64 = { high, low } };
+	__u32 flags = prefix_flags(&a, s);
+
+	if (embeds_at_end(&a))
+		flags |= spelling_flags(&a, end, s);
+	else if (six_to_four(&a))
+		flags |= spelling_flags(&a, bits16, s);
+	else if (local_nat64(&a))
+		flags |= local_nat64_flags(&a, end, s) | local_nat64_flags(&a, bits64, s) |
+			 local_nat64_flags(&a, bits56, s) | local_nat64_flags(&a, bits48, s);
+	return flags;
+}
+
+static __always_inline __u32 rule_flags(const union address *a, struct service s)
+{
+	return address_flags(a->be64[0], a->be64[1], s.proto, s.has_ports, s.port);
+}
+
+static __always_inline __u32 flags_to(const struct flow *f)
+{
+	return rule_flags(&f->dst, (struct service){ f->proto, f->has_ports, f->dport });
+}
+
+static __always_inline __u32 flags_from(const struct flow *f)
+{
+	return rule_flags(&f->src, (struct service){ f->proto, f->has_ports, f->sport });
+}
+
+/* What keeps a packet from passing: RULE_BLOCK and RULE_METADATA, of its destination, and
+ * RULE_BLOCK_SOURCE. Whoever answers a packet sent as the metadata service answers to it.
+ */
+static __always_inline __u32 blocked(const struct flow *f)
+{
+	__u32 to, from = 0;
+
+	if (!suspect(&f->dst) && !suspect(&f->src))
+		return 0;
+	to = flags_to(f);
+	if (to & RULE_ALLOW)
+		return 0;
+	if (suspect(&f->src))
+		from = flags_from(f);
+	return (to & (RULE_BLOCK | RULE_METADATA)) | (from & RULE_BLOCK_SOURCE);
 }
 
 static __always_inline bool exempt(const struct flow *f)
 {
-	return has_exempt && rule_flags(&f->dst, f->proto, f->has_ports, f->dport) & RULE_EXEMPT;
+	return has_exempt && flags_to(f) & RULE_EXEMPT;
 }
 
 #endif

@@ -4,6 +4,8 @@
  * bridges, before the host's IP stack. What that does with a packet first, it has to do
  * by itself: take off VLAN tags and padding, and expect packets in fragments.
  */
+#define RULES_LINKAGE __noinline
+
 #include "types.h"
 
 #include <bpf/bpf_helpers.h>
@@ -34,6 +36,8 @@ struct scratch {
 	__u32 base;
 	__u32 len;
 	__be16 protocol;
+	bool fragment;
+	__u32 end;	/* of the datagram that is looked into, if there are several */
 };
 
 struct {
@@ -55,13 +59,7 @@ static __always_inline struct scratch *scratch(void)
  */
 static __always_inline bool open_packet(struct __sk_buff *skb, struct packet *p)
 {
-	struct {
-		__u8 version;
-		__u8 tos;
-		__be16 tot_len;
-		__be16 payload_len;
-		__be16 rest;
-	} ip;
+	union ip_header ip;
 	__u32 len;
 
 	p->data = skb;
@@ -75,16 +73,13 @@ static __always_inline bool open_packet(struct __sk_buff *skb, struct packet *p)
 	}
 	if (skb->len < p->base || load(p, 0, &ip, sizeof(ip)))
 		return false;
-	p->len = skb->len - p->base;
-	if (p->protocol == bpf_htons(ETH_P_IP))
-		len = bpf_ntohs(ip.tot_len);
-	else if (p->protocol == bpf_htons(ETH_P_IPV6))
-		len = bpf_ntohs(ip.payload_len) + sizeof(struct ipv6hdr);
-	else
+	if (p->protocol != bpf_htons(ETH_P_IP) && p->protocol != bpf_htons(ETH_P_IPV6))
 		return false;
+	p->len = skb->len - p->base;
 	/* Beyond 64 KiB (BIG TCP) there is no length. */
 	if (p->len > 0xffff && (p->protocol == bpf_htons(ETH_P_IP) ? !ip.tot_len : !ip.payload_len))
 		return true;
+	len = claimed_length(p, &ip);
 	if (len > p->len)
 		return false;
 	p->len = len;
@@ -107,19 +102,32 @@ static __always_inline int drop(struct __sk_buff *skb)
 	return enforce ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
+/* Reads a packet as a flow; 0 if it cannot be judged. */
+__noinline int parse_at(struct __sk_buff *skb, __u32 base, __u32 len, __u32 whole, __u32 protocol)
+{
+	struct packet p = { .data = skb, .base = base, .len = len, .whole = whole, .protocol = protocol };
+	struct scratch *s = scratch();
+	struct flow f = {};
+
+	if (!s || !parse(&p, &f))
+		return 0;
+	s->flow = f;
+	return 1;
+}
+
 /* Reads the packet as a flow; 0 if it cannot be judged. */
 __noinline int read_flow(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch();
 	struct packet p = {};
-	struct flow f = {};
 
-	if (!s || !open_packet(skb, &p) || !parse(&p, &f))
+	if (!s || !open_packet(skb, &p) || !parse_at(skb, p.base, p.len, 0, p.protocol))
 		return 0;
-	s->flow = f;
 	s->base = p.base;
 	s->len = p.len;
 	s->protocol = p.protocol;
+	s->fragment = s->flow.fragment;
+	s->end = 0;
 	return 1;
 }
 
@@ -132,52 +140,35 @@ static __always_inline struct packet opened(struct __sk_buff *skb, const struct 
 __noinline int judge_flow(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch();
-	struct packet p;
-	struct flow f;
 
-	if (!s)
-		return 0;
-	p = opened(skb, s);
-	f = s->flow;
-	return may_pass(&p, &f, skb->ifindex);
+	return s && may_pass(&s->flow, skb->gso_size, skb->ifindex);
 }
 
-/* How much of a packet within a fragment has to be there for it to be judged: its headers,
- * as far as they are read.
- */
-#define MIN_INSIDE 80
-
-/* Reads the packet at an offset; 0 if it is none. */
-__noinline int look_inside(struct __sk_buff *skb, __u32 off, __u32 protocol)
+/* Reads the packet at an offset, in place of the flow. */
+__noinline int look_inside(struct __sk_buff *skb, __u32 off, __u32 protocol, __u32 guessed)
 {
 	struct scratch *s = scratch();
-	struct flow f = {};
+	enum inside found;
 	struct packet p;
-	__u8 last;
 
 	if (!s)
-		return 0;
+		return UNREADABLE;
 	p = opened(skb, s);
-	if (off > p.len) {
-		s->inners.cut = true;
-		return 0;
-	}
+	if (s->end && s->end < p.len)
+		p.len = s->end;
+	if (off > p.len)
+		return s->fragment ? UNREADABLE : NOTHING;
 	p.base += off;
 	p.len -= off;
 	p.protocol = protocol;
-	f.fragment = s->flow.fragment;
-	if (f.fragment && load(&p, MIN_INSIDE - 1, &last, sizeof(last))) {
-		s->inners.cut = true;
-		return 0;
-	}
-	if (!read_inside(&p, &f))
-		return 0;
-	s->flow = f;
-	return 1;
+	found = trim(&p, s->fragment);
+	if (found != A_FLOW || parse_at(skb, p.base, p.len, p.whole, p.protocol))
+		return found;
+	return guessed ? NOTHING : UNREADABLE;
 }
 
-/* Notes what is behind the transport header at an offset. */
-__noinline int unpack(struct __sk_buff *skb, __u32 off, __u32 proto)
+/* Notes what is in a datagram with its data at an offset. */
+__noinline int unpack(struct __sk_buff *skb, __u32 off)
 {
 	struct scratch *s = scratch();
 	struct packet p;
@@ -185,19 +176,43 @@ __noinline int unpack(struct __sk_buff *skb, __u32 off, __u32 proto)
 	if (!s)
 		return 0;
 	p = opened(skb, s);
-	add_tunnelled(&p, proto, off, &s->inners);
+	add_datagram(&p, off, &s->inners);
 	return 0;
 }
 
-__noinline int judge_inside(struct __sk_buff *skb)
+__noinline int judge_inside(__u32 guessed)
 {
 	struct scratch *s = scratch();
-	struct flow f;
+
+	return s && may_pass_inside(&s->flow, guessed);
+}
+
+/* Whether what the packet that was read carries may pass. */
+__noinline int judge_carried(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch();
+	struct flow outer;
+	struct inner in;
+	struct packet p;
+	int passes;
 
 	if (!s)
 		return 0;
-	f = s->flow;
-	return may_pass_inside(&f, skb->ifindex);
+	p = opened(skb, s);
+	in = carried(&p, &s->flow);
+	if (!in.protocol)
+		return 1;
+	outer = s->flow;
+	passes = look_inside(skb, in.off, in.protocol, in.guessed) != A_FLOW || may_be_carried(&s->flow);
+	s->flow = outer;
+	return passes;
+}
+
+static __always_inline bool may_carry(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch();
+
+	return s && (!carries(&s->flow) || judge_carried(skb));
 }
 
 /* Whether the host is to have the packet itself, and may unpack it. */
@@ -230,40 +245,76 @@ __noinline int for_this_host(struct __sk_buff *skb)
 	return 1;
 }
 
-/* Whether the packet, whose flow has been read, may have others in it. */
-static __always_inline bool packed(struct __sk_buff *skb)
+/* Notes what is in a datagram, and nothing else. */
+static __always_inline void look_into(struct __sk_buff *skb, struct scratch *s, __u32 off)
 {
-	struct scratch *s = scratch();
-
-	if (!s)
-		return true;
 	s->inners.n = 0;
 	s->inners.cut = s->inners.deep = false;
-	if (s->flow.transport)
-		unpack(skb, s->flow.transport, s->flow.proto);
-	return s->inners.n || s->inners.deep || (s->inners.cut && s->flow.fragment);
+	unpack(skb, off);
 }
 
-/* Whether there is something in it that may not pass if the host unpacks it. */
-static __always_inline bool smuggles(struct __sk_buff *skb)
+/* Whether a datagram with its data at an offset has something in it that may not pass if
+ * the host unpacks it.
+ */
+__noinline int smuggles(struct __sk_buff *skb, __u32 off)
 {
 	struct scratch *s = scratch();
-	bool fragment;
 
 	if (!s)
 		return true;
-	fragment = s->flow.fragment;
+	look_into(skb, s, off);
 	for (__u32 i = 0; i < MAX_INNER && i < s->inners.n; i++) {
-		__u32 off = s->inners.list[i].off;
+		struct inner in = s->inners.list[i];
 
-		if (!look_inside(skb, off, s->inners.list[i].protocol))
-			continue;
-		if (!judge_inside(skb))
+		switch (look_inside(skb, in.off, in.protocol, in.guessed)) {
+		case UNREADABLE:
 			return true;
-		if (s->flow.transport)
-			unpack(skb, off + s->flow.transport, s->flow.proto);
+		case A_FLOW:
+			if (!judge_inside(in.guessed))
+				return true;
+			if (is_datagram(&s->flow))
+				unpack(skb, in.off + s->flow.transport + UDP_HEADER);
+		}
 	}
-	return s->inners.deep || (s->inners.cut && fragment);
+	return s->inners.deep || (s->inners.cut && s->fragment);
+}
+
+/* Whether a packet to the host itself may not pass, since it would unpack others from it. */
+static __always_inline bool smuggles_any(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch();
+	__u32 off, len;
+
+	if (!s || for_tunnel(&s->flow))
+		return true;
+	if (!is_datagram(&s->flow))
+		return false;
+	off = s->flow.transport + UDP_HEADER;
+	len = s->len;
+	for (int i = 0; i < MAX_SEGMENTS; i++) {
+		s->end = skb->gso_size ? off + skb->gso_size : 0;
+		if (smuggles(skb, off))
+			return true;
+		off += skb->gso_size;
+		if (!skb->gso_size || off >= len)
+			return false;
+	}
+	return true;
+}
+
+/* Whether the packet could matter to the host if it is for that, which costs more to find
+ * out.
+ */
+static __always_inline bool could_smuggle(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch();
+
+	if (!s || for_tunnel(&s->flow))
+		return true;
+	if (!is_datagram(&s->flow))
+		return false;
+	look_into(skb, s, s->flow.transport + UDP_HEADER);
+	return skb->gso_size || s->inners.n || s->inners.deep || (s->inners.cut && s->fragment);
 }
 
 SEC("tc")
@@ -271,10 +322,9 @@ int host_ingress(struct __sk_buff *skb)
 {
 	if (skb->protocol == bpf_htons(ETH_P_ARP))
 		return TC_ACT_UNSPEC;
-	if (!read_flow(skb) || !judge_flow(skb))
+	if (!read_flow(skb) || !judge_flow(skb) || !may_carry(skb))
 		return drop(skb);
-	/* Most packets have nothing in them, and others are mostly not for the host. */
-	if (packed(skb) && for_this_host(skb) && smuggles(skb))
+	if (could_smuggle(skb) && for_this_host(skb) && smuggles_any(skb))
 		return drop(skb);
 	return TC_ACT_UNSPEC;
 }

@@ -36,6 +36,7 @@ const (
 	TcMapScratches      = "scratches"
 	TcMapTickets        = "tickets"
 	TcMapTotals         = "totals"
+	TcMapTunnels        = "tunnels"
 	TcProgHostIngress   = "host_ingress"
 	TcVarDefaultLimit   = "default_limit"
 	TcVarEnforce        = "enforce"
@@ -109,6 +110,7 @@ type TcMapSpecs struct {
 	Scratches  *ebpf.MapSpec `ebpf:"scratches"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
+	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
 }
 
 // TcVariableSpecs contains global variables before they are loaded into the kernel.
@@ -158,6 +160,7 @@ type TcMaps struct {
 	Scratches  *ebpf.Map `ebpf:"scratches"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
+	Tunnels    *ebpf.Map `ebpf:"tunnels"`
 }
 
 func (m *TcMaps) Close() error {
@@ -174,6 +177,7 @@ func (m *TcMaps) Close() error {
 		m.Scratches,
 		m.Tickets,
 		m.Totals,
+		m.Tunnels,
 	)
 }
 

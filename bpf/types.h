@@ -59,7 +59,7 @@ struct bucket {
 	__u32 count;		/* 0: never used */
 	__u64 interval;
 	__u32 burst;
-	__u32 reserved;
+	__u32 closed;		/* 1: no token is taken any more */
 };
 
 /* What holds for one container alone. */
@@ -86,14 +86,16 @@ struct device {
 	struct bucket bucket;
 };
 
-/* A mail SYN that the egress hook has let through, as it finds it again on the host:
- * the container's own NAT may change its source on the way, and nothing else.
+/* A mail packet that the egress hook has let through, as the host finds it again. Of a
+ * SYN, the container's own NAT may change the source on the way and nothing else, so
+ * that src and sport are 0.
  */
-struct syn_key {
+struct announcement {
+	__u8 src[16];
 	__u8 dst[16];
 	__be32 seq;
+	__be16 sport;
 	__be16 dport;
-	__u16 reserved;
 };
 
 /* A mail connection as the host sees it. */
@@ -104,9 +106,16 @@ struct mail_key {
 	__be16 dport;
 };
 
-struct mail {
-	__be32 seq;		/* of its SYN */
-	__u32 answered;		/* 1: the container has sent more than a SYN */
+/* How a mail connection has begun. A server that answers with SYN cookies takes up a
+ * connection from any segment with the first number and the acknowledgement of its answer.
+ */
+struct opening {
+	__u32 first;		/* number after the SYN, in host order */
+	__u32 ack;		/* what was acknowledged with it, in host order */
+	__u8 answered;		/* 1: more than a SYN was sent */
+	__u8 said;		/* how often data or a FIN was sent with both */
+	__u8 silent;		/* how often nothing was */
+	__u8 moves;		/* of what is acknowledged with the first number */
 };
 
 /* Key of the devices trie: a name of network devices, or the beginning of names. */
@@ -151,6 +160,12 @@ struct scope {
 /* Packets that the egress hook has let through to a metadata service, as the host
  * finds them again.
  */
+struct permit {
+	__u32 packets;		/* that may still pass */
+	__be32 closing;		/* what the container's kernel sends with after a FIN */
+	__u32 closed;		/* 1: there was one */
+};
+
 struct flow_key {
 	__u8 src[16];
 	__u8 dst[16];

@@ -72,7 +72,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	watchCtx, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
 	// Before the attach, which finds those that are there.
-	bridges := d.bridges(watchCtx)
+	devices := d.devices(watchCtx)
 	config, err := d.Load()
 	if err != nil {
 		return err
@@ -114,8 +114,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 			return nil
 		case e := <-events:
 			d.event(ctx, e)
-		case name := <-bridges:
-			d.appeared(ctx, name)
+		case new := <-devices:
+			d.appeared(ctx, new)
 		case <-d.Reload:
 			d.reload(ctx)
 		case <-look.C:
@@ -268,6 +268,7 @@ func (d *Daemon) check(ctx context.Context) {
 	if d.stale {
 		d.resync(ctx)
 	}
+	d.closeTunnels()
 	s, err := d.Filter.Status()
 	if err != nil {
 		d.Log.Error("status not known", "err", err)

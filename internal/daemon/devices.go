@@ -8,29 +8,44 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// bridges returns a channel of the names of bridges as they are made, until ctx ends; an
-// empty one means that some may have been missed. The periodic check finds other devices,
-// and all if the kernel does not tell.
-func (d *Daemon) bridges(ctx context.Context) <-chan string {
+// device is a network device that has appeared, or been set up. A zero one means that some
+// may have been missed.
+type device struct{ name, kind string }
+
+// devices returns a channel of bridges as they are made, and of tunnels as they come up,
+// until ctx ends. The periodic check finds other devices, and all if the kernel does not
+// tell.
+func (d *Daemon) devices(ctx context.Context) <-chan device {
 	updates, err := d.subscribe(ctx)
 	if err != nil {
 		return nil
 	}
-	names := make(chan string)
-	tell := func(name string) {
+	found := make(chan device)
+	tell := func(new device) {
 		select {
-		case names <- name:
+		case found <- new:
 		case <-ctx.Done():
 		}
 	}
 	go func() {
 		for err == nil {
 			for u := range updates {
-				// All bits: it is new.
-				if u.Header.Type == unix.RTM_NEWLINK && u.IfInfomsg.Change == ^uint32(0) && u.Type() == "bridge" {
-					tell(u.Attrs().Name)
+				if u.Header.Type != unix.RTM_NEWLINK {
+					continue
+				}
+				switch u.Type() {
+				case "bridge":
+					// All bits: it is new.
+					if u.IfInfomsg.Change == ^uint32(0) {
+						tell(device{u.Attrs().Name, "bridge"})
+					}
+				case "device", "dummy", "ifb", "ipvlan", "macvlan", "veth", "vlan":
+				default:
+					// It has its port from when it is up.
+					tell(device{u.Attrs().Name, u.Type()})
 				}
 			}
 			// The kernel had more to tell than it keeps.
@@ -40,10 +55,10 @@ func (d *Daemon) bridges(ctx context.Context) <-chan string {
 				return
 			}
 			updates, err = d.subscribe(ctx)
-			tell("")
+			tell(device{})
 		}
 	}()
-	return names
+	return found
 }
 
 // subscribe returns what becomes of network devices, until ctx ends or something is missed.
@@ -65,9 +80,20 @@ func (d *Daemon) subscribe(ctx context.Context) (<-chan netlink.LinkUpdate, erro
 }
 
 // appeared has a bridge judged, if it leads to containers: where the kernel judges devices
-// one by one, the last attach has left it out.
-func (d *Daemon) appeared(ctx context.Context, name string) {
-	if name == "" || loader.CoversDevice(d.config.Policy, name) {
+// one by one, the last attach has left it out. What may be a tunnel is closed to containers.
+func (d *Daemon) appeared(ctx context.Context, new device) {
+	if new.kind == "" || (new.kind == "bridge" && loader.CoversDevice(d.config.Policy, new.name)) {
 		d.check(ctx)
+	} else if new.kind != "bridge" {
+		d.closeTunnels()
+	}
+}
+
+func (d *Daemon) closeTunnels() {
+	if d.config.Policy.HostSide == policy.Off {
+		return
+	}
+	if err := d.Filter.CloseTunnels(); err != nil {
+		d.Log.Error("tunnels not closed to containers", "err", err)
 	}
 }

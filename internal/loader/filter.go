@@ -4,7 +4,10 @@
 // Below the pin path:
 //
 //	containers overflow totals  the state, kept from version to version
-//	retired tickets admitted permitted mails devices
+//	retired
+//	tickets admitted permitted mails devices tunnels
+//	                            what is on its way, made anew where a version changes it
+//	udp_tunnels                 a file that tells where the host unpacks packets
 //	recognise keep release      the links that follow containers as they come and go
 //	host_*                      the links of the host side
 //	cgroup-<id>/<hook>          the links of a policed cgroup
@@ -131,29 +134,53 @@ func (f *Filter) openState(back *undo) (_ *maps.State, err error) {
 	for _, name := range maps.StateNames() {
 		pin := filepath.Join(f.pins, name)
 		m, err := ebpf.LoadPinnedMap(pin, nil)
-		switch {
-		case errors.Is(err, fs.ErrNotExist) && back != nil:
-			if err = f.step("pin map %s", name); err != nil {
-				return nil, err
-			}
-			if m, err = ebpf.NewMap(spec.Maps[name]); err != nil {
-				return nil, fmt.Errorf("create map %s: %w", name, err)
-			}
+		if err == nil {
 			opened[name] = m
-			if err := m.Pin(pin); err != nil {
-				return nil, fmt.Errorf("pin map %s: %w", name, err)
+			if err = spec.Maps[name].Compatible(m); err == nil {
+				continue
 			}
-			back.add(func() error { return os.Remove(pin) })
-		case err != nil:
-			return nil, fmt.Errorf("open pinned map %s: %w", pin, err)
-		default:
-			opened[name] = m
-			if err := spec.Maps[name].Compatible(m); err != nil {
+			if back == nil || maps.Kept(name) {
 				return nil, fmt.Errorf("pinned map %s: %w: %w", pin, ErrOtherVersion, err)
 			}
+			if err := f.unpinMap(name, m, back); err != nil {
+				return nil, err
+			}
+		} else if !errors.Is(err, fs.ErrNotExist) || back == nil {
+			return nil, fmt.Errorf("open pinned map %s: %w", pin, err)
 		}
+		if err := f.step("pin map %s", name); err != nil {
+			return nil, err
+		}
+		if m, err = ebpf.NewMap(spec.Maps[name]); err != nil {
+			return nil, fmt.Errorf("create map %s: %w", name, err)
+		}
+		opened[name] = m
+		if err := m.Pin(pin); err != nil {
+			return nil, fmt.Errorf("pin map %s: %w", name, err)
+		}
+		back.add(func() error { return os.Remove(pin) })
 	}
 	return maps.NewState(opened), nil
+}
+
+// unpinMap makes way for a map of the same name that this version knows; the programs that
+// are in force keep theirs.
+func (f *Filter) unpinMap(name string, m *ebpf.Map, back *undo) error {
+	pin := filepath.Join(f.pins, name)
+	back.held = append(back.held, m)
+	if err := f.step("unpin map %s", name); err != nil {
+		return err
+	}
+	if err := os.Remove(pin); err != nil {
+		return err
+	}
+	again, err := m.Clone()
+	if err != nil {
+		return err
+	}
+	back.held = append(back.held, again)
+	back.add(func() error { return again.Pin(pin) })
+	return nil
 }
 
 // policed is a cgroup that has links pinned.
@@ -198,7 +225,7 @@ func pinNames() []string {
 	for _, h := range hostHooks {
 		names = append(names, h.name, h.name+nextSuffix)
 	}
-	return names
+	return append(names, tunnelsFile, tunnelsFile+nextSuffix)
 }
 
 // nextSuffix is that of a link's pin until it takes the place of the one before.

@@ -37,6 +37,7 @@ var hostHooks = []hostHook{
 	{"host_forward6", bpf.HostProgHostForward, link.NetfilterProtoIPv6, link.NetfilterInetPreRouting},
 	{"host_deliver4", bpf.HostProgHostDeliver, link.NetfilterProtoIPv4, link.NetfilterInetLocalIn},
 	{"host_deliver6", bpf.HostProgHostDeliver, link.NetfilterProtoIPv6, link.NetfilterInetLocalIn},
+	{"host_answer6", bpf.HostProgHostAnswer, link.NetfilterProtoIPv6, link.NetfilterInetLocalOut},
 }
 
 // hostPriority is before the kernel puts fragments together and tracks connections
@@ -54,10 +55,24 @@ type HostPrograms struct {
 	// within packets to the host itself.
 	Forward *ebpf.Program `ebpf:"host_forward"`
 	Deliver *ebpf.Program `ebpf:"host_deliver"`
+	// Answer judges what the host itself says of packets before Forward has seen them.
+	Answer *ebpf.Program `ebpf:"host_answer"`
 }
 
 // Close closes the programs; the kernel keeps them while they are attached.
-func (p *HostPrograms) Close() error { return errors.Join(p.Forward.Close(), p.Deliver.Close()) }
+func (p *HostPrograms) Close() error {
+	return errors.Join(p.Forward.Close(), p.Deliver.Close(), p.Answer.Close())
+}
+
+func (p *HostPrograms) byName(name string) *ebpf.Program {
+	switch name {
+	case bpf.HostProgHostForward:
+		return p.Forward
+	case bpf.HostProgHostDeliver:
+		return p.Deliver
+	}
+	return p.Answer
+}
 
 // LoadHost loads the programs of the host side for a policy and its devices, with
 // state as their memory, and attaches nothing. The error wraps ebpf.ErrNotSupported
@@ -137,10 +152,16 @@ func deviceName(d policy.Device) bpf.HostDeviceName {
 // tells that it is missing and why.
 func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*target, back *undo) error {
 	if shared.policy.HostSide == policy.Off {
+		if err := f.setTunnels(state, nil, back); err != nil {
+			return err
+		}
 		return f.detachHost(back)
 	}
 	found, err := f.findDevices(targets, shared.policy)
 	if err != nil {
+		return err
+	}
+	if err := f.attachTunnels(state, back); err != nil {
 		return err
 	}
 	devices := slices.Clone(shared.policy.HostDevices)
@@ -180,10 +201,7 @@ func (f *Filter) loadHost(shared *loaded, state *statemaps.State, targets []*tar
 func (f *Filter) attachHostHook(h hostHook, progs *HostPrograms, back *undo) error {
 	pin := filepath.Join(f.pins, h.name)
 	return f.replaceLink(pin, back, func() (link.Link, error) {
-		prog := progs.Forward
-		if h.program == bpf.HostProgHostDeliver {
-			prog = progs.Deliver
-		}
+		prog := progs.byName(h.program)
 		var l link.Link
 		err := error(unix.EBUSY)
 		for i := int32(0); i < hostPriorities && errors.Is(err, unix.EBUSY); i++ {
@@ -200,6 +218,9 @@ func (f *Filter) detachHost(back *undo) error {
 		if err := f.dropLink(filepath.Join(f.pins, h.name), back); err != nil {
 			return err
 		}
+	}
+	if err := f.dropLink(filepath.Join(f.pins, tunnelsFile), back); err != nil {
+		return err
 	}
 	return f.dropFilters(nil, back)
 }
@@ -337,6 +358,7 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 			targets = append(targets, &target{rel: p.rel, recognises: doc.Policy.Recognises(p.rel)})
 		}
 	}
+	f.tunnelsStatus(&d)
 	found, err := f.findDevices(targets, doc.Policy)
 	if err != nil {
 		d.Active, d.Reason = false, err.Error()

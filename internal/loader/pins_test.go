@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -339,7 +340,6 @@ func TestStateOfOtherVersion(t *testing.T) {
 	incompatible := map[string]ebpf.MapSpec{
 		bpf.EgressMapContainers: {Type: ebpf.Hash, KeySize: 8, ValueSize: 1000, MaxEntries: 65536, Flags: unix.BPF_F_NO_PREALLOC},
 		bpf.EgressMapTotals:     {Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1},
-		bpf.EgressMapTickets:    {Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1},
 	}
 	for name, spec := range incompatible {
 		t.Run(name, func(t *testing.T) {
@@ -367,6 +367,53 @@ func TestStateOfOtherVersion(t *testing.T) {
 		pinMap(t, filepath.Join(h.pins, bpf.EgressMapTotals), incompatible[bpf.EgressMapTotals])
 		h.otherVersion()
 	})
+}
+
+// What is on its way is made anew where another version kept it in another form; after a
+// fault it is as it was.
+func TestPassingStateOfOtherVersion(t *testing.T) {
+	h := newHost(t)
+	h.mustAttach(withBurst(5), "a")
+	names := []string{bpf.EgressMapTickets, bpf.EgressMapAdmitted, bpf.EgressMapMails, bpf.EgressMapPermitted, bpf.EgressMapTunnels}
+	id := func(name string) ebpf.MapID {
+		t.Helper()
+		m, err := ebpf.LoadPinnedMap(filepath.Join(h.pins, name), nil)
+		check(t, err)
+		defer m.Close()
+		info, err := m.Info()
+		check(t, err)
+		id, _ := info.ID()
+		return id
+	}
+	before := map[string]ebpf.MapID{}
+	for _, name := range names {
+		pin := filepath.Join(h.pins, name)
+		check(t, os.Remove(pin))
+		pinMap(t, pin, ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
+		before[name] = id(name)
+	}
+	h.SetFault(func(step string) error {
+		if step == "host_forward4" || strings.HasPrefix(step, "load ") {
+			return errInjected
+		}
+		return nil
+	})
+	if err := h.attach(withBurst(7)); !errors.Is(err, errInjected) {
+		t.Errorf("attach: got %v, want %v", err, errInjected)
+	}
+	h.SetFault(nil)
+	for _, name := range names {
+		if id(name) != before[name] {
+			t.Errorf("after a fault, map %s is another one", name)
+		}
+	}
+	h.mustAttach(withBurst(7))
+	state, err := h.State()
+	check(t, err)
+	check(t, state.Close())
+	o := h.objects()
+	h.mustDetach()
+	h.nothingLeft(o)
 }
 
 func TestHookOfOtherVersion(t *testing.T) {

@@ -51,7 +51,7 @@ type flags map[service]bpf.EgressRuleFlag
 
 var (
 	mapped4 = prefixOf(netip.MustParsePrefix("0.0.0.0/0"))
-	nat64   = prefixOf(netip.MustParsePrefix("64:ff9b::/96"))
+	nat64   = prefixOf(netip.MustParsePrefix("64:ff9b::/32")) // with what is for local use (RFC 8215)
 )
 
 // prefixOf returns p as the key of the rules trie.
@@ -161,9 +161,11 @@ func (f flags) ports() flags {
 func (r *Rules) suspect(p bpf.EgressPrefix) {
 	if covers(mapped4, p) {
 		r.Suspects4.add(p.Addr[12:], p.Len-96)
-		// On IPv6, in either of the spellings that IPv4 addresses have there.
+		// On IPv6, in each of the spellings that IPv4 addresses have there.
 		r.Suspects6.add(mapped4.Addr[:], mapped4.Len)
 		r.Suspects6.add(nat64.Addr[:], nat64.Len)
+		sixToFour := slices.Concat([]byte{0x20, 0x02}, p.Addr[12:])
+		r.Suspects6.add(sixToFour, p.Len-96+16)
 		return
 	}
 	r.Suspects6.add(p.Addr[:], p.Len)

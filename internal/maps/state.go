@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/bits"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
@@ -32,8 +33,18 @@ type State struct {
 func StateNames() []string {
 	return []string{
 		bpf.EgressMapContainers, bpf.EgressMapOverflow, bpf.EgressMapRetired, bpf.EgressMapTotals, bpf.EgressMapTickets,
-		bpf.EgressMapAdmitted, bpf.EgressMapPermitted, bpf.EgressMapMails, bpf.EgressMapDevices,
+		bpf.EgressMapAdmitted, bpf.EgressMapPermitted, bpf.EgressMapMails, bpf.EgressMapDevices, bpf.EgressMapTunnels,
 	}
+}
+
+// Kept says whether a map of StateNames holds what must not be lost. The others hold what
+// is on its way, and can be made anew.
+func Kept(name string) bool {
+	switch name {
+	case bpf.EgressMapContainers, bpf.EgressMapOverflow, bpf.EgressMapRetired, bpf.EgressMapTotals:
+		return true
+	}
+	return false
 }
 
 // NewState wraps the maps of StateNames, which it then owns.
@@ -246,6 +257,51 @@ func (s *State) Overflow() (uint64, error) {
 func (s *State) ResetOverflow() error {
 	if err := s.byName[bpf.EgressMapOverflow].Put(uint32(0), uint64(0)); err != nil {
 		return fmt.Errorf("write map %s: %w", bpf.EgressMapOverflow, err)
+	}
+	return nil
+}
+
+// Tunnels returns the UDP ports that are closed to containers, since the host unpacks
+// packets from others there, or might (false).
+func (s *State) Tunnels() (map[uint16]bool, error) {
+	closed := map[uint16]bool{}
+	var (
+		port  uint16 // in network byte order
+		found uint8
+	)
+	all := s.byName[bpf.EgressMapTunnels].Iterate()
+	for all.Next(&port, &found) {
+		closed[bits.ReverseBytes16(port)] = found != 0
+	}
+	if err := all.Err(); err != nil {
+		return nil, fmt.Errorf("read map %s: %w", bpf.EgressMapTunnels, err)
+	}
+	return closed, nil
+}
+
+// SetTunnels closes those ports to containers, as Tunnels returns them, and opens all others.
+func (s *State) SetTunnels(ports map[uint16]bool) error {
+	before, err := s.Tunnels()
+	if err != nil {
+		return err
+	}
+	m := s.byName[bpf.EgressMapTunnels]
+	for port, found := range ports {
+		value := uint8(0)
+		if found {
+			value = 1
+		}
+		if err := m.Put(bits.ReverseBytes16(port), value); err != nil {
+			return fmt.Errorf("write map %s: %w", bpf.EgressMapTunnels, err)
+		}
+	}
+	for port := range before {
+		if _, closed := ports[port]; closed {
+			continue
+		}
+		if err := m.Delete(bits.ReverseBytes16(port)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("write map %s: %w", bpf.EgressMapTunnels, err)
+		}
 	}
 	return nil
 }

@@ -252,7 +252,7 @@ func (p Policy) Allowed() []Rule {
 
 // Blocks reports whether the policy is against a packet to dst: on the block
 // list and not on the allow list. A v4-mapped address is judged as its IPv4
-// address, one behind the NAT64 prefix as both, and a zone does not matter.
+// address, one that embeds an IPv4 address as both, and a zone does not matter.
 // Port 0 means that none is known, as in a later fragment: no rule with a port
 // matches then, on either list.
 //
@@ -260,9 +260,18 @@ func (p Policy) Allowed() []Rule {
 // walks the lists.
 func (p Policy) Blocks(dst netip.Addr, proto uint8, port uint16) bool {
 	dst = unmap(dst)
-	v4, translated := embedded(dst)
-	hit := func(r Rule) bool {
-		return r.matches(dst, proto, port) || translated && r.matches(v4, proto, port)
+	is, maybe := embedded(dst)
+	hit := func(addrs ...netip.Addr) func(Rule) bool {
+		return func(r Rule) bool {
+			return slices.ContainsFunc(addrs, func(a netip.Addr) bool { return r.matches(a, proto, port) })
+		}
 	}
-	return !slices.ContainsFunc(p.Allowed(), hit) && slices.ContainsFunc(p.Blocked(), hit)
+	allowed, blocked := p.Allowed(), p.Blocked()
+	all := append(is, dst)
+	if slices.ContainsFunc(allowed, hit(all...)) {
+		return false
+	}
+	return slices.ContainsFunc(blocked, hit(all...)) || slices.ContainsFunc(maybe, func(a netip.Addr) bool {
+		return slices.ContainsFunc(blocked, hit(a)) && !slices.ContainsFunc(allowed, hit(a))
+	})
 }

@@ -19,9 +19,9 @@ import (
 // IPv6 and says nothing about the IPv4 addresses inside: these take a rule of
 // their own, such as 0.0.0.0/0.
 //
-// A rule for an IPv4 address holds for the same address behind the well-known
-// NAT64 prefix 64:ff9b::/96 (RFC 6052, 2.1) too, beside the rules for that
-// IPv6 address.
+// A rule for an IPv4 address holds for the IPv6 addresses that embed it too, beside
+// the rules for these: behind the NAT64 prefixes 64:ff9b::/96 (RFC 6052, 2.1) and
+// 64:ff9b:1::/48 (RFC 8215), in 2002::/16 (RFC 3056) and in ::/96 (RFC 4291, 2.5.5.1).
 type Rule struct {
 	Prefix netip.Prefix
 	Port   uint16 // 0: every port, and packets without one
@@ -47,7 +47,13 @@ var protocols = []struct {
 
 const protoICMP = 1
 
-var nat64 = netip.MustParsePrefix("64:ff9b::/96")
+// What embeds IPv4 addresses: see Rule.
+var (
+	nat64      = netip.MustParsePrefix("64:ff9b::/96")
+	localNAT64 = netip.MustParsePrefix("64:ff9b:1::/48")
+	compatible = netip.MustParsePrefix("::/96")
+	sixToFour  = netip.MustParsePrefix("2002::/16")
+)
 
 // ParseRule reads ADDR|CIDR[:PORT][/PROTO], for example
 //
@@ -270,13 +276,25 @@ func canonical(p netip.Prefix) netip.Prefix {
 // fe80::a9fe:a9fe is the metadata service on every link.
 func unmap(addr netip.Addr) netip.Addr { return addr.Unmap().WithZone("") }
 
-// embedded returns the IPv4 address behind the NAT64 prefix.
-func embedded(addr netip.Addr) (netip.Addr, bool) {
-	if !nat64.Contains(addr) {
-		return addr, false
-	}
+// embedded returns the IPv4 addresses that an IPv6 address embeds, or may embed: a local
+// NAT64 prefix has one of four lengths (RFC 6052, 2.2), and read with a wrong one, an
+// address begins or ends with zeros.
+func embedded(addr netip.Addr) (is, maybe []netip.Addr) {
 	b := addr.As16()
-	return netip.AddrFrom4([4]byte(b[12:])), true
+	at := func(i, j, k, l int) netip.Addr { return netip.AddrFrom4([4]byte{b[i], b[j], b[k], b[l]}) }
+	switch {
+	case nat64.Contains(addr), compatible.Contains(addr) && b[12] != 0: // not :: and ::1
+		is = append(is, at(12, 13, 14, 15))
+	case sixToFour.Contains(addr):
+		is = append(is, at(2, 3, 4, 5))
+	case localNAT64.Contains(addr):
+		for _, v4 := range []netip.Addr{at(6, 7, 9, 10), at(7, 9, 10, 11), at(9, 10, 11, 12), at(12, 13, 14, 15)} {
+			if raw := v4.As4(); raw[0] != 0 && raw[3] != 0 {
+				maybe = append(maybe, v4)
+			}
+		}
+	}
+	return is, maybe
 }
 
 // ParsePort reads a port from 1 to 65535.

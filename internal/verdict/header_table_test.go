@@ -253,7 +253,7 @@ func extensionRows() []row {
 			row{name, packet{dst: open6, payload: before(udp(53))}, pass},
 			row{name + ", web", packet{dst: open6, payload: before(tcp(443, syn))}, pass},
 			row{name + ", mail", packet{dst: open6, payload: before(tcp(25, syn))}, admitted},
-			row{name + ", mail answer", packet{dst: open6, payload: before(tcp(25, syn|ack))}, pass},
+			row{name + ", mail answer", packet{dst: open6, payload: before(tcp(25, syn|ack))}, rateLimited},
 			row{name + ", blocked", packet{dst: "fd00:ec2::254", payload: before(icmp())}, blocked},
 			row{name + " before AH, mail", packet{dst: open6, payload: before(authentication(12, tcp(25, syn)))}, admitted})
 		whole := before(bare(protoICMPv6, 0)).data

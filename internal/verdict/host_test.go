@@ -10,6 +10,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/loader"
@@ -78,7 +81,13 @@ func (f *ingress) wants(t *testing.T, what string, etherType uint16, data []byte
 // refill gives the device its tokens back, and forgets mail connections.
 func (f *ingress) refill(t *testing.T) {
 	t.Helper()
-	for _, name := range []string{bpf.TcMapDevices, bpf.TcMapMails} {
+	f.empty(t, bpf.TcMapDevices, bpf.TcMapMails)
+}
+
+// empty removes all that is in some maps.
+func (f *ingress) empty(t *testing.T, names ...string) {
+	t.Helper()
+	for _, name := range names {
 		m := f.state.ByName()[name]
 		var key []byte
 		for m.NextKey(nil, &key) == nil {
@@ -88,6 +97,10 @@ func (f *ingress) refill(t *testing.T) {
 		}
 	}
 }
+
+// carriesBlocked are rows with a packet for a blocked destination in the packet: a far end
+// may unpack it, but so may a route of the host's.
+var carriesBlocked = []string{"IPv6 in IPv6"}
 
 // TestHostIngress holds the rows of all tables against it. A mail connection that the
 // egress hook has not announced takes a token of the device.
@@ -109,9 +122,17 @@ func TestHostIngress(t *testing.T) {
 					place.inside(t, func() {
 						for _, f := range all {
 							f.refill(t)
+							// What no TCP socket has paid for takes a token too, but for
+							// answers, which are dropped, and resets.
+							h, _ := read(etherType, row.packet.bytes())
+							resets := row.want == rateLimited && h.flags&rst != 0 && h.flags&syn == 0
+							takes := row.want == admitted || row.want == rateLimited && h.flags&(syn|ack) != syn|ack
+							passes := (row.want == pass || row.want == unlimited) && !slices.Contains(carriesBlocked, row.name)
 							f.wants(t, string(f.policy.Mode), etherType, row.packet.bytes(),
-								row.want == pass || row.want == admitted || etherType == etherARP)
+								passes || takes || resets || etherType == etherARP)
 							if row.want == admitted {
+								f.wants(t, string(f.policy.Mode)+", repeated", etherType, row.packet.bytes(), true)
+								f.empty(t, bpf.TcMapMails)
 								f.wants(t, string(f.policy.Mode)+", again", etherType, row.packet.bytes(), f.policy.SMTP.Rate.Unlimited())
 							}
 						}
@@ -187,29 +208,103 @@ func TestHostIngressFrames(t *testing.T) {
 	})
 }
 
-// TestHostIngressMail lets pass what the egress hook has announced, once each time.
+// announce tells the host side, as the egress hook does, of mail that it let through some
+// time ago.
+func (f *ingress) announce(t *testing.T, p packet, seq uint32, ago time.Duration) {
+	t.Helper()
+	key := bpf.EgressAnnouncement{Dst: netip.MustParseAddr(p.dst).As16(), Dport: htons(25), Seq: bits.ReverseBytes32(seq)}
+	if segment := p.payload.data; segment[13]&(syn|ack) != syn {
+		key.Src = addressOf(p.bytes()[12:16])
+		key.Sport = binary.NativeEndian.Uint16(segment)
+	}
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.state.ByName()[bpf.EgressMapAdmitted].Put(key, uint64(now.Nano())-uint64(ago)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// segmentOf is one of a mail connection: its number and what it acknowledges are small.
+func segmentOf(flags byte, seq, acknowledged byte) packet {
+	return packet{dst: open4, payload: tcp(25, flags).edit(7, seq).edit(11, acknowledged)}
+}
+
+// TestHostIngressMail lets pass what the egress hook has announced, once each time, and
+// what goes on with it.
 func TestHostIngressMail(t *testing.T) {
 	place := newPlace(t)
 	f := place.loadIngress(t, policies(t)["default"])
-	announce := func(p packet, seq uint32) {
+	wants := func(what string, p packet, passes bool) {
 		t.Helper()
-		key := bpf.EgressSynKey{Dst: netip.MustParseAddr(p.dst).As16(), Dport: htons(25), Seq: bits.ReverseBytes32(seq)}
-		if err := f.state.ByName()[bpf.EgressMapAdmitted].Put(key, uint32(1)); err != nil {
-			t.Fatal(err)
-		}
+		f.wants(t, what, etherIPv4, p.bytes(), passes)
 	}
-	connection := func(seq byte) packet { return packet{dst: open4, payload: tcp(25, syn).edit(7, seq)} }
 	place.inside(t, func() {
-		f.wants(t, "the device's only token", etherIPv4, connection(1).bytes(), true)
-		f.wants(t, "without a token", etherIPv4, connection(2).bytes(), false)
-		announce(connection(3), 3)
-		f.wants(t, "announced", etherIPv4, connection(3).bytes(), true)
-		f.wants(t, "announced once", etherIPv4, connection(3).bytes(), false)
+		wants("the device's only token", segmentOf(syn, 1, 0), true)
+		wants("its repeat", segmentOf(syn, 1, 0), true)
+		wants("without a token", segmentOf(syn, 2, 0), false)
+		f.announce(t, segmentOf(syn, 3, 0), 3, 0)
+		wants("announced", segmentOf(syn, 3, 0), true)
 		for range 3 {
-			f.wants(t, "what follows", etherIPv4, packet{dst: open4, payload: tcp(25, ack).grow(100)}.bytes(), true)
+			wants("its repeats", segmentOf(syn, 3, 0), true)
 		}
-		announce(connection(3), 3)
-		f.wants(t, "opened again with the same number", etherIPv4, connection(3).bytes(), false)
+		wants("what follows", segmentOf(ack, 4, 1), true)
+		wants("the SYN again", segmentOf(syn, 3, 0), false)
+		f.announce(t, segmentOf(syn, 3, 0), 3, 0)
+		wants("opened again with the same number", segmentOf(syn, 3, 0), true)
+		f.announce(t, segmentOf(syn, 5, 0), 5, 1100*time.Millisecond)
+		wants("held back", segmentOf(syn, 5, 0), false)
+		wants("another's", packet{src: "192.0.2.9", dst: open4, payload: tcp(25, ack)}, false)
+		wants("an answer", packet{dst: open4, payload: tcp(25, syn|ack).from(1)}, false)
+		wants("a reset", packet{dst: open4, payload: tcp(25, rst).from(1)}, true)
+		unknown := packet{dst: open4, payload: tcp(25, ack).from(2).edit(7, 9)}
+		wants("data of no connection", unknown, false)
+		f.announce(t, unknown, 9, 0)
+		wants("data that was announced", unknown, true)
+	})
+}
+
+// TestHostIngressCookies: a server that answers with SYN cookies takes up a connection from
+// any segment with the first number.
+func TestHostIngressCookies(t *testing.T) {
+	place := newPlace(t)
+	f := place.loadIngress(t, policies(t)["default"])
+	wants := func(what string, p packet, passes bool) {
+		t.Helper()
+		f.wants(t, what, etherIPv4, p.bytes(), passes)
+	}
+	open := func() {
+		t.Helper()
+		f.refill(t)
+		wants("SYN", segmentOf(syn, 1, 0), true)
+		wants("the first", segmentOf(ack, 2, 10), true)
+	}
+	place.inside(t, func() {
+		open()
+		for n := range byte(5) {
+			wants("with newer acknowledgements", segmentOf(ack, 2, 14+4*n), true)
+		}
+		said := segmentOf(ack, 2, 30)
+		said.payload = said.payload.grow(10)
+		for range 9 {
+			wants("data, and its repeats", said, true)
+		}
+		wants("too many repeats", said, false)
+		for range 4 {
+			wants("acknowledgements that are no newer", segmentOf(ack, 2, 31), true)
+		}
+		wants("one too many", segmentOf(ack, 2, 30), false)
+		wants("later data", segmentOf(ack, 3, 10), true)
+		wants("a keep-alive", segmentOf(ack, 1, 30), true)
+		wants("a reset", segmentOf(rst, 2, 10), true)
+
+		f.refill(t)
+		wants("SYN", segmentOf(syn, 1, 0), true)
+		far := segmentOf(ack, 2, 10)
+		far.payload = far.payload.edit(4, 0x7f)
+		wants("somebody's guess", far, true)
+		wants("the repeat of the SYN", segmentOf(syn, 1, 0), true)
 	})
 }
 
@@ -224,19 +319,84 @@ func TestHostIngressPermits(t *testing.T) {
 		Sport: htons(40000), Dport: htons(80), Proto: protoTCP,
 	}
 	place.inside(t, func() {
-		f.wants(t, "without a permit", etherIPv4, p.bytes(), false)
-		if err := f.state.ByName()[bpf.EgressMapPermitted].Put(flow, uint32(2)); err != nil {
-			t.Fatal(err)
+		permit := func(p bpf.EgressPermit) {
+			t.Helper()
+			if err := f.state.ByName()[bpf.EgressMapPermitted].Put(flow, p); err != nil {
+				t.Fatal(err)
+			}
 		}
+		f.wants(t, "without a permit", etherIPv4, p.bytes(), false)
+		permit(bpf.EgressPermit{Packets: 2})
 		other := packet{dst: metadata, payload: tcp(80, syn).from(40001)}
 		f.wants(t, "of another flow", etherIPv4, other.bytes(), false)
 		f.wants(t, "the first", etherIPv4, p.bytes(), true)
 		f.wants(t, "the second", etherIPv4, p.bytes(), true)
 		f.wants(t, "the third", etherIPv4, p.bytes(), false)
-		bare := packet{dst: metadata, payload: tcp(80, ack)}
-		f.wants(t, "an acknowledgement of its kernel's", etherIPv4, bare.bytes(), true)
-		f.wants(t, "data", etherIPv4, packet{dst: metadata, payload: tcp(80, ack).grow(1)}.bytes(), false)
+		bare := packet{dst: metadata, payload: tcp(80, ack).edit(7, 9)}
+		f.wants(t, "an acknowledgement", etherIPv4, bare.bytes(), false)
+		permit(bpf.EgressPermit{Closing: bits.ReverseBytes32(9), Closed: 1})
+		f.wants(t, "an acknowledgement of its kernel's, after a FIN", etherIPv4, bare.bytes(), true)
+		f.wants(t, "with another number", etherIPv4, packet{dst: metadata, payload: tcp(80, ack).edit(7, 8)}.bytes(), false)
+		f.wants(t, "a SYN with that number", etherIPv4, packet{dst: metadata, payload: tcp(80, syn).edit(7, 9)}.bytes(), false)
+		f.wants(t, "data", etherIPv4, packet{dst: metadata, payload: tcp(80, ack).edit(7, 9).grow(1)}.bytes(), false)
 	})
+}
+
+// tunnelInsides has what is inside read as closely as what is not.
+func (f *ingress) tunnelInsides(t *testing.T, wants func(what, to string, payload segment, passes bool)) {
+	t.Helper()
+	const lsrr = 131
+	for what, p := range map[string]packet{
+		"two extension headers":    {dst: "fd00:ec2::254", payload: hopOpts(dstOpts(udp(53)))},
+		"mail behind two of them":  {dst: open6, payload: hopOpts(dstOpts(tcp(25, syn)))},
+		"a routing header":         {dst: open6, payload: routing(1, udp(53))},
+		"a source route":           {dst: open4, payload: udp(53), options: []byte{optNop, lsrr, 7, 4, 169, 254, 169, 254}},
+		"a first fragment of 8":    {dst: open4, payload: tcp(25, syn).cut(8), flags: 1},
+		"a first fragment of 8, 6": {dst: open6, payload: fragment(0, true, tcp(25, syn).cut(8))},
+		"a later fragment":         {dst: metadata, payload: tcp(25, syn), offset: 24},
+		"as the metadata service":  {src: metadata, dst: open4, payload: udp(53)},
+	} {
+		for _, host := range []string{host4, host6} {
+			for name, tunnel := range map[string]segment{"VXLAN": vxlan(p), "GENEVE": geneve(p, 8)} {
+				wants(name+" with "+what, host, tunnel, false)
+				wants(name+" with "+what+", padded", host, tunnel.grow(100), false)
+			}
+		}
+	}
+	wants("VXLAN behind two extension headers", host6, hopOpts(dstOpts(vxlan(packet{dst: metadata, payload: udp(53)}))), false)
+	wants("VXLAN with an innocent one there", host6, hopOpts(dstOpts(vxlan(packet{dst: open4, payload: udp(53)}))), true)
+}
+
+// tunnelPorts closes some ports, whatever is sent there.
+func (f *ingress) tunnelPorts(t *testing.T, wants func(what, to string, payload segment, passes bool)) {
+	t.Helper()
+	if err := f.state.SetTunnels(map[uint16]bool{4789: true, 7777: true}); err != nil {
+		t.Fatal(err)
+	}
+	innocent := packet{dst: open4, payload: udp(53)}
+	for _, host := range []string{host4, host6} {
+		wants("innocent VXLAN, closed", host, vxlan(innocent), false)
+		wants("what reads as nothing, closed", host, udp(7777).grow(30), false)
+		wants("an empty datagram, closed", host, udp(7777), false)
+		wants("the next port", host, udp(7778).grow(30), true)
+		wants("TCP to that port", host, tcp(7777, syn), true)
+	}
+	wants("a first fragment, closed", host6, fragment(0, true, udp(7777).grow(800)), false)
+	wants("a port that is closed here, elsewhere", "192.0.2.77", udp(7777), true)
+	if err := f.state.SetTunnels(nil); err != nil {
+		t.Fatal(err)
+	}
+	wants("open again", host4, udp(7777).grow(30), true)
+}
+
+func vxlanGPE(p packet) segment {
+	header := udp(4790)
+	next := byte(1)
+	if p.etherType() == etherIPv6 {
+		next = 2
+	}
+	header.data = append(header.data, 0x0c, 0, 0, next, 0, 0, 1, 0)
+	return within(p, header)
 }
 
 // within puts a packet behind the header of a tunnel.
@@ -331,16 +491,22 @@ func TestHostIngressTunnels(t *testing.T) {
 				"GRE in GUE":    inGUE(gre(p, 0, 0)), "GRE in FOU": inFOU(gre(p, 0, 0)),
 				"WCCP": typed(0x883e, p.bytes()), "WCCP with a header": typed(0x883e, append(make([]byte, 4), p.bytes()...)),
 				"frame": ethernet(p), "frame with tags": ethernet(p, ether8Q, etherAD, ether8Q),
+				"frame in FOU": inFOU(ethernet(p)), "frame with tags in FOU": inFOU(ethernet(p, ether8Q, etherAD, ether8Q)),
+				"VXLAN-GPE": vxlanGPE(p),
 			}
-			wants("frame with four tags, "+dst, host4, ethernet(p, ether8Q, ether8Q, ether8Q, ether8Q), false)
-			wants("frame with four tags, "+dst, "192.0.2.77", ethernet(p, ether8Q, ether8Q, ether8Q, ether8Q), true)
+			// Tunnels over IP are closed whatever is in them, and so is one in another.
+			closed := []string{"GRE", "GRE with a key", "GRE with all", "IPIP", "IPIP in VXLAN", "VXLAN in GRE", "WCCP", "WCCP with a header", "frame", "frame with tags"}
+			wants("frame with four tags, "+dst, host4, inFOU(ethernet(p, ether8Q, ether8Q, ether8Q, ether8Q)), false)
+			wants("frame with four tags, "+dst, "192.0.2.77", inFOU(ethernet(p, ether8Q, ether8Q, ether8Q, ether8Q)), true)
 			for name, tunnel := range tunnels {
+				harmless := harmless && !slices.Contains(closed, name)
 				for _, host := range []string{host4, host6} {
 					wants(name+" with "+dst, host, tunnel, harmless)
 				}
 				// To others: what they unpack is theirs.
 				wants(name+" with "+dst, "192.0.2.77", tunnel, true)
-				wants(name+" with "+dst, "2001:4860::99", tunnel, true)
+				// But a route of IPv6 might unpack it here.
+				wants(name+" with "+dst, "2001:4860::99", tunnel, name != "IPIP" || dst == open4 || dst == open6)
 				// To all, the host among them.
 				for _, group := range []string{"224.0.0.1", "255.255.255.255", "0.0.0.0", "ff02::1"} {
 					wants(name+" with "+dst, group, tunnel, harmless)
@@ -364,8 +530,10 @@ func TestHostIngressTunnels(t *testing.T) {
 		}
 		mail := packet{dst: open4, payload: tcp(25, syn)}
 		f.refill(t)
-		wants("mail in VXLAN", host4, vxlan(mail), true)
-		wants("more mail in VXLAN", host4, vxlan(mail), false)
+		wants("mail in VXLAN", host4, vxlan(mail), false)
+		wants("an answer to mail in VXLAN", host4, vxlan(packet{dst: open4, payload: tcp(25, ack)}), false)
+		f.tunnelInsides(t, wants)
+		f.tunnelPorts(t, wants)
 		wants("plain UDP", host4, udp(53).grow(100), true)
 		wants("an empty datagram", host4, udp(53), true)
 		f.wants(t, "a long datagram's first fragment", etherIPv4, packet{dst: host4, payload: udp(2049).grow(1400), flags: 1}.bytes(), true)

@@ -35,15 +35,30 @@ func (m *model) judge(etherType uint16, packet []byte, device int) verdict {
 	case !readable:
 		return malformed
 	case listed(m.allowed, h.dst, h.proto, h.dport):
-	case listed(m.blocked, h.dst, h.proto, h.dport), listed(m.single, h.src, h.proto, h.sport):
+	case listed(m.blocked, h.dst, h.proto, h.dport), listed(m.single, h.src, h.proto, h.sport),
+		m.perhaps(m.blocked, h.dst, h.proto, h.dport), m.perhaps(m.single, h.src, h.proto, h.sport):
 		return blocked
 	}
-	mail := h.proto == protoTCP && h.flags&syn != 0 && h.flags&ack == 0 && slices.Contains(m.smtp.Ports, uint16(h.dport))
-	if mail && device != loopback && !m.exempt(h.dst) {
-		return admitted
+	// What the host's tunnels take for somebody else's, and a TCP socket for a mail server's.
+	if device == loopback && slices.Contains(tunnelProtocols, h.proto) {
+		return blocked
 	}
-	return pass
+	if h.proto == protoTCP && h.sport >= 0 && slices.Contains(m.smtp.Ports, uint16(h.sport)) && !m.smtp.Rate.Unlimited() {
+		return rateLimited
+	}
+	mail := h.proto == protoTCP && h.dport >= 0 && slices.Contains(m.smtp.Ports, uint16(h.dport))
+	switch {
+	case !mail || device == loopback || m.exempt(h.dst):
+		return pass
+	case h.flags&syn != 0 && h.flags&ack == 0:
+		return admitted
+	case m.smtp.Rate.Unlimited():
+		return unlimited
+	}
+	return rateLimited // no TCP socket sends it
 }
+
+var tunnelProtocols = []uint8{protoIPv4, protoIPv6, protoGRE, protoEtherIP, protoIPComp, protoL2TP, protoMPLS, protoEthernet}
 
 func (m *model) exempt(a netip.Addr) bool {
 	return slices.ContainsFunc(m.smtp.Exempt, func(p netip.Prefix) bool { return covers(p, a) })
@@ -57,15 +72,50 @@ func listed(list []policy.Rule, a netip.Addr, proto uint8, port int) bool {
 	})
 }
 
-var nat64 = netip.MustParsePrefix("64:ff9b::/96")
+var (
+	nat64      = netip.MustParsePrefix("64:ff9b::/96")
+	localNAT64 = netip.MustParsePrefix("64:ff9b:1::/48")
+	compatible = netip.MustParsePrefix("::/96")
+	sixToFour  = netip.MustParsePrefix("2002::/16")
+)
 
-// covers looks at each meaning of an address: a v4-mapped one is IPv4's only, a
-// NAT64 one is both.
+// covers looks at each meaning of an address: a v4-mapped one is IPv4's only, one
+// that embeds an IPv4 address is both.
 func covers(p netip.Prefix, a netip.Addr) bool {
-	if nat64.Contains(a) && p.Contains(netip.AddrFrom4([4]byte(a.AsSlice()[12:]))) {
-		return true
+	b := a.As16()
+	switch {
+	case nat64.Contains(a), compatible.Contains(a) && b[12] != 0:
+		if p.Contains(netip.AddrFrom4([4]byte(b[12:]))) {
+			return true
+		}
+	case sixToFour.Contains(a):
+		if p.Contains(netip.AddrFrom4([4]byte(b[2:]))) {
+			return true
+		}
 	}
 	return p.Contains(a.Unmap())
+}
+
+// perhaps says whether a list has what an address may stand for, read with one of the
+// lengths that a local NAT64 prefix can have (RFC 6052, 2.2), unless that is allowed.
+func (m *model) perhaps(list []policy.Rule, a netip.Addr, proto uint8, port int) bool {
+	if !localNAT64.Contains(a) {
+		return false
+	}
+	b := a.As16()
+	for _, bits := range []int{48, 56, 64, 96} {
+		var embedded []byte
+		for i := bits / 8; len(embedded) < 4; i++ {
+			if i != 8 { // bits 64 to 71 are zero
+				embedded = append(embedded, b[i])
+			}
+		}
+		v4 := netip.AddrFrom4([4]byte(embedded))
+		if embedded[0] != 0 && embedded[3] != 0 && listed(list, v4, proto, port) && !listed(m.allowed, v4, proto, port) {
+			return true
+		}
+	}
+	return false
 }
 
 // headers is what a packet says about itself.

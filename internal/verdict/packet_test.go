@@ -25,11 +25,16 @@ const (
 	protoICMPv6   = 58
 	protoNone     = 59
 	protoDstOpts  = 60
+	protoEtherIP  = 97
+	protoIPComp   = 108
+	protoL2TP     = 115
 	protoSCTP     = 132
 	protoMobility = 135
 	protoUDPLite  = 136
+	protoMPLS     = 137
 	protoHIP      = 139
 	protoShim6    = 140
+	protoEthernet = 143
 	protoTest     = 253 // for experiments, RFC 3692
 )
 

@@ -21,9 +21,9 @@ func TestPermitted(t *testing.T) {
 	announced := func() map[bpf.EgressFlowKey]uint32 {
 		found := map[bpf.EgressFlowKey]uint32{}
 		var key bpf.EgressFlowKey
-		var n uint32
-		for all := f.state.ByName()[bpf.EgressMapPermitted].Iterate(); all.Next(&key, &n); {
-			found[key] = n
+		var p bpf.EgressPermit
+		for all := f.state.ByName()[bpf.EgressMapPermitted].Iterate(); all.Next(&key, &p); {
+			found[key] = p.Packets
 		}
 		return found
 	}

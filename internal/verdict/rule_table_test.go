@@ -114,16 +114,24 @@ func gcpRows() []row {
 }
 
 func spellingRows() []row {
-	rows := rowsTo(blocked, "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "::ffff:100.100.100.200", "64:ff9b::6464:64c8")
+	rows := rowsTo(blocked, "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "::ffff:100.100.100.200", "64:ff9b::6464:64c8",
+		"::169.254.169.254", "2002:a9fe:a9fe::", "2002:a9fe:a9fe:1::a9fe:a9fe", "2002:6464:64c8::1",
+		// For local use, with prefixes of 96, 64, 56 and 48 bits.
+		"64:ff9b:1::a9fe:a9fe", "64:ff9b:1:ffff:ffff:ffff:a9fe:a9fe", "64:ff9b:1:0:a9:fea9:fe00:0", "64:ff9b:1:7:a9:fea9:fe00:0",
+		"64:ff9b:1:a9:fe:a9fe::", "64:ff9b:1:7a9:fe:a9fe::", "64:ff9b:1:a9fe:a9:fe00::")
 	rows = append(rows, rowsTo(pass, "::ffff:169.254.169.253", "64:ff9b::a9fe:a9fd", "64:ff9b::a9fe:a9ff",
 		// One bit from the block of v4-mapped or NAT64 addresses.
-		"::fffe:a9fe:a9fe", "::1:ffff:a9fe:a9fe", "8000::ffff:a9fe:a9fe", "0:1::ffff:a9fe:a9fe", "::169.254.169.254",
-		"64:ff9a::a9fe:a9fe", "65:ff9b::a9fe:a9fe", "64:ff9b::1:a9fe:a9fe", "64:ff9b:1::a9fe:a9fe", "64:ff9b:0:1::a9fe:a9fe",
-		"64:ff9b:0:0:1:0:a9fe:a9fe", "fe80::ffff:a9fe:a9fe")...)
-	for _, spelling := range []string{"::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe"} {
+		"::fffe:a9fe:a9fe", "::1:ffff:a9fe:a9fe", "8000::ffff:a9fe:a9fe", "0:1::ffff:a9fe:a9fe",
+		"64:ff9a::a9fe:a9fe", "65:ff9b::a9fe:a9fe", "64:ff9b::1:a9fe:a9fe", "64:ff9b:2::a9fe:a9fe", "64:ff9b:0:1::a9fe:a9fe",
+		"64:ff9b:0:0:1:0:a9fe:a9fe", "fe80::ffff:a9fe:a9fe",
+		"::169.254.169.253", "::1:169.254.169.254", "2002:a9fe:a9fd::", "2003:a9fe:a9fe::", "2002:0:a9fe:a9fe::",
+		"64:ff9b:1::a9fe:a9fd", "64:ff9b:1:0:a9:fea9:fd00:0", "64:ff9b:1:a9:fe:a9fd::", "64:ff9b:1:a9fe:a9:fd00::", "64:ff9b:1:a9fe:a9fe::")...)
+	for _, spelling := range []string{
+		"::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "::169.254.169.254", "2002:a9fe:a9fe::1", "64:ff9b:1::a9fe:a9fe", "64:ff9b:1:a9fe:a9:fe00::",
+	} {
 		rows = append(rows, row{"as " + spelling, packet{src: spelling, dst: open6, payload: icmp()}, blocked})
 	}
-	for _, spelling := range []string{"::ffff:168.63.129.16", "64:ff9b::a83f:8110"} {
+	for _, spelling := range []string{"::ffff:168.63.129.16", "64:ff9b::a83f:8110", "::168.63.129.16", "2002:a83f:8110::1", "64:ff9b:1::a83f:8110"} {
 		rows = append(rows,
 			row{spelling + " TCP 80", packet{dst: spelling, payload: tcp(80, syn)}, blocked},
 			row{spelling + " TCP 81", packet{dst: spelling, payload: tcp(81, syn)}, pass},
@@ -132,7 +140,6 @@ func spellingRows() []row {
 			row{"as " + spelling + " TCP 81", packet{src: spelling, dst: open6, payload: tcp(40000, ack).from(81)}, pass})
 	}
 	return append(rows,
-		row{"as ::169.254.169.254", packet{src: "::169.254.169.254", dst: open6, payload: icmp()}, pass},
 		row{"mail to a v4-mapped address", packet{dst: "::ffff:192.0.2.99", payload: tcp(25, syn)}, admitted},
 		row{"mail to a NAT64 address", packet{dst: "64:ff9b::c000:263", payload: tcp(25, syn)}, admitted})
 }
@@ -317,7 +324,7 @@ func nestedRows() []row {
 		{"inner, another port", packet{dst: "10.1.0.1", payload: tcp(81, syn)}, blocked},
 		{"inner, another protocol", packet{dst: "10.1.0.1", payload: udp(80)}, blocked},
 		{"inner, no port", packet{dst: "10.1.0.1", payload: icmp()}, blocked},
-		{"inner, allowed port", packet{dst: "10.1.255.255", payload: tcp(25, ack)}, pass},
+		{"inner, allowed port", packet{dst: "10.1.255.255", payload: tcp(25, ack)}, rateLimited},
 		{"inner, allowed port, mail", packet{dst: "10.1.255.255", payload: tcp(25, syn)}, admitted},
 		{"inner, allowed port of another protocol", packet{dst: "10.1.0.1", payload: udp(25)}, blocked},
 		{"behind inner, its allowed port", packet{dst: "10.2.0.0", payload: tcp(25, syn)}, blocked},

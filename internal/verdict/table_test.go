@@ -30,7 +30,10 @@ func tables() []table {
 // and all that is counted and remembered, or not.
 func TestVerdict(t *testing.T) {
 	place := newPlace(t)
-	for _, table := range tables() {
+	for i, table := range tables() {
+		if testing.Short() && i%5 > 0 {
+			continue // under emulation, each policy takes long to load
+		}
 		t.Run(table.name, func(t *testing.T) {
 			enforce := policies(t)[table.policy]
 			audit := enforce
@@ -59,8 +62,8 @@ func (f *filter) check(t *testing.T, r row, device int) {
 	t.Helper()
 	f.forget(t)
 	want := r.want
-	if want == admitted && device == loopback {
-		want = pass
+	if device == loopback && want != malformed && want != blocked {
+		want = newModel(f.policy).judge(r.packet.etherType(), r.packet.bytes(), loopback)
 	}
 	f.expect(t, r, device, want)
 	if want == admitted {

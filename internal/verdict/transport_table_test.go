@@ -89,7 +89,7 @@ func protocolRows() []row {
 func flagRows() []row {
 	var rows []row
 	for flags := range 256 {
-		want := pass
+		want := rateLimited // no TCP socket sends it
 		if flags&(syn|ack) == syn {
 			want = admitted
 		}
