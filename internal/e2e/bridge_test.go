@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bufio"
+	"fmt"
 	"io"
 	"os/exec"
 	"slices"
@@ -15,32 +16,74 @@ import (
 	"github.com/egressbpf/egressbpf/internal/loader"
 )
 
-// TestNewBridge makes bridges as Docker does, while the service runs: what comes from them
-// is judged soon, also where the kernel judges devices one by one.
-func TestNewBridge(t *testing.T) {
-	s := newScene(t)
-	service := exec.Command(lab.Binary(t), "run", "--cgroup", s.policed, "--docker-host", "unix:///nowhere")
+// serve starts the service, which ends with the test, and waits until it is in force.
+func (s *scene) serve() {
+	s.t.Helper()
+	service := exec.Command(lab.Binary(s.t), "run", "--cgroup", s.policed, "--docker-host", "unix:///nowhere")
 	stderr, err := service.StderrPipe()
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
 	s.Host.Do(func() { err = service.Start() })
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
 	lines := bufio.NewScanner(stderr)
-	t.Cleanup(func() {
+	s.t.Cleanup(func() {
 		if err := service.Process.Signal(unix.SIGTERM); err != nil {
-			t.Error(err)
+			s.t.Error(err)
 		}
 		if err := service.Wait(); err != nil {
-			t.Error(err)
+			s.t.Error(err)
 		}
-		s.Egressbpf(t, "detach")
+		s.Egressbpf(s.t, "detach")
 	})
 	for lines.Scan() && !strings.Contains(lines.Text(), "in force") {
 	}
 	go io.Copy(io.Discard, stderr)
+}
+
+// soon waits for what nothing tells of, less long than the periodic check takes.
+func soon(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not after 20 s", what)
+		}
+	}
+}
+
+// TestNewTunnel makes a tunnel while the service runs: it is closed to containers soon,
+// whatever is sent there.
+func TestNewTunnel(t *testing.T) {
+	s := newScene(t)
+	s.serve()
+	const port = 7999
+	arrives := func() bool {
+		if err := s.a.SendUDP(at(lab.Gateway4, port), []byte("innocent")); err != nil {
+			t.Fatal(err)
+		}
+		before := s.Stats(t).Total.HostSide.Packets
+		if err := s.a.SendUDP(at(lab.Gateway4, port), []byte("innocent")); err != nil {
+			t.Fatal(err)
+		}
+		return s.Stats(t).Total.HostSide.Packets == before
+	}
+	if !arrives() {
+		t.Fatal("a port without a tunnel is closed")
+	}
+	s.Host.IP(t, fmt.Sprintf("link add v0 type vxlan id 7 dstport %d", port), "link set v0 up")
+	soon(t, "the tunnel's port is closed", func() bool { return !arrives() })
+	s.Host.IP(t, "link del v0")
+	s.Host.IP(t, fmt.Sprintf("link add v1 type vxlan id 8 dstport %d", port+1), "link set v1 up")
+	soon(t, "the port is open again", arrives)
+}
+
+// TestNewBridge makes bridges as Docker does, while the service runs: what comes from them
+// is judged soon, also where the kernel judges devices one by one.
+func TestNewBridge(t *testing.T) {
+	s := newScene(t)
+	s.serve()
 
 	bridges := []string{"docker0", "br-0123456789ab", "br-0123456789ac"}
 	judged := func() (_ loader.Defence, all bool) {
@@ -63,15 +106,8 @@ func TestNewBridge(t *testing.T) {
 	for _, name := range bridges {
 		s.Host.IP(t, "link add "+name+" type bridge")
 	}
-	deadline := time.Now().Add(20 * time.Second) // the periodic check comes later
-	for {
+	soon(t, "all bridges are judged", func() bool {
 		d, ok := judged()
-		if ok && d.Active {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("not all are judged: %+v", d)
-		}
-		time.Sleep(50 * time.Millisecond) // there is nothing to wait on
-	}
+		return ok && d.Active
+	})
 }

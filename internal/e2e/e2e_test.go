@@ -48,6 +48,14 @@ func (s *scene) container(name string) *container {
 	return c
 }
 
+// help has a process that is not policed forge the peers of the container's sockets. It may
+// not forge itself what mail servers say.
+func (s *scene) help(c *container) *container {
+	s.t.Helper()
+	c.Accomplice(s.agent(c, filepath.Join(filepath.Dir(s.policed), "accomplice")))
+	return c
+}
+
 // agent starts one more agent in a container, in a cgroup that it makes.
 func (s *scene) agent(c *container, cgroup string) *lab.Agent {
 	s.t.Helper()

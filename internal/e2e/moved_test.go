@@ -324,14 +324,15 @@ func TestSocketsOutliveTheirCgroup(t *testing.T) {
 		mail.Connect(at(lab.Mail4, 25))
 	}
 	packets := seen.Settle(t)
-	if n := connections(packets, 25, c.IPv4); n != 1 {
-		t.Errorf("%d mail connections arrived, want 1", n)
+	// A restart of the container has taken its tokens over.
+	if n := connections(packets, 25, c.IPv4); n > 0 {
+		t.Errorf("%d mail connections arrived, want none", n)
 	}
 	if n := lab.Count(packets, func(p lab.Packet) bool { return p.Dst.Addr() == lab.Metadata4 }); n > 0 {
 		t.Errorf("arrived: %v", packets)
 	}
 	row, found := find()
-	if !found || row.Blocked.Packets < 1 || row.SMTP.Allowed != 1 || row.SMTP.RateLimited < 4 {
+	if !found || row.Blocked.Packets < 1 || row.SMTP.Allowed != 0 || row.SMTP.RateLimited < 5 {
 		t.Errorf("counted %+v, want all that was stopped", row)
 	}
 	// One by one: the state stays for the last.
@@ -347,7 +348,7 @@ func TestSocketsOutliveTheirCgroup(t *testing.T) {
 	}
 	raw.Close()
 	testenv.Eventually(t, "forget the container", func() bool { _, found := find(); return !found })
-	if total := s.Stats(t).Total; total.SMTP.Allowed != 1 || total.Blocked.Packets < 2 {
+	if total := s.Stats(t).Total; total.SMTP.RateLimited < 5 || total.Blocked.Packets < 2 {
 		t.Errorf("total: %+v, want it kept", total)
 	}
 }
