@@ -67,6 +67,8 @@ func TestLegitimateUses(t *testing.T) {
 	t.Run("between containers", n.testBetween)
 	t.Run("published ports", n.testPublished)
 	t.Run("nested network", n.testNested)
+	t.Run("host's services", n.testHostServices)
+	t.Run("tunnels to elsewhere", n.testTunnels)
 	t.Run("host's packet sockets", n.testPacketSockets)
 	t.Run("host's metadata", n.testHostMetadata)
 	if total := n.Stats(t).Total; total.Blocked.Packets+total.Blocked.Connects+total.Malformed.Packets+total.HostSide.Packets+total.SMTP.RateLimited > 0 {
