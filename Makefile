@@ -59,7 +59,7 @@ test: test-host test-kernels
 
 .PHONY: test-host
 test-host: build test-tools
-	$(GO) test -count=1 -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./...
+	$(GO) test -count=1 -timeout 30m -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./...
 
 .PHONY: test-kernels
 test-kernels: test-tools

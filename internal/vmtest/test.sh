@@ -45,7 +45,7 @@ guest() {
 
 # alone KERNEL PACKAGE TESTS, with nothing else on the machine.
 alone() {
-    guest "internal/$2" "$1" internal/vmtest/run.sh --timeout 900 "$1" "$dir/$2" -test.short -test.run "$3"
+    guest "internal/$2" "$1" internal/vmtest/run.sh --timeout 1500 "$1" "$dir/$2" -test.short -test.run "$3"
 }
 
 # in_root KERNEL PACKAGE TESTS, with this machine's root and Docker.
