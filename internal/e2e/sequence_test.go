@@ -102,7 +102,7 @@ func TestSequences(t *testing.T) {
 	}
 	seed, err := strconv.ParseUint(os.Getenv(seedVar), 10, 64)
 	if err != nil {
-		seed = rand.Uint64()
+		seed = 1
 	}
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		for rate, perSecond := range map[string]float64{scarce: 0, "2/second": 2} {
