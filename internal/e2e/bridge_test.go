@@ -43,12 +43,14 @@ func (s *scene) serve() {
 	go io.Copy(io.Discard, stderr)
 }
 
-// soon waits for what nothing tells of, less long than the periodic check takes.
+// soon waits for what nothing tells of. It takes a moment, but under emulation, where an
+// attach alone takes half a minute.
 func soon(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(50 * time.Millisecond) {
+	const patience = 3 * time.Minute
+	for deadline := time.Now().Add(patience); !ok(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not after 20 s", what)
+			t.Fatalf("%s: not after %v", what, patience)
 		}
 	}
 }
