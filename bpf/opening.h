@@ -38,8 +38,9 @@ static __always_inline bool at_opening(const struct opening *o, const struct flo
 #define MAX_SAID 9
 #define MAX_SILENT 5
 
-/* What a server says first is longer than a SYN cookie has room for more than one of
- * (include/net/tcp.h: the MSS is one of four), and shorter than this.
+/* A SYN cookie holds which of four MSS it is (net/ipv4/syncookies.c), so that four
+ * acknowledgements in a row belong to the same one. What a server says first is longer than
+ * that, and shorter than MAX_MOVE.
  */
 #define MIN_MOVE 4
 #define MAX_MOVE (1 << 20)

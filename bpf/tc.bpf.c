@@ -73,7 +73,7 @@ static __always_inline bool open_packet(struct __sk_buff *skb, struct packet *p)
 	}
 	if (skb->len < p->base || load(p, 0, &ip, sizeof(ip)))
 		return false;
-	if (p->protocol != bpf_htons(ETH_P_IP) && p->protocol != bpf_htons(ETH_P_IPV6))
+	if (!is_ip(p->protocol))
 		return false;
 	p->len = skb->len - p->base;
 	/* Beyond 64 KiB (BIG TCP) there is no length. */
