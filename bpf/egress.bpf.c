@@ -293,21 +293,56 @@ static __always_inline enum finding judge(struct __sk_buff *skb, struct flow *f,
 }
 
 /* Most packets pass at a glance, which touches no map and calls no helper. */
+static __always_inline enum glance glance(struct __sk_buff *skb)
+{
+	const void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	__u32 len = skb->len;
+
+	/* Loaded once, before the compiler needs skb's register. */
+	asm volatile("" : "+r"(len));
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		return glance4(data, end, len);
+	if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		return glance6(data, end, len);
+	return UNCLEAR;
+}
+
+/* Reads the flow of what is MAIL at a glance, which has seen that all of it is there. The packet's pointers are loaded once more:
+ * kept from the glance, they would have it spill registers.
+ */
+static __always_inline bool read_mail(struct __sk_buff *skb, struct flow *f)
+{
+	const void *data = (void *)(long)*(volatile __u32 *)&skb->data;
+	const void *end = (void *)(long)*(volatile __u32 *)&skb->data_end;
+
+	return skb->protocol == bpf_htons(ETH_P_IP) ? read_tcp4(data, end, skb->len, f) : read_tcp6(data, end, skb->len, f);
+}
+
+/* Whether a plain datagram is for a port at which the host may have a tunnel, over the
+ * loopback.
+ */
+static __always_inline bool near_tunnel(struct __sk_buff *skb)
+{
+	__u32 header = skb->protocol == bpf_htons(ETH_P_IP) ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
+	__be16 ports[2];
+
+	return skb->ifindex == LOOPBACK_IFINDEX &&
+	       (bpf_skb_load_bytes(skb, header, ports, sizeof(ports)) || tunnel_port(ports[1]));
+}
+
 SEC("cgroup_skb/egress")
 int egress(struct __sk_buff *skb)
 {
-	const void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	enum glance g = UNCLEAR;
+	enum glance g = glance(skb);
 	__u32 why = 0;
 	struct flow f;
 
-	if (skb->protocol == bpf_htons(ETH_P_IP))
-		g = glance4(data, end, skb->len, &f);
-	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
-		g = glance6(data, end, skb->len, &f);
-	if (g == PLAIN || (g == DATAGRAM && (skb->ifindex != LOOPBACK_IFINDEX || !tunnel_port(f.dport))))
+	if (g == PLAIN || (g == DATAGRAM && !near_tunnel(skb)))
 		return 1;
-	if (g != MAIL) {
+	if (g == MAIL) {
+		if (!read_mail(skb, &f))
+			return 0;
+	} else {
 		enum finding found;
 
 		f = (struct flow){};

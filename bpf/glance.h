@@ -8,36 +8,20 @@
 /* What a glance at the headers, where they lie, tells of a packet. */
 enum glance {
 	PLAIN,		/* passes */
-	DATAGRAM,	/* UDP, not blocked; its destination port is filled in */
-	MAIL,		/* TCP to a mail port, not blocked; the flow is filled in */
+	DATAGRAM,	/* UDP, not blocked */
+	MAIL,		/* TCP to a mail port and from no other, not blocked */
 	UNCLEAR,	/* anything else: to be parsed */
 };
 
-static __always_inline enum glance glance_transport(__u8 proto, const struct tcp *tcp, const void *end,
-						    __u32 len, struct flow *f)
+static __always_inline enum glance glance_transport(__u8 proto, const struct tcp *tcp, const void *end)
 {
-	if (proto == IPPROTO_UDP) {
-		f->dport = tcp->dport;	/* at the same place */
+	if (proto == IPPROTO_UDP)
 		return DATAGRAM;
-	}
 	if (proto != IPPROTO_TCP || (const void *)(tcp + 1) > end)
 		return UNCLEAR;
-	/* Neither to a mail port nor as from one. */
 	if (!((__u8)smtp_ports[tcp->dport] | (__u8)smtp_ports[tcp->sport]))
 		return PLAIN;
-	if (smtp_ports[tcp->sport])
-		return UNCLEAR;
-	*f = (struct flow){
-		.sport = tcp->sport,
-		.dport = tcp->dport,
-		.seq = tcp->seq,
-		.ack = tcp->ack,
-		.payload = payload_of(tcp, len),
-		.proto = IPPROTO_TCP,
-		.has_ports = true,
-		.flags = tcp->flags,
-	};
-	return MAIL;
+	return smtp_ports[tcp->sport] ? UNCLEAR : MAIL;
 }
 
 /* The first eight bytes of IP headers. */
@@ -68,40 +52,68 @@ union header6 {
  * They compare the first eight bytes at once: version, length and what else has
  * to be as it is in a plain header.
  */
-static __always_inline enum glance glance4(const void *data, const void *end, __u32 len, struct flow *f)
+static __always_inline enum glance glance4(const void *data, const void *end, __u32 len)
 {
 	const struct iphdr *ip = data;
 	const union header4 mask = { .version_ihl = 0xff, .tot_len = 0xffff, .frag_off = bpf_htons(IP_OFFSET | IP_MF) };
 	const union header4 plain = { .version_ihl = 0x45, .tot_len = bpf_htons(len) };
-	enum glance g;
 
 	if ((const void *)(ip + 1) + UDP_HEADER > end || (*(const __u64 *)ip & mask.word) != plain.word ||
 	    len > 0xffff || either_suspect4(ip->daddr, ip->saddr))
 		return UNCLEAR;
-	g = glance_transport(ip->protocol, (const void *)(ip + 1), end, len - sizeof(*ip), f);
-	if (g == MAIL) {
-		map4(&f->src, ip->saddr);
-		map4(&f->dst, ip->daddr);
-	}
-	return g;
+	return glance_transport(ip->protocol, (const void *)(ip + 1), end);
 }
 
-static __always_inline enum glance glance6(const void *data, const void *end, __u32 len, struct flow *f)
+static __always_inline enum glance glance6(const void *data, const void *end, __u32 len)
 {
 	const struct ipv6hdr *ip = data;
 	const union header6 mask = { .version = 0xf0, .payload_len = 0xffff };
 	const union header6 plain = { .version = 0x60, .payload_len = bpf_htons(len - sizeof(*ip)) };
-	enum glance g;
 
 	if ((const void *)(ip + 1) + UDP_HEADER > end || (*(const __u64 *)ip & mask.word) != plain.word ||
 	    len > 0xffff || either_suspect6((const union address *)&ip->daddr, (const union address *)&ip->saddr))
 		return UNCLEAR;
-	g = glance_transport(ip->nexthdr, (const void *)(ip + 1), end, len - sizeof(*ip), f);
-	if (g == MAIL) {
-		__builtin_memcpy(&f->src, &ip->saddr, sizeof(f->src));
-		__builtin_memcpy(&f->dst, &ip->daddr, sizeof(f->dst));
-	}
-	return g;
+	return glance_transport(ip->nexthdr, (const void *)(ip + 1), end);
+}
+
+static __always_inline bool read_tcp(const struct tcp *tcp, const void *end, __u32 len, struct flow *f)
+{
+	if ((const void *)(tcp + 1) > end)
+		return false;
+	f->sport = tcp->sport;
+	f->dport = tcp->dport;
+	f->seq = tcp->seq;
+	f->ack = tcp->ack;
+	f->payload = payload_of(tcp, len);
+	f->proto = IPPROTO_TCP;
+	f->flags = tcp->flags;
+	f->has_ports = true;
+	return true;
+}
+
+/* Both read what a glance found to be TCP; false if it is cut off. */
+static __always_inline bool read_tcp4(const void *data, const void *end, __u32 len, struct flow *f)
+{
+	const struct iphdr *ip = data;
+
+	*f = (struct flow){};
+	if ((const void *)(ip + 1) > end)
+		return false;
+	map4(&f->src, ip->saddr);
+	map4(&f->dst, ip->daddr);
+	return read_tcp((const void *)(ip + 1), end, len - sizeof(*ip), f);
+}
+
+static __always_inline bool read_tcp6(const void *data, const void *end, __u32 len, struct flow *f)
+{
+	const struct ipv6hdr *ip = data;
+
+	*f = (struct flow){};
+	if ((const void *)(ip + 1) > end)
+		return false;
+	__builtin_memcpy(&f->src, &ip->saddr, sizeof(f->src));
+	__builtin_memcpy(&f->dst, &ip->daddr, sizeof(f->dst));
+	return read_tcp((const void *)(ip + 1), end, len - sizeof(*ip), f);
 }
 
 #endif

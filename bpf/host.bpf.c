@@ -294,17 +294,16 @@ static __always_inline bool plain(struct bpf_nf_ctx *ctx)
 	__u8 copy[sizeof(struct ipv6hdr) + sizeof(struct tcp)] = {};
 	struct bpf_dynptr data;
 	struct packet p = {};
-	struct flow f;
 	__u8 *ip;
 
 	if (!open_packet(ctx, &data, &p))
 		return false;
 	if (p.protocol == bpf_htons(ETH_P_IP)) {
 		ip = bpf_dynptr_slice(&data, 0, copy, sizeof(struct iphdr) + sizeof(struct tcp));
-		return ip && glance4(ip, ip + sizeof(struct iphdr) + sizeof(struct tcp), p.len, &f) <= DATAGRAM;
+		return ip && glance4(ip, ip + sizeof(struct iphdr) + sizeof(struct tcp), p.len) <= DATAGRAM;
 	}
 	ip = bpf_dynptr_slice(&data, 0, copy, sizeof(copy));
-	return ip && glance6(ip, ip + sizeof(copy), p.len, &f) <= DATAGRAM;
+	return ip && glance6(ip, ip + sizeof(copy), p.len) <= DATAGRAM;
 }
 
 /* NF_INET_PRE_ROUTING */

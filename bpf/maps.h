@@ -43,8 +43,8 @@ struct {
 
 /* The mail connection that a TCP socket has paid for. */
 struct ticket {
-	__u8 src[16];
-	__u8 dst[16];
+	__u8 src[16] AS_WORDS;
+	__u8 dst[16] AS_WORDS;
 	__be16 sport;
 	__be16 dport;
 	struct opening opening;

@@ -9,6 +9,9 @@
 #include <linux/types.h>
 #include <linux/bpf.h>
 
+/* Of bytes that are compared and copied as words, not one by one. */
+#define AS_WORDS __attribute__((aligned(4)))
+
 /* Why a packet was not let through. Indexes counters.dropped. */
 enum reason {
 	REASON_MALFORMED,	/* unreadable, or its header hides where it goes */
@@ -91,8 +94,8 @@ struct device {
  * that src and sport are 0.
  */
 struct announcement {
-	__u8 src[16];
-	__u8 dst[16];
+	__u8 src[16] AS_WORDS;
+	__u8 dst[16] AS_WORDS;
 	__be32 seq;
 	__be16 sport;
 	__be16 dport;
@@ -100,8 +103,8 @@ struct announcement {
 
 /* A mail connection as the host sees it. */
 struct mail_key {
-	__u8 src[16];
-	__u8 dst[16];
+	__u8 src[16] AS_WORDS;
+	__u8 dst[16] AS_WORDS;
 	__be16 sport;
 	__be16 dport;
 };
@@ -167,8 +170,8 @@ struct permit {
 };
 
 struct flow_key {
-	__u8 src[16];
-	__u8 dst[16];
+	__u8 src[16] AS_WORDS;
+	__u8 dst[16] AS_WORDS;
 	__be16 sport;
 	__be16 dport;
 	__u32 proto;
