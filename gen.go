@@ -6,7 +6,7 @@
 package egressbpf
 
 //go:generate -command compile go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target bpfel -go-package bpf -output-dir bpf
-//go:generate compile -type reason -type drops -type traffic -type counters -type bucket -type container -type device -type request -type container_flag -type rule_flag -type prefix -type rule -type port_key -type ticket -type announcement -type mail_key -type opening -type permit -type flow_key Egress bpf/egress.bpf.c -- -std=gnu17 -O2 -g -mcpu=v3 -Wall -Wextra -Werror -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
+//go:generate compile -type reason -type drops -type traffic -type counters -type bucket -type container -type device -type request -type container_flag -type without_state -type rule_flag -type prefix -type rule -type port_key -type ticket -type announcement -type mail_key -type opening -type permit -type flow_key Egress bpf/egress.bpf.c -- -std=gnu17 -O2 -g -mcpu=v3 -Wall -Wextra -Werror -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
 //go:generate compile -no-global-types -type scope_kind -type scope -type place -type name_key -type past Cgroups bpf/cgroups.bpf.c -- -std=gnu17 -O2 -g -mcpu=v3 -Wall -Wextra -Werror -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
 //go:generate compile -no-global-types Families bpf/families.bpf.c -- -std=gnu17 -O2 -g -mcpu=v3 -Wall -Wextra -Werror -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
 //go:generate compile -no-global-types -type device_name -type place Host bpf/host.bpf.c -- -std=gnu17 -O2 -g -mcpu=v3 -Wall -Wextra -Werror -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu

@@ -98,7 +98,7 @@ static __always_inline bool in_container(struct cgroup *cgrp, __u32 top)
 	for (__u32 l = 1; l <= MAX_DEPTH && top + l < level; l++) {
 		__u64 id = ancestor_id(cgrp, top + l);
 
-		if (bpf_map_lookup_elem(&containers, &id))
+		if (bpf_map_lookup_elem(&containers, &id) || is_stateless(id))
 			return true;
 	}
 	return false;
@@ -115,16 +115,10 @@ static __always_inline const volatile struct place *place_of(struct cgroup *cgrp
 	return NULL;
 }
 
-/* Without an entry it could not be told from what is no container. The kernel makes
- * one cgroup at a time.
- */
-static __always_inline void overflowed(__u64 id)
+/* Has a container judged without state of its own; 0 if there was room for that. */
+static __always_inline long do_without(__u64 id, enum without_state why)
 {
-	__u32 key = 0;
-	__u64 *first = bpf_map_lookup_elem(&overflow, &key);
-
-	if (first && !*first)
-		*first = id;
+	return bpf_map_update_elem(&stateless, &id, &why, BPF_ANY);
 }
 
 /* Returns the length of the cgroup's name, which becomes the key's; 0 on an error. */
@@ -167,7 +161,7 @@ int recognise(__u64 *ctx)
 	id = cgrp->kn->id;
 	c = state_of(id);
 	if (!c && place->recognises)
-		overflowed(id);
+		do_without(id, HAS_NO_ROOM);
 	if (c && before) {
 		/* A restart does not refill a bucket. */
 		c->bucket = before->bucket;
@@ -178,10 +172,10 @@ int recognise(__u64 *ctx)
 	return 0;
 }
 
-/* Keeps what a container takes over when it is started again. Its state is still needed:
- * sockets can outlive the directory, and be somebody else's by now, so that they open no
- * more mail connections: whoever takes over the bucket has all of it. 5.10 has no lock for
- * programs of this type.
+/* Keeps what a container takes over when it is started again, and nothing else: the kernel
+ * may not release the cgroup for months. Sockets can outlive the directory, and be somebody
+ * else's by now. They are still a container's, but open no more mail connections: whoever
+ * takes over the bucket has all of it. 5.10 has no lock for programs of this type.
  */
 SEC("tp_btf/cgroup_rmdir")
 int keep(__u64 *ctx)
@@ -199,13 +193,13 @@ int keep(__u64 *ctx)
 	if (!place)
 		return 0;
 	id = cgrp->kn->id;
-	/* Without an entry it would get one with a full bucket. */
-	if (!place->recognises && cgrp->level == (int)place->level + 1)
-		c = state_of(id);
-	else
-		c = bpf_map_lookup_elem(&containers, &id);
-	if (!c)
+	c = bpf_map_lookup_elem(&containers, &id);
+	if (!c) {
+		/* It would get one with a full bucket. */
+		if (!place->recognises && cgrp->level == (int)place->level + 1)
+			do_without(id, WAS_REMOVED);
 		return 0;
+	}
 	c->bucket.closed = 1;
 	now.bucket = c->bucket;
 	now.bucket.closed = 0;
@@ -213,11 +207,13 @@ int keep(__u64 *ctx)
 		now.limit = c->limit;
 		now.flags = CONTAINER_LIMIT_SET;
 	}
-	if (!now.bucket.count && !now.flags)
-		return 0;	/* as new */
-	key.place = place->id;
-	read_name(cgrp, &key);
-	bpf_map_update_elem(&retired, &key, &now, BPF_ANY);
+	if (now.bucket.count || now.flags) {	/* else it is as new */
+		key.place = place->id;
+		read_name(cgrp, &key);
+		bpf_map_update_elem(&retired, &key, &now, BPF_ANY);
+	}
+	if (!do_without(id, WAS_REMOVED))
+		bpf_map_delete_elem(&containers, &id);
 	return 0;
 }
 
@@ -232,6 +228,7 @@ int release(__u64 *ctx)
 		return 0;
 	id = cgrp->kn->id;
 	bpf_map_delete_elem(&containers, &id);
+	bpf_map_delete_elem(&stateless, &id);
 	return 0;
 }
 

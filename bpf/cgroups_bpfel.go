@@ -77,9 +77,9 @@ const (
 	CgroupsMapContainers = "containers"
 	CgroupsMapDevices    = "devices"
 	CgroupsMapMails      = "mails"
-	CgroupsMapOverflow   = "overflow"
 	CgroupsMapPermitted  = "permitted"
 	CgroupsMapRetired    = "retired"
+	CgroupsMapStateless  = "stateless"
 	CgroupsMapTickets    = "tickets"
 	CgroupsMapTotals     = "totals"
 	CgroupsMapTunnels    = "tunnels"
@@ -146,9 +146,9 @@ type CgroupsMapSpecs struct {
 	Containers *ebpf.MapSpec `ebpf:"containers"`
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
-	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
+	Stateless  *ebpf.MapSpec `ebpf:"stateless"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
@@ -187,9 +187,9 @@ type CgroupsMaps struct {
 	Containers *ebpf.Map `ebpf:"containers"`
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
-	Overflow   *ebpf.Map `ebpf:"overflow"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
 	Retired    *ebpf.Map `ebpf:"retired"`
+	Stateless  *ebpf.Map `ebpf:"stateless"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 	Tunnels    *ebpf.Map `ebpf:"tunnels"`
@@ -201,9 +201,9 @@ func (m *CgroupsMaps) Close() error {
 		m.Containers,
 		m.Devices,
 		m.Mails,
-		m.Overflow,
 		m.Permitted,
 		m.Retired,
+		m.Stateless,
 		m.Tickets,
 		m.Totals,
 		m.Tunnels,

@@ -233,6 +233,13 @@ type EgressTraffic struct {
 	Bytes   uint64
 }
 
+type EgressWithoutState uint32
+
+const (
+	EgressWithoutStateWAS_REMOVED EgressWithoutState = 0
+	EgressWithoutStateHAS_NO_ROOM EgressWithoutState = 1
+)
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -241,11 +248,11 @@ const (
 	EgressMapContainers      = "containers"
 	EgressMapDevices         = "devices"
 	EgressMapMails           = "mails"
-	EgressMapOverflow        = "overflow"
 	EgressMapPermitted       = "permitted"
 	EgressMapPorts           = "ports"
 	EgressMapRetired         = "retired"
 	EgressMapRules           = "rules"
+	EgressMapStateless       = "stateless"
 	EgressMapTickets         = "tickets"
 	EgressMapTotals          = "totals"
 	EgressMapTunnels         = "tunnels"
@@ -328,11 +335,11 @@ type EgressMapSpecs struct {
 	Containers *ebpf.MapSpec `ebpf:"containers"`
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
-	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
 	Rules      *ebpf.MapSpec `ebpf:"rules"`
+	Stateless  *ebpf.MapSpec `ebpf:"stateless"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
@@ -381,11 +388,11 @@ type EgressMaps struct {
 	Containers *ebpf.Map `ebpf:"containers"`
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
-	Overflow   *ebpf.Map `ebpf:"overflow"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
 	Ports      *ebpf.Map `ebpf:"ports"`
 	Retired    *ebpf.Map `ebpf:"retired"`
 	Rules      *ebpf.Map `ebpf:"rules"`
+	Stateless  *ebpf.Map `ebpf:"stateless"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 	Tunnels    *ebpf.Map `ebpf:"tunnels"`
@@ -397,11 +404,11 @@ func (m *EgressMaps) Close() error {
 		m.Containers,
 		m.Devices,
 		m.Mails,
-		m.Overflow,
 		m.Permitted,
 		m.Ports,
 		m.Retired,
 		m.Rules,
+		m.Stateless,
 		m.Tickets,
 		m.Totals,
 		m.Tunnels,

@@ -20,9 +20,9 @@ const (
 	FamiliesMapContainers        = "containers"
 	FamiliesMapDevices           = "devices"
 	FamiliesMapMails             = "mails"
-	FamiliesMapOverflow          = "overflow"
 	FamiliesMapPermitted         = "permitted"
 	FamiliesMapRetired           = "retired"
+	FamiliesMapStateless         = "stateless"
 	FamiliesMapTickets           = "tickets"
 	FamiliesMapTotals            = "totals"
 	FamiliesMapTunnels           = "tunnels"
@@ -91,9 +91,9 @@ type FamiliesMapSpecs struct {
 	Containers *ebpf.MapSpec `ebpf:"containers"`
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
-	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
+	Stateless  *ebpf.MapSpec `ebpf:"stateless"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
@@ -136,9 +136,9 @@ type FamiliesMaps struct {
 	Containers *ebpf.Map `ebpf:"containers"`
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
-	Overflow   *ebpf.Map `ebpf:"overflow"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
 	Retired    *ebpf.Map `ebpf:"retired"`
+	Stateless  *ebpf.Map `ebpf:"stateless"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 	Tunnels    *ebpf.Map `ebpf:"tunnels"`
@@ -150,9 +150,9 @@ func (m *FamiliesMaps) Close() error {
 		m.Containers,
 		m.Devices,
 		m.Mails,
-		m.Overflow,
 		m.Permitted,
 		m.Retired,
+		m.Stateless,
 		m.Tickets,
 		m.Totals,
 		m.Tunnels,

@@ -35,11 +35,11 @@ const (
 	HostMapDeviceNames    = "device_names"
 	HostMapDevices        = "devices"
 	HostMapMails          = "mails"
-	HostMapOverflow       = "overflow"
 	HostMapPermitted      = "permitted"
 	HostMapPorts          = "ports"
 	HostMapRetired        = "retired"
 	HostMapRules          = "rules"
+	HostMapStateless      = "stateless"
 	HostMapTickets        = "tickets"
 	HostMapTotals         = "totals"
 	HostMapTunnels        = "tunnels"
@@ -113,11 +113,11 @@ type HostMapSpecs struct {
 	DeviceNames *ebpf.MapSpec `ebpf:"device_names"`
 	Devices     *ebpf.MapSpec `ebpf:"devices"`
 	Mails       *ebpf.MapSpec `ebpf:"mails"`
-	Overflow    *ebpf.MapSpec `ebpf:"overflow"`
 	Permitted   *ebpf.MapSpec `ebpf:"permitted"`
 	Ports       *ebpf.MapSpec `ebpf:"ports"`
 	Retired     *ebpf.MapSpec `ebpf:"retired"`
 	Rules       *ebpf.MapSpec `ebpf:"rules"`
+	Stateless   *ebpf.MapSpec `ebpf:"stateless"`
 	Tickets     *ebpf.MapSpec `ebpf:"tickets"`
 	Totals      *ebpf.MapSpec `ebpf:"totals"`
 	Tunnels     *ebpf.MapSpec `ebpf:"tunnels"`
@@ -163,11 +163,11 @@ type HostMaps struct {
 	DeviceNames *ebpf.Map `ebpf:"device_names"`
 	Devices     *ebpf.Map `ebpf:"devices"`
 	Mails       *ebpf.Map `ebpf:"mails"`
-	Overflow    *ebpf.Map `ebpf:"overflow"`
 	Permitted   *ebpf.Map `ebpf:"permitted"`
 	Ports       *ebpf.Map `ebpf:"ports"`
 	Retired     *ebpf.Map `ebpf:"retired"`
 	Rules       *ebpf.Map `ebpf:"rules"`
+	Stateless   *ebpf.Map `ebpf:"stateless"`
 	Tickets     *ebpf.Map `ebpf:"tickets"`
 	Totals      *ebpf.Map `ebpf:"totals"`
 	Tunnels     *ebpf.Map `ebpf:"tunnels"`
@@ -180,11 +180,11 @@ func (m *HostMaps) Close() error {
 		m.DeviceNames,
 		m.Devices,
 		m.Mails,
-		m.Overflow,
 		m.Permitted,
 		m.Ports,
 		m.Retired,
 		m.Rules,
+		m.Stateless,
 		m.Tickets,
 		m.Totals,
 		m.Tunnels,

@@ -15,15 +15,17 @@ struct {
 	__type(value, struct container);
 } containers SEC(".maps");
 
-/* The id of the first container that was recognised and found no room; 0 if there is
- * none. From there on, whatever is new counts as a container.
+/* Containers without an entry there: what they send is judged, and none of it opens a mail
+ * connection. The kernel may keep a cgroup for long after it was removed, and as many as
+ * there is memory for.
  */
 struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u64);
-} overflow SEC(".maps");
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, __u64);	/* cgroup id */
+	__type(value, enum without_state);
+} stateless SEC(".maps");
 
 /* Containers whose cgroups were removed, and that had used their bucket. */
 struct {

@@ -17,13 +17,11 @@ const volatile bool recognises;
 
 /* Finds the container among the cgroups that above() returns for the levels below the
  * policed one, 0 for those that are too deep. False if it belongs to none; else c is
- * its state, NULL if there is no room for it.
+ * its state, NULL if it has none.
  */
 static __always_inline bool find_container(__u64 (*above)(void *, __u32), void *ctx, struct container **c)
 {
-	__u64 id, newest = 0;
-	__u64 *first;
-	__u32 key = 0;
+	__u64 id;
 
 	if (!recognises) {
 		id = above(ctx, policed_level + 1);
@@ -37,12 +35,17 @@ static __always_inline bool find_container(__u64 (*above)(void *, __u32), void *
 		*c = bpf_map_lookup_elem(&containers, &id);
 		if (*c)
 			return true;
-		newest = id;
 	}
 	*c = NULL;
-	/* Ids grow: what was made before the first container without an entry is none. */
-	first = bpf_map_lookup_elem(&overflow, &key);
-	return first && *first && newest >= *first;
+	/* A loop of its own: in the one above, the verifier would follow each step in more ways. */
+	for (__u32 i = 1; i <= MAX_DEPTH; i++) {
+		id = above(ctx, policed_level + i);
+		if (!id)
+			break;
+		if (is_stateless(id))
+			return true;
+	}
+	return false;
 }
 
 #endif

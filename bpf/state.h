@@ -7,12 +7,17 @@
 
 static const struct container new_container;
 
-/* NULL if the map is full. */
+static __always_inline bool is_stateless(__u64 id)
+{
+	return bpf_map_lookup_elem(&stateless, &id);
+}
+
+/* NULL if the map is full, or the container is to have none. */
 static __always_inline struct container *state_of(__u64 id)
 {
 	struct container *c = bpf_map_lookup_elem(&containers, &id);
 
-	if (c)
+	if (c || is_stateless(id))
 		return c;
 	/* Another CPU may do the same: whoever is second finds the entry. */
 	bpf_map_update_elem(&containers, &id, &new_container, BPF_NOEXIST);

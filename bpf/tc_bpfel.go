@@ -28,12 +28,12 @@ const (
 	TcMapContainers     = "containers"
 	TcMapDevices        = "devices"
 	TcMapMails          = "mails"
-	TcMapOverflow       = "overflow"
 	TcMapPermitted      = "permitted"
 	TcMapPorts          = "ports"
 	TcMapRetired        = "retired"
 	TcMapRules          = "rules"
 	TcMapScratches      = "scratches"
+	TcMapStateless      = "stateless"
 	TcMapTickets        = "tickets"
 	TcMapTotals         = "totals"
 	TcMapTunnels        = "tunnels"
@@ -102,12 +102,12 @@ type TcMapSpecs struct {
 	Containers *ebpf.MapSpec `ebpf:"containers"`
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
-	Overflow   *ebpf.MapSpec `ebpf:"overflow"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
 	Rules      *ebpf.MapSpec `ebpf:"rules"`
 	Scratches  *ebpf.MapSpec `ebpf:"scratches"`
+	Stateless  *ebpf.MapSpec `ebpf:"stateless"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
@@ -152,12 +152,12 @@ type TcMaps struct {
 	Containers *ebpf.Map `ebpf:"containers"`
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
-	Overflow   *ebpf.Map `ebpf:"overflow"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
 	Ports      *ebpf.Map `ebpf:"ports"`
 	Retired    *ebpf.Map `ebpf:"retired"`
 	Rules      *ebpf.Map `ebpf:"rules"`
 	Scratches  *ebpf.Map `ebpf:"scratches"`
+	Stateless  *ebpf.Map `ebpf:"stateless"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 	Tunnels    *ebpf.Map `ebpf:"tunnels"`
@@ -169,12 +169,12 @@ func (m *TcMaps) Close() error {
 		m.Containers,
 		m.Devices,
 		m.Mails,
-		m.Overflow,
 		m.Permitted,
 		m.Ports,
 		m.Retired,
 		m.Rules,
 		m.Scratches,
+		m.Stateless,
 		m.Tickets,
 		m.Totals,
 		m.Tunnels,

@@ -80,6 +80,12 @@ struct container {
 	struct counters counters;
 };
 
+/* Why nothing is kept about a container. */
+enum without_state {
+	WAS_REMOVED,	/* its cgroup; its sockets may live on */
+	HAS_NO_ROOM,
+};
+
 /* What all containers behind one device of the host may send past the egress
  * hook. Key: index of the device.
  */

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
@@ -35,6 +36,9 @@ Exits with 3 unless packets are dropped for every running Docker container.`,
 		}
 		status, err := filter.Status()
 		if err != nil {
+			return err
+		}
+		if err := filter.AddRoom(status); err != nil {
 			return err
 		}
 		names.addToStatus(cmd.Context(), filter, status)
@@ -86,6 +90,14 @@ func printStatus(w io.Writer, s *loader.Status) error {
 		}
 		row("%s\t%s", d.Name, what)
 	}
+	if len(s.Unknown) > 0 {
+		row("")
+		row("unknown pins\t%s: of another version; detach takes them off", join(s.Unknown))
+	}
+	if s.Room != nil && s.Room.Short() {
+		row("")
+		row("room\t%s", roomText(*s.Room))
+	}
 	for i, u := range s.Uncovered {
 		if i == 0 {
 			row("")
@@ -94,6 +106,18 @@ func printStatus(w io.Writer, s *loader.Status) error {
 		row("%s\t%s", title(u.Name, u.ID), printable(u.Cgroup))
 	}
 	return tw.Flush()
+}
+
+// roomText says how much room there is, and what follows from that.
+func roomText(r maps.Room) string {
+	text := fmt.Sprintf("state of %d containers of at most %d", r.Containers, r.Of)
+	if r.Removed > 0 {
+		text += fmt.Sprintf(", and %d removed ones, which the kernel has not released yet, of at most %d (what it caches for them goes with `echo 2 > /proc/sys/vm/drop_caches`)", r.Removed, r.OfStateless)
+	}
+	if r.Without > 0 {
+		text += fmt.Sprintf("; %d containers found no room: they are judged, and cannot send mail until there is some and attach has run again", r.Without)
+	}
+	return text
 }
 
 func place(h loader.Hook) string {

@@ -107,6 +107,11 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 			return nil
 		})
 	}
+	if unknown, err := f.unknownPins(); err != nil {
+		return err
+	} else if len(unknown) > 0 {
+		return fmt.Errorf("%s: %w", unknown[0], ErrOtherVersion)
+	}
 	old, err := f.installed()
 	if err != nil {
 		return err
@@ -189,6 +194,11 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	}
 	if err := f.forgetOthers(targets, p, state); err != nil {
 		return err
+	}
+	for _, name := range formerMaps {
+		if err := removePin(filepath.Join(f.pins, name)); err != nil {
+			return err
+		}
 	}
 	for _, o := range old {
 		if o.gone {

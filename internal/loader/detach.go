@@ -67,6 +67,19 @@ func (f *Filter) removePoliced(p *policed) error {
 			return err
 		}
 	}
+	// Of another version.
+	entries, err := os.ReadDir(p.dir)
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		if slices.ContainsFunc(hooks, func(h hook) bool { return h.name == entry.Name() }) {
+			continue
+		}
+		if err := removePin(filepath.Join(p.dir, entry.Name())); err != nil {
+			return err
+		}
+	}
 	// The boundary goes last, as it came first.
 	for _, h := range slices.Backward(hooks) {
 		if err := f.step("detach %s of %s", h.name, p.rel); err != nil {
@@ -79,13 +92,18 @@ func (f *Filter) removePoliced(p *policed) error {
 	return os.Remove(p.dir)
 }
 
-// removeState removes everything but policed cgroups.
+// removeState removes everything but policed cgroups, what another version has pinned
+// included.
 func (f *Filter) removeState() error {
 	if err := f.dropFilters(nil, nil); err != nil {
 		return err
 	}
-	for _, name := range pinNames() {
-		if err := os.Remove(filepath.Join(f.pins, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	pins, err := os.ReadDir(f.pins)
+	if err != nil {
+		return err
+	}
+	for _, pin := range pins {
+		if err := os.RemoveAll(filepath.Join(f.pins, pin.Name())); err != nil {
 			return err
 		}
 	}

@@ -3,7 +3,7 @@
 //
 // Below the pin path:
 //
-//	containers overflow totals  the state, kept from version to version
+//	containers stateless totals the state, kept from version to version
 //	retired
 //	tickets admitted permitted mails devices tunnels
 //	                            what is on its way, made anew where a version changes it
@@ -106,8 +106,9 @@ func (f *Filter) step(format string, args ...any) error {
 	return f.fault(fmt.Sprintf(format, args...))
 }
 
-// State opens the maps of a filter that is attached. The caller closes it. The
-// error wraps ErrNotAttached or ErrOtherVersion.
+// State opens the maps of a filter that is attached. A map whose pin is gone is the one
+// that the programs in force use; if none does, it is as good as empty. The caller closes
+// it. The error wraps ErrNotAttached or ErrOtherVersion.
 func (f *Filter) State() (*maps.State, error) {
 	state, err := f.openState(nil)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -116,8 +117,8 @@ func (f *Filter) State() (*maps.State, error) {
 	return state, err
 }
 
-// openState opens the pinned maps of the state. It makes those that are missing
-// if it is told where to note the way back.
+// openState opens the maps of the state. It pins those that are not pinned, and of these
+// makes those that no program uses, if it is told where to note the way back.
 func (f *Filter) openState(back *undo) (_ *maps.State, err error) {
 	spec, err := bpf.LoadEgress()
 	if err != nil {
@@ -133,28 +134,50 @@ func (f *Filter) openState(back *undo) (_ *maps.State, err error) {
 	}()
 	for _, name := range maps.StateNames() {
 		pin := filepath.Join(f.pins, name)
+		pinned := true
 		m, err := ebpf.LoadPinnedMap(pin, nil)
-		if err == nil {
-			opened[name] = m
-			if err = spec.Maps[name].Compatible(m); err == nil {
-				continue
-			}
-			if back == nil || maps.Kept(name) {
-				return nil, fmt.Errorf("pinned map %s: %w: %w", pin, ErrOtherVersion, err)
-			}
-			if err := f.unpinMap(name, m, back); err != nil {
-				return nil, err
-			}
-		} else if !errors.Is(err, fs.ErrNotExist) || back == nil {
-			return nil, fmt.Errorf("open pinned map %s: %w", pin, err)
+		if errors.Is(err, fs.ErrNotExist) {
+			pinned = false
+			m, err = f.mapInUse(name)
 		}
-		if err := f.step("pin map %s", name); err != nil {
+		if errors.Is(err, fs.ErrNotExist) && back == nil && name == bpf.EgressMapContainers {
 			return nil, err
 		}
-		if m, err = ebpf.NewMap(spec.Maps[name]); err != nil {
-			return nil, fmt.Errorf("create map %s: %w", name, err)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("open pinned map %s: %w", pin, err)
 		}
-		opened[name] = m
+		if m != nil {
+			opened[name] = m
+			err := spec.Maps[name].Compatible(m)
+			if err == nil && (pinned || back == nil) {
+				continue
+			}
+			if err != nil && (back == nil || maps.Kept(name)) {
+				return nil, fmt.Errorf("pinned map %s: %w: %w", pin, ErrOtherVersion, err)
+			}
+			if err != nil {
+				if pinned {
+					if err := f.unpinMap(name, m, back); err != nil {
+						return nil, err
+					}
+				}
+				m = nil
+			}
+		}
+		if back != nil {
+			if err := f.step("pin map %s", name); err != nil {
+				return nil, err
+			}
+		}
+		if m == nil {
+			if m, err = ebpf.NewMap(spec.Maps[name]); err != nil {
+				return nil, fmt.Errorf("create map %s: %w", name, err)
+			}
+			opened[name] = m
+		}
+		if back == nil {
+			continue
+		}
 		if err := m.Pin(pin); err != nil {
 			return nil, fmt.Errorf("pin map %s: %w", name, err)
 		}
@@ -162,6 +185,93 @@ func (f *Filter) openState(back *undo) (_ *maps.State, err error) {
 	}
 	return maps.NewState(opened), nil
 }
+
+// mapInUse opens the map of the state that the programs in force use, whatever became of
+// its pin. The error wraps fs.ErrNotExist if there is none.
+func (f *Filter) mapInUse(name string) (*ebpf.Map, error) {
+	pins, err := f.linkPins()
+	if err != nil {
+		return nil, err
+	}
+	for _, pin := range pins {
+		info, err := pinnedInfo(pin)
+		if err != nil {
+			continue // no link, or gone meanwhile
+		}
+		if m, err := mapOf(info.Program, name); m != nil || err != nil {
+			return m, err
+		}
+	}
+	return nil, fmt.Errorf("map %s: %w", name, fs.ErrNotExist)
+}
+
+// mapOf opens the map of a name that a program uses; nil if it uses none.
+func mapOf(id ebpf.ProgramID, name string) (*ebpf.Map, error) {
+	prog, err := ebpf.NewProgramFromID(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open program %d: %w", id, err)
+	}
+	defer prog.Close()
+	info, err := prog.Info()
+	if err != nil {
+		return nil, err
+	}
+	ids, _ := info.MapIDs()
+	for _, id := range ids {
+		m, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			return nil, fmt.Errorf("open map %d: %w", id, err)
+		}
+		if info, err := m.Info(); err == nil && info.Name == name {
+			return m, nil
+		}
+		m.Close()
+	}
+	return nil, nil
+}
+
+// linkPins returns all that is pinned but the maps of the state.
+func (f *Filter) linkPins() ([]string, error) {
+	var pins []string
+	err := filepath.WalkDir(f.pins, func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err == nil && !d.IsDir() && !slices.Contains(maps.StateNames(), d.Name()) {
+			pins = append(pins, path)
+		}
+		return err
+	})
+	return pins, err
+}
+
+// unknownPins returns what is pinned that this version does not know.
+func (f *Filter) unknownPins() (unknown []string, err error) {
+	pins, err := f.linkPins()
+	for _, pin := range pins {
+		rel, err := filepath.Rel(f.pins, pin)
+		if err != nil {
+			return nil, err
+		}
+		dir, name := filepath.Split(rel)
+		known := slices.Contains(pinNames(), rel) || slices.Contains(formerMaps, rel)
+		if digits, ok := strings.CutPrefix(dir, cgroupPrefix); ok {
+			_, err := strconv.ParseUint(strings.TrimSuffix(digits, "/"), 10, 64)
+			known = err == nil && (name == familiesHook || name == familiesHook+nextSuffix ||
+				slices.ContainsFunc(hooks, func(h hook) bool { return h.name == name }))
+		}
+		if !known {
+			unknown = append(unknown, pin)
+		}
+	}
+	return unknown, err
+}
+
+// formerMaps are those that earlier versions have pinned, and that this one does without.
+var formerMaps = []string{"overflow"}
 
 // unpinMap makes way for a map of the same name that this version knows; the programs that
 // are in force keep theirs.
@@ -231,9 +341,8 @@ func pinNames() []string {
 // nextSuffix is that of a link's pin until it takes the place of the one before.
 const nextSuffix = "-next"
 
-// installed reads all policed cgroups back from the kernel. The caller closes
-// them. The error wraps ErrOtherVersion if there are pins that this version does
-// not know.
+// installed reads all policed cgroups back from the kernel, those of other versions
+// included. The caller closes them.
 func (f *Filter) installed() (_ []*policed, err error) {
 	var found []*policed
 	defer func() {
@@ -252,9 +361,6 @@ func (f *Filter) installed() (_ []*policed, err error) {
 		digits, ok := strings.CutPrefix(entry.Name(), cgroupPrefix)
 		id, err := strconv.ParseUint(digits, 10, 64)
 		if !ok || err != nil {
-			if !slices.Contains(pinNames(), entry.Name()) {
-				return nil, fmt.Errorf("%s: %w", filepath.Join(f.pins, entry.Name()), ErrOtherVersion)
-			}
 			continue
 		}
 		p, err := f.readPoliced(id, filepath.Join(f.pins, entry.Name()))
@@ -328,7 +434,7 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 			continue
 		}
 		if !slices.ContainsFunc(hooks, func(h hook) bool { return h.name == name }) {
-			return nil, fmt.Errorf("pinned link %s: %w", filepath.Join(dir, name), ErrOtherVersion)
+			continue // of another version
 		}
 		l, err := link.LoadPinnedLink(filepath.Join(dir, name), nil)
 		if errors.Is(err, fs.ErrNotExist) {

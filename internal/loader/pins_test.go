@@ -13,13 +13,17 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
+	statemaps "github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
 	"github.com/egressbpf/egressbpf/internal/testenv"
 )
@@ -416,36 +420,94 @@ func TestPassingStateOfOtherVersion(t *testing.T) {
 	h.nothingLeft(o)
 }
 
-func TestHookOfOtherVersion(t *testing.T) {
+// What another version has attached is shown and counted, and can be taken off, with what
+// is unknown of it; this one does not attach over it.
+func TestPinsOfOtherVersion(t *testing.T) {
 	h := newHost(t)
 	h.mustAttach(withBurst(5), "a", "c")
-	unknown := fmt.Sprintf("%s/cgroup-%d/sock_create", h.pins, h.id("a"))
-	pinMap(t, unknown, ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
-	hidden := filepath.Join(filepath.Dir(h.pins), "hidden")
-	// A snapshot takes it for a link.
-	before := func() map[string]string {
-		check(t, os.Rename(unknown, hidden))
-		defer func() { check(t, os.Rename(hidden, unknown)) }()
-		return h.snapshot()
+	was := h.snapshot()
+	o := h.objects()
+	inCgroup, beside := fmt.Sprintf("%s/cgroup-%d/sock_create", h.pins, h.id("a")), filepath.Join(h.pins, "events")
+	spec := ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1}
+	pinMap(t, beside, spec)
+	check(t, os.Mkdir(filepath.Join(h.pins, "readers"), 0o700))
+	pinMap(t, filepath.Join(h.pins, "readers", "first"), spec)
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.CGroupSock, AttachType: ebpf.AttachCGroupInetSockCreate, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+	})
+	check(t, err)
+	cgroup, err := os.Open(h.paths("a")[0])
+	check(t, err)
+	l, err := link.AttachRawLink(link.RawLinkOptions{Target: int(cgroup.Fd()), Program: prog, Attach: ebpf.AttachCGroupInetSockCreate})
+	check(t, err)
+	check(t, l.Pin(inCgroup))
+	check(t, errors.Join(l.Close(), prog.Close(), cgroup.Close()))
+
+	if err := h.attach(withBurst(7), "b"); !errors.Is(err, loader.ErrOtherVersion) {
+		t.Errorf("attach: got %v, want %v", err, loader.ErrOtherVersion)
 	}
-	was := before()
-	for action, err := range map[string]error{
-		"attach": h.attach(withBurst(7), "b"),
-		"detach": h.Detach(t.Context(), nil),
-		"status": second(h.Status()),
-	} {
-		if !errors.Is(err, loader.ErrOtherVersion) {
-			t.Errorf("%s: got %v, want %v", action, err, loader.ErrOtherVersion)
-		}
+	s := h.status()
+	if !s.Enforcing || len(s.Unknown) != 3 || !slices.Contains(s.Unknown, inCgroup) || !slices.Contains(s.Unknown, beside) {
+		t.Errorf("status: enforcing %v, unknown pins %v", s.Enforcing, s.Unknown)
 	}
-	if diff := difference(was, before()); diff != "" {
-		t.Errorf("something has changed:\n%s", diff)
+	h.counters()
+	h.mustDetach("c")
+	if got := h.status(); !got.Enforcing || len(got.Cgroups) != 1 {
+		t.Errorf("after detach from c: %+v", got)
 	}
-	check(t, os.Remove(unknown))
-	h.mustAttach(withBurst(7))
+	h.mustDetach()
+	h.nothingLeft(o)
+	h.mustAttach(withBurst(5), "a", "c")
+	if now := h.snapshot(); len(now) != len(was) {
+		t.Errorf("attached again: %v, was %v", now, was)
+	}
 }
 
-func second[T any](_ T, err error) error { return err }
+// A pin that somebody has removed changes no answer but its own hook's, and nothing that
+// is counted; the next attach makes it anew.
+func TestMissingPins(t *testing.T) {
+	h := newHost(t)
+	h.mkdir("own.slice/docker-" + id + ".scope")
+	h.mustAttach(policy.Default(), "own.slice", "a")
+	container := h.id("own.slice/docker-" + id + ".scope")
+	state, err := h.State()
+	check(t, err)
+	limit := policy.Limit{Rate: policy.Rate{Count: 7, Period: time.Hour}, Burst: 7}
+	check(t, state.SetLimit(container, limit))
+	check(t, state.Close())
+	kept := func(after string) {
+		t.Helper()
+		known, _ := h.counters()
+		if c, ok := known[container]; !ok || statemaps.PolicyLimit(c.Limit) != limit {
+			t.Errorf("%s: got %+v", after, known)
+		}
+	}
+	pins := h.pinned()
+	for _, name := range pins {
+		if strings.HasSuffix(name, "/") || name == h.pins {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			check(t, os.Remove(filepath.Join(h.pins, name)))
+			s := h.status()
+			isMap := slices.Contains(statemaps.StateNames(), name)
+			if isMap && !s.Enforcing {
+				t.Errorf("status without the map's pin: %+v", s)
+			}
+			if !isMap && s.Enforcing && s.Optional(loader.Hook{Name: name}) == strings.Contains(name, "/") {
+				t.Errorf("status without the link: %+v", s)
+			}
+			kept("without the pin")
+			check(t, h.AddRoom(s))
+			h.mustAttach(policy.Default())
+			kept("attached again")
+			if got := h.pinned(); !slices.Equal(got, pins) {
+				t.Errorf("pinned after the next attach: %v, want %v", got, pins)
+			}
+		})
+	}
+}
 
 // A process that is killed may leave the link that is about to be the new one.
 func TestLeftoverRelease(t *testing.T) {

@@ -106,7 +106,7 @@ func (f *Filter) attachRecognise(targets []*target, p policy.Policy, state *maps
 	if err != nil {
 		return fmt.Errorf("%s: %w: %w", f.root.Path(targets[0].rel), ErrCannotRecognise, err)
 	}
-	return f.enrolAll(targets, p, state, back)
+	return f.enrol(targets, p, state, back)
 }
 
 // followCgroups attaches the other programs that follow containers as they come and go.
@@ -144,22 +144,6 @@ func probeCgroups(name string, state *maps.State) error {
 		return err
 	}
 	return prog.Close()
-}
-
-// enrolAll gives state to the containers that exist. If there was no room for some, now
-// there is.
-func (f *Filter) enrolAll(targets []*target, p policy.Policy, state *maps.State, back *undo) error {
-	overflow, err := state.Overflow()
-	if err != nil {
-		return err
-	}
-	if err := f.enrol(targets, p, state, back); err != nil || overflow == 0 {
-		return err
-	}
-	if err := state.ResetOverflow(); err != nil {
-		return err
-	}
-	return f.enrol(targets, p, state, back)
 }
 
 // containersIn returns the cgroups in which all processes are containers': those of the
@@ -216,7 +200,8 @@ func (f *Filter) enrol(targets []*target, p policy.Policy, state *maps.State, ba
 	return nil
 }
 
-// forgetOthers removes the state of what the policy takes for a container no more.
+// forgetOthers removes the state of what the policy takes for a container no more, or that
+// is gone.
 func (f *Filter) forgetOthers(targets []*target, p policy.Policy, state *maps.State) error {
 	known, err := state.Containers()
 	if err != nil {
@@ -225,7 +210,10 @@ func (f *Filter) forgetOthers(targets []*target, p policy.Policy, state *maps.St
 	for id := range known {
 		rel, err := f.root.Find(id)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // its last sockets are still counted
+			if err := state.Bury(id); err != nil {
+				return err
+			}
+			continue
 		}
 		if err != nil {
 			return err

@@ -8,10 +8,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	statemaps "github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -190,9 +192,9 @@ func TestRecogniseOtherScopes(t *testing.T) {
 	}
 }
 
-// TestRecogniseOverflow fills the map: what is new counts as a container, until there
-// is room again and attach has found all.
-func TestRecogniseOverflow(t *testing.T) {
+// TestNoRoom fills the map: containers that find no room are judged all the same, and
+// services are none, until there is room again and attach has run.
+func TestNoRoom(t *testing.T) {
 	h := newHost(t)
 	h.mkdir("own.slice/old.service")
 	h.mustAttach(policy.Default(), "own.slice")
@@ -207,19 +209,58 @@ func TestRecogniseOverflow(t *testing.T) {
 	_, err = containers.BatchUpdate(ids, make([]statemaps.Container, len(ids)), nil)
 	check(t, err)
 
-	name := "own.slice/docker-" + id + ".scope"
-	h.mkdir(name)
-	if first, err := state.Overflow(); err != nil || first != h.id(name) {
-		t.Errorf("overflow: got %d, %v, want %d", first, err, h.id(name))
+	made, existing := "own.slice/docker-"+id+".scope", "own.slice/sub/docker-"+id+".scope"
+	h.mkdir(made, "own.slice/new.service", "own.slice/sub")
+	recognised := func(name string) bool {
+		t.Helper()
+		known, err := state.Recognised(h.id(name))
+		check(t, err)
+		return known
 	}
-	if err := h.attach(policy.Default()); err == nil {
-		t.Error("attach found no room, and said nothing")
+	room := func() statemaps.Room {
+		t.Helper()
+		r, err := state.Room()
+		check(t, err)
+		return r
 	}
-	_, err = containers.BatchDelete(ids, nil)
+	if !recognised(made) || recognised("own.slice/new.service") || h.enrolled()[made] {
+		t.Error("without room, the container is to be known for one, and the service not")
+	}
+	if r := room(); r.Containers != len(ids) || r.Without != 1 || !r.Short() {
+		t.Errorf("room: %+v", r)
+	}
+	t.Run("service", func(t *testing.T) {
+		testenv.Enter(t, filepath.Join(h.base, "own.slice/new.service"))
+		if !connects(t, blockedAddress) {
+			t.Error("a service is refused what is for containers alone")
+		}
+	})
+	t.Run("container", func(t *testing.T) {
+		testenv.Enter(t, filepath.Join(h.base, made))
+		if connects(t, blockedAddress) {
+			t.Error("a container without state reaches a blocked address")
+		}
+	})
+	// Those that exist, too; and what is full of containers that are gone is full no more.
+	_, err = containers.BatchDelete(ids[:1], nil)
 	check(t, err)
+	check(t, containers.Put(h.id("own.slice/old.service"), statemaps.Container{}))
+	h.mkdir(existing)
+	check(t, state.Forget(h.id(existing)))
 	h.mustAttach(policy.Default())
-	if first, err := state.Overflow(); err != nil || first != 0 || !h.enrolled()[name] {
-		t.Errorf("with room again: got overflow %d, %v, containers %v", first, err, h.enrolled())
+	if !recognised(existing) || !recognised(made) {
+		t.Error("attach did not recognise what found no room")
+	}
+	if r := room(); r.Containers != 0 || r.Removed != len(ids)-1 || r.Without != 2 {
+		t.Errorf("after attach: room %+v", r)
+	}
+	h.mustAttach(policy.Default())
+	if r := room(); r.Without != 0 || !h.enrolled()[made] || !h.enrolled()[existing] {
+		t.Errorf("with room again: %+v, containers %v", r, h.enrolled())
+	}
+	h.rmdir(made)
+	if h.enrolled()[made] {
+		t.Error("the removed container has an entry")
 	}
 }
 
@@ -291,12 +332,6 @@ func TestTooDeep(t *testing.T) {
 	if want := strings.Replace(deep(16), "d/", "f/", 1); len(got) != 1 || !got[want] {
 		t.Errorf("enrolled %v, want %s alone", got, want)
 	}
-	state, err := h.State()
-	check(t, err)
-	defer state.Close()
-	if first, err := state.Overflow(); first != 0 || err != nil {
-		t.Errorf("cgroups from %d on are taken for containers: %v", first, err)
-	}
 	cmd := testenv.Command(t, filepath.Join(h.base, deep(17)), "sleep", "60")
 	check(t, cmd.Start())
 	defer func() {
@@ -306,4 +341,84 @@ func TestTooDeep(t *testing.T) {
 	if s := h.status(); !slices.ContainsFunc(s.Uncovered, func(u loader.Uncovered) bool { return h.root.Path(u.Cgroup) == filepath.Join(h.base, deep(17)) }) {
 		t.Errorf("uncovered: %+v", s.Uncovered)
 	}
+}
+
+// TestRemovedContainers removes many containers whose cgroups the kernel keeps, for a
+// socket that lives on or a page that is cached: they have no rows, take no room from
+// others, and are forgotten when the kernel lets go of them.
+func TestRemovedContainers(t *testing.T) {
+	n := 300
+	if text := os.Getenv("EGRESSBPF_REMOVED"); text != "" {
+		_, err := fmt.Sscan(text, &n)
+		check(t, err)
+	}
+	h := newHost(t)
+	h.mkdir("own.slice")
+	paged := h.withMemory("own.slice")
+	h.mustAttach(policy.Default(), "own.slice")
+	state, err := h.State()
+	check(t, err)
+	defer state.Close()
+	room := func() statemaps.Room {
+		t.Helper()
+		r, err := state.Room()
+		check(t, err)
+		return r
+	}
+
+	home, err := cgroup.OfProcess(os.Getpid())
+	check(t, err)
+	enter := func(path string) { check(t, os.WriteFile(path+"/cgroup.procs", []byte("0"), 0)) }
+	defer enter(h.root.Path(home))
+	var (
+		sockets []int
+		pages   = t.TempDir()
+	)
+	for i := range n {
+		path := filepath.Join(h.base, fmt.Sprintf("own.slice/docker-%064x.scope", i))
+		check(t, os.Mkdir(path, 0o755))
+		enter(path)
+		if paged && i%2 == 0 {
+			check(t, os.WriteFile(filepath.Join(pages, fmt.Sprint(i)), make([]byte, 4096), 0o600))
+		} else {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+			check(t, err)
+			sockets = append(sockets, fd)
+		}
+		enter(h.root.Path(home))
+		check(t, os.Remove(path))
+	}
+	if r := room(); r.Containers != 0 || r.Removed != n || r.Without != 0 {
+		t.Errorf("with %d removed containers: %+v (cached pages: %v)", n, r, paged)
+	}
+	start := time.Now()
+	if got := h.enrolled(); len(got) != 0 {
+		t.Errorf("rows of removed containers: %d", len(got))
+	}
+	t.Logf("%d removed containers are left out in %v", n, time.Since(start))
+
+	h.mustAttach(policy.Default())
+	h.mkdir("own.slice/docker-"+id+".scope", "own.slice/new.service")
+	if got := h.enrolled(); len(got) != 1 || !got["own.slice/docker-"+id+".scope"] {
+		t.Errorf("got containers %v, want the new one", got)
+	}
+	for _, fd := range sockets {
+		check(t, unix.Close(fd))
+	}
+	check(t, os.RemoveAll(pages))
+	testenv.Eventually(t, "forget what the kernel has let go", func() bool { return room().Removed == 0 })
+}
+
+// withMemory has the kernel charge the memory of the cgroups in one to them, if it can.
+func (h *host) withMemory(name string) bool {
+	h.t.Helper()
+	path := string(h.root)
+	for _, part := range append([]string{""}, strings.Split(strings.TrimPrefix(filepath.Join(h.base, name), path+"/"), "/")...) {
+		path = filepath.Join(path, part)
+		if err := os.WriteFile(path+"/cgroup.subtree_control", []byte("+memory"), 0); err != nil {
+			h.t.Logf("no memory controller: %v", err)
+			return false
+		}
+	}
+	return true
 }

@@ -41,10 +41,15 @@ type Status struct {
 	Named map[string]bool `json:"-"`
 	// Recognises is whether containers are told by the names of their cgroups, in one
 	// of the policed cgroups or more.
-	Recognises bool        `json:"-"`
-	Hooks      []Hook      `json:"hooks"`
-	Defences   []Defence   `json:"defences"`
-	Uncovered  []Uncovered `json:"uncovered"`
+	Recognises bool   `json:"-"`
+	Hooks      []Hook `json:"hooks"`
+	// Unknown is what another version has pinned, and this one does not know.
+	Unknown   []string    `json:"unknown_pins,omitempty"`
+	Defences  []Defence   `json:"defences"`
+	Uncovered []Uncovered `json:"uncovered"`
+	// Room is how much of it is taken; nil if nobody asked (AddRoom), or nothing is
+	// attached.
+	Room *maps.Room `json:"room,omitempty"`
 }
 
 // Hook is a place in the kernel where a program of the filter should run.
@@ -91,9 +96,26 @@ type Uncovered struct {
 	Cgroup string `json:"cgroup"`
 }
 
-// InForce says whether the filter does what it can: it enforces, and no
-// container is outside of it.
-func (s *Status) InForce() bool { return s.Enforcing && len(s.Uncovered) == 0 }
+// InForce says whether the filter does what it can: it enforces, no container is outside
+// of it, and none is without a bucket for want of room.
+func (s *Status) InForce() bool {
+	return s.Enforcing && len(s.Uncovered) == 0 && (s.Room == nil || s.Room.Without == 0)
+}
+
+// AddRoom adds how much room there is left for containers to what a status tells.
+func (f *Filter) AddRoom(s *Status) error {
+	state, err := f.State()
+	if errors.Is(err, ErrNotAttached) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	room, err := state.Room()
+	s.Room = &room
+	return err
+}
 
 // Status reads back what is in force. The error can wrap ErrOtherVersion. That
 // nothing is attached is no error.
@@ -108,6 +130,9 @@ func (f *Filter) Status() (*Status, error) {
 		Hooks:     []Hook{},
 		Defences:  []Defence{},
 		Uncovered: []Uncovered{},
+	}
+	if s.Unknown, err = f.unknownPins(); err != nil {
+		return nil, err
 	}
 	s.Enforcing = true
 	for _, p := range all {
@@ -258,6 +283,10 @@ func (f *Filter) addUncovered(s *Status, all []*policed, containers []Uncovered)
 		defer state.Close()
 	}
 	for _, c := range containers {
+		if state == nil {
+			s.Uncovered = append(s.Uncovered, c)
+			continue
+		}
 		covered, err := f.covers(all, state, c.Cgroup)
 		if err != nil {
 			return err
@@ -287,7 +316,7 @@ func (f *Filter) covers(all []*policed, state *maps.State, rel string) (bool, er
 			if err != nil {
 				return false, err
 			}
-			if known, err := state.Enrolled(id); known || err != nil {
+			if known, err := state.Recognised(id); known || err != nil {
 				return known, err
 			}
 		}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -32,7 +33,7 @@ type State struct {
 // StateNames are the names of the State's maps, also as pins.
 func StateNames() []string {
 	return []string{
-		bpf.EgressMapContainers, bpf.EgressMapOverflow, bpf.EgressMapRetired, bpf.EgressMapTotals, bpf.EgressMapTickets,
+		bpf.EgressMapContainers, bpf.EgressMapStateless, bpf.EgressMapRetired, bpf.EgressMapTotals, bpf.EgressMapTickets,
 		bpf.EgressMapAdmitted, bpf.EgressMapPermitted, bpf.EgressMapMails, bpf.EgressMapDevices, bpf.EgressMapTunnels,
 	}
 }
@@ -41,7 +42,7 @@ func StateNames() []string {
 // is on its way, and can be made anew.
 func Kept(name string) bool {
 	switch name {
-	case bpf.EgressMapContainers, bpf.EgressMapOverflow, bpf.EgressMapRetired, bpf.EgressMapTotals:
+	case bpf.EgressMapContainers, bpf.EgressMapStateless, bpf.EgressMapRetired, bpf.EgressMapTotals:
 		return true
 	}
 	return false
@@ -93,25 +94,33 @@ func (s *State) Close() error {
 // Containers returns the containers that something was counted for, by the ids
 // of their cgroups.
 func (s *State) Containers() (map[uint64]Container, error) {
+	found := map[uint64]Container{}
+	err := eachBatch(s.containers, func(ids []uint64, values []Container) {
+		for i, id := range ids {
+			found[id] = values[i]
+		}
+	})
+	return found, err
+}
+
+// eachBatch calls fn with all entries of a hash map, many at a time.
+func eachBatch[V any](m *ebpf.Map, fn func(ids []uint64, values []V)) error {
 	// The kernel fills whole hash buckets, which have room in any chunk of this
 	// size, and never skips an entry because its neighbour is deleted meanwhile.
 	const chunk = 1024
 	var (
 		cursor ebpf.MapBatchCursor
 		ids    = make([]uint64, chunk)
-		values = make([]Container, chunk)
-		found  = map[uint64]Container{}
+		values = make([]V, chunk)
 	)
 	for {
-		n, err := s.containers.BatchLookup(&cursor, ids, values, nil)
-		for i := range n {
-			found[ids[i]] = values[i]
-		}
+		n, err := m.BatchLookup(&cursor, ids, values, nil)
+		fn(ids[:n], values[:n])
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
-			return found, nil
+			return nil
 		}
 		if err != nil {
-			return nil, fmt.Errorf("read map containers: %w", err)
+			return fmt.Errorf("read map %v: %w", m, err)
 		}
 	}
 }
@@ -180,7 +189,7 @@ func (s *State) Configure(id uint64, c Change) error {
 		return fmt.Errorf("configure the container with cgroup %d: %w", id, err)
 	}
 	if done != 1 {
-		return fmt.Errorf("configure the container with cgroup %d: map %s is full", id, bpf.EgressMapContainers)
+		return fmt.Errorf("configure the container with cgroup %d: map %s is full, or the container is gone", id, bpf.EgressMapContainers)
 	}
 	return nil
 }
@@ -218,47 +227,93 @@ func LoadProgram(name string, s *State) (*ebpf.Program, error) {
 }
 
 // Enrol makes room for the container with a cgroup id, which it may have already. It
-// says whether it had none.
+// says whether it had none. A container for which there is no room is judged without
+// state: that is no error.
 func (s *State) Enrol(id uint64) (bool, error) {
 	err := s.containers.Update(id, Container{}, ebpf.UpdateNoExist)
 	if errors.Is(err, ebpf.ErrKeyExist) {
 		return false, nil
 	}
+	if errors.Is(err, unix.E2BIG) {
+		return false, s.doWithout(id, bpf.EgressWithoutStateHAS_NO_ROOM)
+	}
 	if err != nil {
 		return false, fmt.Errorf("write map %s: %w", bpf.EgressMapContainers, err)
 	}
-	return true, nil
+	return true, remove(s.byName[bpf.EgressMapStateless], id)
 }
 
-// Enrolled says whether anything is kept about the container with a cgroup id.
-func (s *State) Enrolled(id uint64) (bool, error) {
-	var c Container
+// doWithout has the container with a cgroup id judged without state.
+func (s *State) doWithout(id uint64, why bpf.EgressWithoutState) error {
+	if err := s.byName[bpf.EgressMapStateless].Put(id, why); err != nil {
+		return fmt.Errorf("write map %s: %w", bpf.EgressMapStateless, err)
+	}
+	return nil
+}
+
+// remove deletes an entry that there may be.
+func remove(m *ebpf.Map, id uint64) error {
+	if err := m.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("write map %v: %w", m, err)
+	}
+	return nil
+}
+
+// Recognised says whether the cgroup with an id is known for a container's, with state or
+// without.
+func (s *State) Recognised(id uint64) (bool, error) {
+	var (
+		c   Container
+		why bpf.EgressWithoutState
+	)
 	err := s.containers.Lookup(id, &c)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		err = s.byName[bpf.EgressMapStateless].Lookup(id, &why)
+	}
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("read map %s: %w", bpf.EgressMapContainers, err)
+		return false, fmt.Errorf("look for the container with cgroup %d: %w", id, err)
 	}
 	return true, nil
 }
 
-// Overflow returns the id of the first cgroup that was recognised as a container's and
-// found no room in the map; 0 if there is none.
-func (s *State) Overflow() (uint64, error) {
-	var id uint64
-	if err := s.byName[bpf.EgressMapOverflow].Lookup(uint32(0), &id); err != nil {
-		return 0, fmt.Errorf("read map %s: %w", bpf.EgressMapOverflow, err)
-	}
-	return id, nil
+// Room is how much of the maps of containers is taken.
+type Room struct {
+	// Containers have state, of at most Of.
+	Containers int `json:"containers"`
+	Of         int `json:"of"`
+	// Removed have none, since their cgroups were removed and the kernel has not released
+	// them yet, and Without since there was no room; of at most OfStateless.
+	Removed     int `json:"removed"`
+	Without     int `json:"without_room"`
+	OfStateless int `json:"of_stateless"`
 }
 
-// ResetOverflow forgets the overflow: all containers have room now.
-func (s *State) ResetOverflow() error {
-	if err := s.byName[bpf.EgressMapOverflow].Put(uint32(0), uint64(0)); err != nil {
-		return fmt.Errorf("write map %s: %w", bpf.EgressMapOverflow, err)
+// Short says whether there is not much room left, or too little.
+func (r Room) Short() bool {
+	return r.Without > 0 || r.Containers > r.Of/5*4 || r.Removed > r.OfStateless/5*4
+}
+
+// Room counts the containers that are known, in some milliseconds for 100,000.
+func (s *State) Room() (Room, error) {
+	stateless := s.byName[bpf.EgressMapStateless]
+	r := Room{Of: int(s.containers.MaxEntries()), OfStateless: int(stateless.MaxEntries())}
+	err := eachBatch(s.containers, func(_ []uint64, values []Container) { r.Containers += len(values) })
+	if err != nil {
+		return r, err
 	}
-	return nil
+	err = eachBatch(stateless, func(_ []uint64, reasons []bpf.EgressWithoutState) {
+		for _, why := range reasons {
+			if why == bpf.EgressWithoutStateHAS_NO_ROOM {
+				r.Without++
+			} else {
+				r.Removed++
+			}
+		}
+	})
+	return r, err
 }
 
 // Tunnels returns the UDP ports that are closed to containers, since the host unpacks
@@ -306,11 +361,17 @@ func (s *State) SetTunnels(ports map[uint16]bool) error {
 	return nil
 }
 
-// Forget removes what is kept about the container with a cgroup id; the totals
-// keep its counts.
+// Forget removes what is kept about the container with a cgroup id, which is none any more;
+// the totals keep its counts.
 func (s *State) Forget(id uint64) error {
-	if err := s.containers.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("write map %s: %w", bpf.EgressMapContainers, err)
+	return errors.Join(remove(s.containers, id), remove(s.byName[bpf.EgressMapStateless], id))
+}
+
+// Bury removes what is kept about a container whose cgroup was removed. What its sockets
+// still send is judged as a container's.
+func (s *State) Bury(id uint64) error {
+	if err := s.doWithout(id, bpf.EgressWithoutStateWAS_REMOVED); err != nil {
+		return err
 	}
-	return nil
+	return remove(s.containers, id)
 }

@@ -3,7 +3,6 @@ package verdict
 import (
 	"testing"
 
-	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/policy"
 	"github.com/egressbpf/egressbpf/internal/testenv"
 )
@@ -17,6 +16,7 @@ func TestRecognised(t *testing.T) {
 	container := testenv.Child(t, sub, "container")
 	nested := testenv.Child(t, container, "nested")
 	newer := testenv.Child(t, sub, "newer")
+	nestedNewer := testenv.Child(t, newer, "nested")
 
 	packets := map[string]packet{
 		"metadata":  {dst: metadata, payload: icmp()},
@@ -25,7 +25,7 @@ func TestRecognised(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		name, sender string
-		overflow     string // the first cgroup without room
+		stateless    string // a container without state
 		policed      bool
 		full         bool // the sender has no entry
 	}{
@@ -34,10 +34,11 @@ func TestRecognised(t *testing.T) {
 		{"slice around a container", sub, "", false, false},
 		{"container", container, "", true, false},
 		{"nested cgroup", nested, "", true, false},
-		{"older than the overflow", service, newer, false, false},
-		{"the overflow", newer, newer, true, true},
-		{"newer than the overflow", newer, container, true, true},
-		{"container beside the overflow", nested, newer, true, false},
+		{"service beside one without state", service, newer, false, false},
+		{"slice around one without state", sub, newer, false, false},
+		{"one without state", newer, newer, true, true},
+		{"nested in one without state", nestedNewer, newer, true, true},
+		{"container beside one without state", nested, newer, true, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			place := newPlaceAt(t, slice, container, tt.sender)
@@ -45,8 +46,8 @@ func TestRecognised(t *testing.T) {
 			if _, err := f.state.Enrol(f.container); err != nil {
 				t.Fatal(err)
 			}
-			if tt.overflow != "" {
-				if err := f.state.ByName()[bpf.EgressMapOverflow].Put(uint32(0), cgroupID(t, tt.overflow)); err != nil {
+			if tt.stateless != "" {
+				if err := f.state.Bury(cgroupID(t, tt.stateless)); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 # What compilers and verifiers see in another way: on the oldest.
 oldest='^(TestVerdict|TestOwner|TestRecognised|TestPermitted|TestContention|TestHostIngress.+)$'
 verdict='^(TestOwner|TestRecognised|TestPermitted|TestHostIngress.+)$'
-loader='^(TestAttach|TestSwap|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestKeptFamiliesRefuse|TestRecognise|TestRefusedSocketsOfRecognised|TestHostSideBefore64)$'
+loader='^(TestAttach|TestSwap|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestKeptFamiliesRefuse|TestRecognise|TestRemovedContainers|TestRefusedSocketsOfRecognised|TestHostSideBefore64)$'
 
 machines=("$@")
 if [ ${#machines[@]} = 0 ]; then
