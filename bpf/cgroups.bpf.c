@@ -77,7 +77,7 @@ static __always_inline bool named(const char *name, __u32 len, const volatile st
 static __always_inline bool is_container(struct cgroup *cgrp, const char *name, __u32 len, const char *path)
 {
 	__u32 level = BPF_CORE_READ(cgrp, level);
-	char begin[SCOPE_PREFIX];
+	char begin[SCOPE_PREFIX + 1];	/* with a NUL */
 
 	for (__u32 i = 0; i < MAX_SCOPES && i < n_scopes; i++)
 		if (scopes[i].kind != SCOPE_CHILD && named(name, len, &scopes[i]))

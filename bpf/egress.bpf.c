@@ -24,10 +24,10 @@ static __noinline void count_connect(struct container *c, enum reason reason)
 {
 	struct counters *sum = total();
 
-	if (c)
-		__sync_fetch_and_add(&c->counters.dropped[reason].connects, 1);
 	if (sum)
 		__sync_fetch_and_add(&sum->dropped[reason].connects, 1);
+	if (c)
+		__sync_fetch_and_add(&c->counters.dropped[reason].connects, 1);
 }
 
 static __always_inline __u64 above_packet(void *skb, __u32 level)
@@ -498,11 +498,11 @@ static __noinline int apply(const struct request *r)
 	if (!c)
 		return 0;
 	bpf_spin_lock(&c->lock);
-	c->flags = (c->flags & ~r->mask) | (r->flags & r->mask);
-	if (!r->keep_limit) {
+	if (!r->keep_limit && !(c->flags & r->unless)) {
 		c->limit = r->limit;
 		bucket_adopt(&c->bucket, &c->limit, now);
 	}
+	c->flags = (c->flags & ~r->mask) | (r->flags & r->mask);
 	bpf_spin_unlock(&c->lock);
 	return 1;
 }

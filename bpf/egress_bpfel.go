@@ -181,7 +181,7 @@ type EgressRequest struct {
 	Mask      EgressContainerFlag
 	Flags     EgressContainerFlag
 	KeepLimit uint32
-	Reserved  uint32
+	Unless    EgressContainerFlag
 	Limit     struct {
 		_         structs.HostLayout
 		Interval  uint64

@@ -51,13 +51,13 @@ static __always_inline void count_host_side(struct container *c, __u64 bytes)
 {
 	struct counters *sum = total();
 
-	if (c) {
-		__sync_fetch_and_add(&c->counters.host_side.packets, 1);
-		__sync_fetch_and_add(&c->counters.host_side.bytes, bytes);
-	}
 	if (sum) {
 		__sync_fetch_and_add(&sum->host_side.packets, 1);
 		__sync_fetch_and_add(&sum->host_side.bytes, bytes);
+	}
+	if (c) {
+		__sync_fetch_and_add(&c->counters.host_side.packets, 1);
+		__sync_fetch_and_add(&c->counters.host_side.bytes, bytes);
 	}
 }
 

@@ -32,19 +32,20 @@ static __always_inline struct counters *total(void)
 }
 
 /* The sum is shared with programs that interrupt this one, so it needs atomic
- * additions as well.
+ * additions as well. It comes first: whoever reads it last never finds less in it than in
+ * a container.
  */
 static __always_inline void count_drop(struct container *c, enum reason reason, __u64 bytes)
 {
 	struct counters *sum = total();
 
-	if (c) {
-		__sync_fetch_and_add(&c->counters.dropped[reason].packets, 1);
-		__sync_fetch_and_add(&c->counters.dropped[reason].bytes, bytes);
-	}
 	if (sum) {
 		__sync_fetch_and_add(&sum->dropped[reason].packets, 1);
 		__sync_fetch_and_add(&sum->dropped[reason].bytes, bytes);
+	}
+	if (c) {
+		__sync_fetch_and_add(&c->counters.dropped[reason].packets, 1);
+		__sync_fetch_and_add(&c->counters.dropped[reason].bytes, bytes);
 	}
 }
 
@@ -52,9 +53,9 @@ static __always_inline void count_allowed(struct container *c)
 {
 	struct counters *sum = total();
 
-	__sync_fetch_and_add(&c->counters.smtp_allowed, 1);
 	if (sum)
 		__sync_fetch_and_add(&sum->smtp_allowed, 1);
+	__sync_fetch_and_add(&c->counters.smtp_allowed, 1);
 }
 
 #endif

@@ -198,14 +198,15 @@ struct past {
 };
 
 /* Input of the program configure, behind an Ethernet header: the flags in mask become
- * flags, and unless keep_limit is set the limit becomes limit.
+ * flags, and the limit becomes limit, unless keep_limit is set or the container has one of
+ * the flags in unless.
  */
 struct request {
 	__u64 id;
 	enum container_flag mask;
 	enum container_flag flags;
 	__u32 keep_limit;
-	__u32 reserved;
+	enum container_flag unless;
 	struct limit limit;
 };
 

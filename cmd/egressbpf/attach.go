@@ -80,7 +80,16 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 		return err
 	}
 	names.addToStatus(ctx, filter, status)
+	if err := filter.CheckMount(); err != nil && !inTest {
+		fmt.Fprintf(stderr, "warning: %v: the filter is gone with this mount namespace, and the host's status does not show it\n", err)
+	}
 	warn(stderr, status, blockedResolvers(config.Policy))
+	switch {
+	case filter.Served():
+		fmt.Fprintln(stderr, "warning: egressbpf run is at work, and puts its own configuration in force again: change that")
+	case len(config.Containers) > 0:
+		fmt.Fprintf(stderr, "warning: %d rules for single containers are not applied: egressbpf run does that\n", len(config.Containers))
+	}
 	if err := warnHolders(stderr, filter, status); err != nil {
 		return err
 	}
@@ -181,6 +190,14 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 			fmt.Fprintf(w, "warning: defence %s is not as the policy says: %s\n", d.Name, d.Reason)
 		}
 	}
+	if s.Policy != nil {
+		for allow, service := range s.Policy.Opens() {
+			fmt.Fprintf(w, "warning: --allow %s opens the metadata service %s to all containers\n", allow, service)
+		}
+	}
+	if !loader.InHostsNetwork() {
+		fmt.Fprintln(w, "warning: this is not the host's network namespace: host_side judges what this one forwards")
+	}
 	if s.Policy != nil && len(s.Policy.Blocked()) == 0 {
 		fmt.Fprintln(w, "warning: nothing is blocked")
 	}
@@ -188,11 +205,19 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 		fmt.Fprintln(w, "warning: mode is audit: everything is counted and nothing is dropped")
 	}
 	if n := len(s.Uncovered); n > 0 {
-		fmt.Fprintf(w, "warning: %d running containers are not policed, such as %s in %s: attach without --cgroup, or name their cgroups with --scopes\n", n, title(s.Uncovered[0].Name, s.Uncovered[0].ID), printable(s.Uncovered[0].Cgroup))
+		fmt.Fprintf(w, "warning: %d running containers are not policed, such as %s in %s: %s\n", n, title(s.Uncovered[0].Name, s.Uncovered[0].ID), printable(s.Uncovered[0].Cgroup), uncoveredRemedy(s))
 	}
 	for _, addr := range resolvers {
 		fmt.Fprintf(w, "warning: containers cannot reach the DNS server %s of this host, which is blocked: use --allow-dns\n", addr)
 	}
+}
+
+// uncoveredRemedy says how to cover containers that are not.
+func uncoveredRemedy(s *loader.Status) string {
+	if s.Recognises {
+		return "name their cgroups with --scopes"
+	}
+	return "attach --cgroup to the cgroup that all are in, which may be the root of the hierarchy, or name their own with --cgroup"
 }
 
 // warnHolders tells of containers that have sockets which they could not make now. If

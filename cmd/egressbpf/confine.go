@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"syscall"
 	"unsafe"
 
@@ -16,6 +17,40 @@ import (
 // 5.11, and to see which network namespace a process is in.
 const needed = 1<<unix.CAP_BPF | 1<<unix.CAP_PERFMON | 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_SYS_ADMIN |
 	1<<unix.CAP_DAC_READ_SEARCH | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_SYS_RESOURCE | 1<<unix.CAP_SYS_PTRACE
+
+// required are those without which no command can say what is in force.
+var required = []struct {
+	bit  int
+	name string
+}{
+	{unix.CAP_BPF, "CAP_BPF"}, {unix.CAP_PERFMON, "CAP_PERFMON"}, {unix.CAP_NET_ADMIN, "CAP_NET_ADMIN"},
+	{unix.CAP_SYS_ADMIN, "CAP_SYS_ADMIN"}, {unix.CAP_DAC_READ_SEARCH, "CAP_DAC_READ_SEARCH"},
+}
+
+// errCapabilities means that this process lacks some of those.
+var errCapabilities = errors.New("not permitted to this process")
+
+// checkCapabilities names the capabilities that are missing, before anything is touched.
+func checkCapabilities() error {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var caps [2]unix.CapUserData
+	if err := unix.Capget(&header, &caps[0]); err != nil {
+		return fmt.Errorf("read capabilities: %w", err)
+	}
+	var missing []string
+	for _, c := range required {
+		if caps[c.bit/32].Effective&(1<<(c.bit%32)) == 0 {
+			missing = append(missing, c.name)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("%w: it lacks %s", errCapabilities, strings.Join(missing, ", "))
+	}
+	return nil
+}
+
+// errKept means that this process keeps capabilities that it does not need.
+var errKept = errors.New("built with cgo, so that what it may do beyond its work is not given up: build with CGO_ENABLED=0")
 
 // confine gives up all other capabilities, for good and in every thread, before
 // anything is read that somebody else has written. iptables-legacy-save, which import
@@ -44,7 +79,10 @@ func confine(args []string) error {
 		// In a build with cgo there may be threads that Go does not know of, and
 		// this does nothing.
 		_, _, errno := syscall.AllThreadsSyscall6(call[0], call[1], call[2], call[3], 0, 0, 0)
-		if errno != 0 && !errors.Is(errno, unix.ENOTSUP) {
+		if errors.Is(errno, unix.ENOTSUP) {
+			return errKept
+		}
+		if errno != 0 {
 			return fmt.Errorf("drop capabilities: %w", errno)
 		}
 	}

@@ -4,17 +4,33 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/preflight"
 )
 
+// inTest is for tests, which have a bpf filesystem of their own and may be built with cgo.
+var inTest bool
+
 func main() {
-	if err := confine(os.Args[1:]); err != nil {
+	// A panic would end with the code for wrong usage, in any goroutine: SIGABRT instead, and
+	// 1 where it can be caught.
+	debug.SetTraceback("crash")
+	defer func() {
+		if cause := recover(); cause != nil {
+			fmt.Fprintf(os.Stderr, "egressbpf: panic: %v\n%s", cause, debug.Stack())
+			os.Exit(exitFailed)
+		}
+	}()
+	if err := confine(os.Args[1:]); errors.Is(err, errKept) && !inTest {
+		fmt.Fprintf(os.Stderr, "warning: %v\n", err)
+	} else if err != nil && !errors.Is(err, errKept) {
 		fmt.Fprintf(os.Stderr, "egressbpf: %v\n", err)
 		os.Exit(exitFailed)
 	}

@@ -51,6 +51,7 @@ var commands = map[string]func(){
 // at the usual place, so that the default pin path is theirs.
 func TestMain(m *testing.M) {
 	const marker = "EGRESSBPF_TEST_MOUNTS"
+	inTest = true
 	if commands[filepath.Base(os.Args[0])] == nil {
 		if os.Getenv(marker) == "" {
 			os.Exit(runAgain(marker))

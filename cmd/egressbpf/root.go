@@ -44,6 +44,12 @@ type globals struct {
 
 // filter returns the filter that the flags point at.
 func (g *globals) filter() (*loader.Filter, cgroup.Root, error) {
+	if err := checkCapabilities(); err != nil {
+		return nil, "", err
+	}
+	if err := cgroup.CheckNamespace(); err != nil {
+		return nil, "", err
+	}
 	root := cgroup.Root(g.cgroupRoot)
 	if root == "" {
 		var err error
@@ -80,6 +86,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitDone
 	case errors.Is(err, errNotInForce):
 		return exitNotInForce
+	case cannotBe(err):
+		report(stderr, err, g.debug)
+		return exitNotInForce
 	case errors.As(err, &usage) || errors.Is(err, cgroup.ErrNotBelowRoot) ||
 		errors.Is(err, loader.ErrNested) || errors.Is(err, loader.ErrPinPath) || errors.Is(err, loader.ErrWholeHost):
 		report(stderr, err, g.debug)
@@ -87,6 +96,18 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	report(stderr, err, g.debug)
 	return exitFailed
+}
+
+// cannotBe says whether the filter cannot be in force on this host, whoever tries and
+// however often.
+func cannotBe(err error) bool {
+	rejected := (*ebpf.VerifierError)(nil)
+	for _, cause := range []error{cgroup.ErrNoCgroup2, cgroup.ErrNotInitialNamespace, loader.ErrCannotRecognise, loader.ErrPrivateMount, ebpf.ErrNotSupported} {
+		if errors.Is(err, cause) {
+			return true
+		}
+	}
+	return errors.As(err, &rejected)
 }
 
 func newRoot(g *globals) *cobra.Command {
@@ -98,8 +119,8 @@ out the machine's credentials, and limits the mail connections of each. It decid
 in the kernel, with eBPF programs on the containers' parent cgroup, and needs no
 process to stay in force.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 (status, check) not fully in force, or
-cannot be.`,
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not fully in force (status), or cannot be
+on this host (check, attach, run).`,
 		Args:          usageArgs(cobra.NoArgs),
 		RunE:          help,
 		SilenceErrors: true,
@@ -160,7 +181,12 @@ func report(w io.Writer, err error, debug bool) {
 	}
 }
 
+const needsRoot = "this needs root (or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"
+
 func remedyFor(err error) string {
+	if errors.Is(err, loader.ErrCannotRecognise) {
+		return "let Docker put its containers into a cgroup of their own, and name that with --cgroup: /sys/fs/cgroup/docker with its cgroupfs driver, or with its systemd driver a slice (\"cgroup-parent\": \"docker.slice\" in /etc/docker/daemon.json) and --scopes any"
+	}
 	// Before the permission that it looks like.
 	if rejected := (*ebpf.VerifierError)(nil); errors.As(err, &rejected) {
 		return "this kernel's verifier rejects the program: please report it, with the output of --debug"
@@ -173,14 +199,15 @@ func remedyFor(err error) string {
 		{cgroup.ErrNotBelowRoot, "name a directory of the cgroup2 mount, such as its docker directory"},
 		{cgroup.ErrNotInitialNamespace, "run it on the host, outside of any container, or with `nsenter --target 1 --cgroup`"},
 		{loader.ErrWholeHost, "name the cgroup whose children are containers, or tell with --scopes what containers' cgroups are called"},
-		{loader.ErrCannotRecognise, "let Docker put its containers into a cgroup of their own, and name that with --cgroup: /sys/fs/cgroup/docker with its cgroupfs driver, or with its systemd driver a slice (\"cgroup-parent\": \"docker.slice\" in /etc/docker/daemon.json) and --scopes any"},
+		{loader.ErrPrivateMount, "run it on the host; in a container, with --pid=host and the host's /sys/fs/bpf mounted (-v /sys/fs/bpf:/sys/fs/bpf)"},
 		{loader.ErrExcluded, "it was attached to that cgroup, or to one above it, without BPF_F_ALLOW_MULTI: see `bpftool cgroup tree`, and detach it, or have its owner attach it with that flag"},
-		{loader.ErrNested, "name only the outer one, or detach the other first"},
+		{loader.ErrNested, "name only the outer one, which takes over from those inside of it"},
 		{loader.ErrPinPath, "use a directory in a bpf filesystem as --pin-path (`mount -t bpf bpf DIR`, then DIR/egressbpf), or leave --pin-path out"},
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},
 		{loader.ErrBusy, "try again; if it persists, see who holds the directory with `fuser -v`"},
-		{loader.ErrOtherVersion, "run `egressbpf detach` of that version, or remove the pins with `rm -r`, then attach again; counters and buckets start anew"},
-		{fs.ErrPermission, "this needs root (or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"},
+		{loader.ErrOtherVersion, "run `egressbpf detach`, then attach again; counters and buckets start anew"},
+		{errCapabilities, needsRoot},
+		{fs.ErrPermission, needsRoot},
 	} {
 		if errors.Is(err, r.err) {
 			return r.remedy

@@ -38,7 +38,7 @@ Exits with 3 unless packets are dropped for every running Docker container.`,
 		if err != nil {
 			return err
 		}
-		if err := filter.AddRoom(status); err != nil {
+		if err := filter.AddState(status); err != nil {
 			return err
 		}
 		names.addToStatus(cmd.Context(), filter, status)
@@ -97,6 +97,13 @@ func printStatus(w io.Writer, s *loader.Status) error {
 	if s.Room != nil && s.Room.Short() {
 		row("")
 		row("room\t%s", roomText(*s.Room))
+	}
+	for i, c := range s.MetadataAllowed {
+		if i == 0 {
+			row("")
+			row("METADATA ALLOWED\tCGROUP")
+		}
+		row("%s\t%s", title(c.Name, c.ID), printable(c.Cgroup))
 	}
 	for i, u := range s.Uncovered {
 		if i == 0 {

@@ -94,6 +94,24 @@ func netV1(mountinfo string) bool {
 	return false
 }
 
+// Delegates says whether this mount of the hierarchy holds processes in the part of it that
+// is their cgroup namespace's (the option nsdelegate).
+func (r Root) Delegates() (bool, error) {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	return delegates(string(mounts), string(r)), err
+}
+
+func delegates(mountinfo, point string) bool {
+	for line := range strings.Lines(mountinfo) {
+		mount, super, _ := strings.Cut(line, " - ")
+		fields, tail := strings.Fields(mount), strings.Fields(super)
+		if len(fields) >= 5 && len(tail) >= 3 && tail[0] == "cgroup2" && unescape(fields[4]) == point {
+			return slices.Contains(strings.Split(tail[2], ","), "nsdelegate")
+		}
+	}
+	return false
+}
+
 // unescape undoes the octal escapes of mountinfo.
 func unescape(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
@@ -147,7 +165,12 @@ func (r Root) Rel(path string) (string, error) {
 		return "/", nil
 	}
 	if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
-		return "", fmt.Errorf("%s: %w (%s)", path, ErrNotBelowRoot, r)
+		err := fmt.Errorf("%s: %w (%s)", path, ErrNotBelowRoot, r)
+		// On the hybrid layout, the usual path is another hierarchy's.
+		if name, ok := strings.CutPrefix(abs, filepath.Dir(root)+"/"); ok {
+			err = fmt.Errorf("%w; %s is in it", err, filepath.Join(root, name))
+		}
+		return "", err
 	}
 	if info, err := os.Stat(abs); err == nil && !info.IsDir() {
 		return "", fmt.Errorf("%s: %w (%s)", path, ErrNotBelowRoot, r)

@@ -3,7 +3,9 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -61,6 +63,13 @@ type Daemon struct {
 	// optional are what the last attach could put in force and need not have: it depends
 	// on the kernel.
 	optional []string
+	// fingerprint is that of the filter when last looked at: it changes with whatever
+	// others do to it.
+	fingerprint string
+	// served tells others that this process is here.
+	served *os.File
+	// short is whether there was little room for containers, when last looked.
+	short bool
 	// uncovered are the ids of the containers that were not, when last looked.
 	uncovered []string
 }
@@ -80,6 +89,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err := d.attach(ctx, config); err != nil {
 		return err
 	}
+	defer func() {
+		if d.served != nil {
+			d.served.Close()
+		}
+	}()
 	d.subjects = map[string]policy.Subject{}
 	d.apply()
 	d.Notify("READY=1\n" + d.statusText(ctx))
@@ -122,6 +136,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 			if file.changed() {
 				d.reload(ctx)
 			}
+			if d.Filter.Fingerprint() != d.fingerprint {
+				d.check(ctx)
+			}
 		case <-check.C:
 			d.check(ctx)
 		case <-watchdog:
@@ -143,8 +160,12 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 	}
 	// What was given by rules that hold no more is taken back, also from containers of
 	// which Docker cannot tell now.
-	d.revoke = before.Policy != nil && !reflect.DeepEqual(before.Policy.Containers, config.Containers)
+	d.revoke = d.revoke || before.Policy != nil && !reflect.DeepEqual(before.Policy.Containers, config.Containers)
 	d.config = config
+	if err := d.serve(); err != nil {
+		d.Log.Warn("other commands cannot tell that the service runs", "err", err)
+	}
+	d.fingerprint = d.Filter.Fingerprint()
 	s, err := d.Filter.Status()
 	if err != nil {
 		return err
@@ -156,6 +177,20 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 			d.Log.Warn("no defence "+defence.Name, "reason", defence.Reason)
 		}
 	}
+	return nil
+}
+
+// serve tells others that this process keeps the filter as it is. What it tells them with
+// is gone after a detach.
+func (d *Daemon) serve() error {
+	served, err := d.Filter.Serve()
+	if err != nil {
+		return err
+	}
+	if d.served != nil {
+		d.served.Close()
+	}
+	d.served = served
 	return nil
 }
 
@@ -269,11 +304,19 @@ func (d *Daemon) check(ctx context.Context) {
 		d.resync(ctx)
 	}
 	d.closeTunnels()
+	if err := d.Filter.ForgetDevices(); err != nil {
+		d.Log.Error("devices that are gone are not forgotten", "err", err)
+	}
+	d.fingerprint = d.Filter.Fingerprint()
 	s, err := d.Filter.Status()
+	if err == nil {
+		err = d.Filter.AddState(s)
+	}
 	if err != nil {
 		d.Log.Error("status not known", "err", err)
 		return
 	}
+	d.room(s)
 	if missing := d.missing(s); len(missing) > 0 {
 		d.Log.Warn("attaching again", "missing", missing)
 		if err := d.attach(ctx, d.config); err != nil {
@@ -301,10 +344,37 @@ func (d *Daemon) missing(s *loader.Status) (names []string) {
 	for _, device := range s.Unjudged {
 		names = append(names, "host_side of "+device)
 	}
+	for _, name := range s.Unpinned {
+		names = append(names, "pin of "+name)
+	}
 	if len(s.Cgroups) == 0 {
 		names = append(names, "all")
+	} else if !samePolicy(s.Policy, d.config.Policy) {
+		names = append(names, "the policy, since somebody has attached another one")
+	}
+	if s.Room != nil && s.Room.Without > 0 && s.Room.Containers < s.Room.Of {
+		names = append(names, "buckets of containers, for which there is room now")
 	}
 	return names
+}
+
+// samePolicy says whether a policy that was read back is another one's.
+func samePolicy(inForce *policy.Policy, p policy.Policy) bool {
+	if inForce == nil {
+		return false
+	}
+	a, errA := json.Marshal(inForce)
+	b, errB := json.Marshal(p)
+	return errA == nil && errB == nil && bytes.Equal(a, b)
+}
+
+// room tells when there is little room for containers, and when there is enough again.
+func (d *Daemon) room(s *loader.Status) {
+	short := s.Room != nil && s.Room.Short()
+	if short && !d.short {
+		d.Log.Warn("there is little room for containers: see egressbpf status", "containers", s.Room.Containers, "of", s.Room.Of, "removed", s.Room.Removed, "without", s.Room.Without)
+	}
+	d.short = short
 }
 
 // statusText is the line that systemctl status shows.

@@ -117,9 +117,16 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 		return err
 	}
 	// Closed after the way back, which goes through their links.
+	named := slices.Clone(wanted)
+	var inner []*policed
 	for _, o := range old {
 		back.held = append(back.held, o)
 		if o.rel == "" {
+			continue
+		}
+		// What is named takes over from what it encloses, once it is in force.
+		if slices.ContainsFunc(named, func(rel string) bool { return rel != o.rel && cgroup.Within(o.rel, rel) }) {
+			inner = append(inner, o)
 			continue
 		}
 		// A cgroup that is gone is policed again if somebody made it anew.
@@ -189,6 +196,9 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	if err := f.attachHost(shared, state, targets, &back); err != nil {
 		return err
 	}
+	if err := forgetDevices(state); err != nil {
+		return err
+	}
 	if err := f.followCgroups(targets, p, state, &back); err != nil {
 		return err
 	}
@@ -200,8 +210,13 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 			return err
 		}
 	}
+	for _, o := range inner {
+		if err := f.removePoliced(o); err != nil {
+			return err
+		}
+	}
 	for _, o := range old {
-		if o.gone {
+		if o.gone && !slices.Contains(inner, o) {
 			// Nothing can be in force there.
 			if err := f.removePoliced(o); err != nil {
 				return err

@@ -10,6 +10,8 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf/link"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
 )
 
 // Detach takes the filter off the cgroups, given by path, or off all of them if
@@ -54,10 +56,42 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
 			return err
 		}
 	}
-	if left > 0 {
+	if left == 0 {
+		return f.removeState()
+	}
+	return f.forgetBelow(unwanted)
+}
+
+// forgetBelow removes what is kept about containers below cgroups that are not policed any
+// more.
+func (f *Filter) forgetBelow(rels []string) error {
+	state, err := f.State()
+	if errors.Is(err, ErrOtherVersion) {
 		return nil
 	}
-	return f.removeState()
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	known, err := state.Containers()
+	if err != nil {
+		return err
+	}
+	for id := range known {
+		rel, err := f.root.Find(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(rels, func(of string) bool { return cgroup.Within(rel, of) }) {
+			if err := state.Forget(id); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // removePoliced takes the filter off one cgroup.

@@ -116,7 +116,7 @@ func (r *refuser) loadFor(state *maps.State, constants map[string]any) (*ebpf.Pr
 	if err := set(spec, constants); err != nil {
 		return nil, err
 	}
-	return r.load(spec, state.ByName())
+	return r.load(spec, state.Use(spec))
 }
 
 // ownCgroup opens the cgroup of this process.

@@ -120,7 +120,7 @@ func (f *Filter) State() (*maps.State, error) {
 // openState opens the maps of the state. It pins those that are not pinned, and of these
 // makes those that no program uses, if it is told where to note the way back.
 func (f *Filter) openState(back *undo) (_ *maps.State, err error) {
-	spec, err := bpf.LoadEgress()
+	specs, err := maps.StateSpec()
 	if err != nil {
 		return nil, err
 	}
@@ -148,7 +148,7 @@ func (f *Filter) openState(back *undo) (_ *maps.State, err error) {
 		}
 		if m != nil {
 			opened[name] = m
-			err := spec.Maps[name].Compatible(m)
+			err := maps.Compatible(specs[name], m)
 			if err == nil && (pinned || back == nil) {
 				continue
 			}
@@ -170,7 +170,7 @@ func (f *Filter) openState(back *undo) (_ *maps.State, err error) {
 			}
 		}
 		if m == nil {
-			if m, err = ebpf.NewMap(spec.Maps[name]); err != nil {
+			if m, err = ebpf.NewMap(specs[name]); err != nil {
 				return nil, fmt.Errorf("create map %s: %w", name, err)
 			}
 			opened[name] = m
@@ -537,6 +537,9 @@ func (f *Filter) mount() error {
 	}
 	if existing != usualMount || existing == f.pins {
 		return fmt.Errorf("%s: %w", f.pins, ErrPinPath)
+	}
+	if !inHostsMounts() {
+		return fmt.Errorf("%s: %w", usualMount, ErrPrivateMount)
 	}
 	if err := f.step("mount"); err != nil {
 		return err

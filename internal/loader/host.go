@@ -114,7 +114,7 @@ func (l *loaded) hostSide(state *statemaps.State, targets []*target, devices []p
 	if err := spec.LoadAndAssign(progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		return nil, fmt.Errorf("load programs of the host side: %w", err)
 	}
-	err = bindDocument(progs.Forward, document{Version: Version(), Policy: l.policy, Devices: devices})
+	err = bindDocument(progs.Forward, document{Version: Version(), Policy: l.policy, Devices: devices, Network: netNamespace("self")})
 	if err != nil {
 		progs.Close()
 		return nil, err
@@ -174,7 +174,7 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 		return nil
 	}
 	progs, err := f.loadHost(shared, state, targets, devices)
-	if errors.Is(err, ebpf.ErrNotSupported) {
+	if errors.Is(err, ebpf.ErrNotSupported) || err != nil && LockedDown() {
 		return f.attachIngress(shared, state, targets, devices, back)
 	}
 	if err != nil {
@@ -352,6 +352,10 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 		return d
 	}
 	d = f.olderHost(d, doc, s, all, programs)
+	if n := doc.Network; n != 0 && n != netNamespace("self") && n != hostsNetwork() {
+		d.Active, d.Reason = false, "it judges what another network namespace than the host's forwards: attach from the host's"
+		return d
+	}
 	var targets []*target
 	for _, p := range all {
 		if !p.gone && p.rel != "" {

@@ -26,6 +26,8 @@ type document struct {
 	Policy  policy.Policy `json:"policy"`
 	// Devices are those whose packets the host side judges, beside Docker's.
 	Devices []policy.Device `json:"devices,omitempty"`
+	// Network is the number of the network namespace whose packets it judges.
+	Network uint64 `json:"network,omitempty"`
 }
 
 // documentMap is the name of the map that holds a document.
@@ -275,7 +277,7 @@ func (l *loaded) share(spec *ebpf.CollectionSpec, state *maps.State) (map[string
 	if err != nil {
 		return nil, err
 	}
-	shared := state.ByName()
+	shared := state.Use(spec)
 	for name, m := range l.maps {
 		spec.Maps[name].MaxEntries = m.MaxEntries()
 		shared[name] = m

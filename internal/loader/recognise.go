@@ -42,7 +42,7 @@ func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebp
 	var loaded struct {
 		Program *ebpf.Program `ebpf:"program"`
 	}
-	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: state.ByName()}); err != nil {
+	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: state.Use(spec)}); err != nil {
 		return nil, fmt.Errorf("load program %s: %w", name, err)
 	}
 	return loaded.Program, nil
@@ -103,6 +103,9 @@ func (f *Filter) attachRecognise(targets []*target, p policy.Policy, state *maps
 	}
 	// First the program, for what is made from now on; then what exists.
 	err = f.attachCgroups(bpf.CgroupsProgRecognise, cgroupsConstants(places, p), state, back)
+	if err != nil && LockedDown() {
+		err = ErrLockedDown // and not what the verifier says of it
+	}
 	if err != nil {
 		return fmt.Errorf("%s: %w: %w", f.root.Path(targets[0].rel), ErrCannotRecognise, err)
 	}

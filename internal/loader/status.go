@@ -1,12 +1,15 @@
 package loader
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -47,9 +50,14 @@ type Status struct {
 	Unknown   []string    `json:"unknown_pins,omitempty"`
 	Defences  []Defence   `json:"defences"`
 	Uncovered []Uncovered `json:"uncovered"`
-	// Room is how much of it is taken; nil if nobody asked (AddRoom), or nothing is
-	// attached.
+	// MetadataAllowed are containers that a rule lets reach what the presets block.
+	MetadataAllowed []Uncovered `json:"metadata_allowed,omitempty"`
+	// Room is how much of it is taken. It and MetadataAllowed are empty if nobody asked
+	// (AddState), or nothing is attached.
 	Room *maps.Room `json:"room,omitempty"`
+	// Unpinned are the maps of the state whose pins somebody has removed: another attach
+	// pins them again.
+	Unpinned []string `json:"-"`
 }
 
 // Hook is a place in the kernel where a program of the filter should run.
@@ -102,8 +110,9 @@ func (s *Status) InForce() bool {
 	return s.Enforcing && len(s.Uncovered) == 0 && (s.Room == nil || s.Room.Without == 0)
 }
 
-// AddRoom adds how much room there is left for containers to what a status tells.
-func (f *Filter) AddRoom(s *Status) error {
+// AddState adds what is kept about containers to what a status tells: how much room there
+// is left, and who may reach the metadata service.
+func (f *Filter) AddState(s *Status) error {
 	state, err := f.State()
 	if errors.Is(err, ErrNotAttached) {
 		return nil
@@ -113,8 +122,29 @@ func (f *Filter) AddRoom(s *Status) error {
 	}
 	defer state.Close()
 	room, err := state.Room()
+	if err != nil {
+		return err
+	}
 	s.Room = &room
-	return err
+	known, err := state.Containers()
+	if err != nil {
+		return err
+	}
+	for id, c := range known {
+		if c.Flags&maps.MayReachMetadata == 0 {
+			continue
+		}
+		rel, err := f.root.Find(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		s.MetadataAllowed = append(s.MetadataAllowed, Uncovered{ID: cmp.Or(cgroup.ContainerID(rel), path.Base(rel)), Cgroup: rel})
+	}
+	slices.SortFunc(s.MetadataAllowed, func(a, b Uncovered) int { return strings.Compare(a.Cgroup, b.Cgroup) })
+	return nil
 }
 
 // Status reads back what is in force. The error can wrap ErrOtherVersion. That
@@ -140,6 +170,11 @@ func (f *Filter) Status() (*Status, error) {
 	}
 	s.Enforcing = s.Enforcing && len(s.Cgroups) > 0
 	if len(s.Cgroups) > 0 {
+		for _, name := range maps.StateNames() {
+			if _, err := os.Lstat(filepath.Join(f.pins, name)); errors.Is(err, fs.ErrNotExist) {
+				s.Unpinned = append(s.Unpinned, name)
+			}
+		}
 		for _, name := range cgroupsHooks {
 			s.Hooks = append(s.Hooks, f.cgroupsHook(name))
 		}
@@ -157,8 +192,19 @@ func (f *Filter) Status() (*Status, error) {
 	} else if gap != "" {
 		s.Defences = append(s.Defences, Defence{Name: "socket_identity", Reason: gap})
 	}
+	if delegates, err := f.root.Delegates(); err != nil {
+		return nil, err
+	} else if !delegates {
+		s.Defences = append(s.Defences, Defence{Name: cgroupBoundary, Reason: NoDelegation})
+	}
 	return s, s.findUncovered(f, all)
 }
+
+// cgroupBoundary is what keeps containers in their cgroups.
+const cgroupBoundary = "cgroup_boundary"
+
+// NoDelegation says what follows from a cgroup2 mount without nsdelegate.
+const NoDelegation = "cgroup2 is mounted without nsdelegate, as it is once a container had the host's cgroup namespace: a container that can write to the cgroup tree can move its processes to where they are not judged; mount -o remount,nsdelegate, and give containers neither --cgroupns=host nor that tree to write"
 
 func (s *Status) add(f *Filter, p *policed) {
 	if p.rel == "" {

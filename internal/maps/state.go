@@ -53,9 +53,54 @@ func NewState(byName map[string]*ebpf.Map) *State {
 	return &State{byName[bpf.EgressMapContainers], byName[bpf.EgressMapTotals], byName}
 }
 
+// perCPU is how many free entries of an LRU map the kernel sets aside for each CPU, out of
+// the reach of all others, before 6.16 (LOCAL_FREE_TARGET in kernel/bpf/bpf_lru_list.c).
+const perCPU = 128
+
+// StateSpec returns how the State's maps are made on this machine: an LRU map has to be
+// larger where there are many CPUs.
+func StateSpec() (map[string]*ebpf.MapSpec, error) {
+	spec, err := bpf.LoadEgress()
+	if err != nil {
+		return nil, err
+	}
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, err
+	}
+	specs := map[string]*ebpf.MapSpec{}
+	for _, name := range StateNames() {
+		specs[name] = spec.Maps[name]
+		if specs[name].Type == ebpf.LRUHash {
+			specs[name].MaxEntries = max(specs[name].MaxEntries, uint32(2*perCPU*cpus))
+		}
+	}
+	return specs, nil
+}
+
+// Compatible returns an error unless the programs can have a map in the place of the one of
+// StateSpec. An LRU map may have another size.
+func Compatible(spec *ebpf.MapSpec, m *ebpf.Map) error {
+	spec = spec.Copy()
+	if spec.Type == ebpf.LRUHash {
+		spec.MaxEntries = m.MaxEntries()
+	}
+	return spec.Compatible(m)
+}
+
+// Use returns the maps, for the programs of spec to find in the place of their own.
+func (s *State) Use(spec *ebpf.CollectionSpec) map[string]*ebpf.Map {
+	for name, m := range s.byName {
+		if own := spec.Maps[name]; own != nil {
+			own.MaxEntries = m.MaxEntries()
+		}
+	}
+	return s.ByName()
+}
+
 // CreateState makes the maps, empty and pinned nowhere.
 func CreateState() (*State, error) {
-	spec, err := bpf.LoadEgress()
+	specs, err := StateSpec()
 	if err != nil {
 		return nil, err
 	}
@@ -65,7 +110,7 @@ func CreateState() (*State, error) {
 	}
 	made := map[string]*ebpf.Map{}
 	for _, name := range StateNames() {
-		m, err := ebpf.NewMap(spec.Maps[name])
+		m, err := ebpf.NewMap(specs[name])
 		if err != nil {
 			for _, m := range made {
 				m.Close()
@@ -154,6 +199,8 @@ type Change struct {
 	Limit *policy.Limit
 	// The flags in Mask become those in Flags.
 	Mask, Flags Flag
+	// A container with one of these flags keeps its limit, whatever Limit is.
+	Unless Flag
 }
 
 // Flag is what holds for one container alone.
@@ -175,7 +222,7 @@ func (s *State) Configure(id uint64, c Change) error {
 		return err
 	}
 	defer prog.Close()
-	r := bpf.EgressRequest{Id: id, Mask: c.Mask, Flags: c.Flags, KeepLimit: 1}
+	r := bpf.EgressRequest{Id: id, Mask: c.Mask, Flags: c.Flags, KeepLimit: 1, Unless: c.Unless}
 	if c.Limit != nil {
 		r.KeepLimit, r.Limit = 0, LimitOf(*c.Limit)
 	}
@@ -220,7 +267,7 @@ func LoadProgram(name string, s *State) (*ebpf.Program, error) {
 	var loaded struct {
 		Program *ebpf.Program `ebpf:"program"`
 	}
-	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: s.ByName()}); err != nil {
+	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: s.Use(spec)}); err != nil {
 		return nil, fmt.Errorf("load program %s: %w", name, err)
 	}
 	return loaded.Program, nil
@@ -314,6 +361,30 @@ func (s *State) Room() (Room, error) {
 		}
 	})
 	return r, err
+}
+
+// Devices returns the indexes of the network devices that have a bucket.
+func (s *State) Devices() (indexes []uint32, err error) {
+	var (
+		index uint32
+		d     bpf.EgressDevice
+	)
+	all := s.byName[bpf.EgressMapDevices].Iterate()
+	for all.Next(&index, &d) {
+		indexes = append(indexes, index)
+	}
+	if err := all.Err(); err != nil {
+		return nil, fmt.Errorf("read map %s: %w", bpf.EgressMapDevices, err)
+	}
+	return indexes, nil
+}
+
+// ForgetDevice removes the bucket of a network device.
+func (s *State) ForgetDevice(index uint32) error {
+	if err := s.byName[bpf.EgressMapDevices].Delete(index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("write map %s: %w", bpf.EgressMapDevices, err)
+	}
+	return nil
 }
 
 // Tunnels returns the UDP ports that are closed to containers, since the host unpacks

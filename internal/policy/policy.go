@@ -250,6 +250,25 @@ func (p Policy) Allowed() []Rule {
 	return unique(rules)
 }
 
+// Opens returns the exceptions that open all ports of a metadata service of the presets, or
+// more than its own address for more than DNS, each with a destination that it opens.
+func (p Policy) Opens() map[Rule]Rule {
+	opened := map[Rule]Rule{}
+	for _, allow := range p.Allow {
+		for _, service := range p.Metadata() {
+			if !allow.Prefix.Overlaps(service.Prefix) {
+				continue
+			}
+			const domain = 53
+			if wide := allow.Prefix.Bits() < service.Prefix.Bits(); allow.Port == 0 || wide && allow.Port != domain {
+				opened[allow] = service
+				break
+			}
+		}
+	}
+	return opened
+}
+
 // Blocks reports whether the policy is against a packet to dst: on the block
 // list and not on the allow list. A v4-mapped address is judged as its IPv4
 // address, one that embeds an IPv4 address as both, and a zone does not matter.

@@ -127,6 +127,22 @@ func (h Host) cgroups(r *Report) {
 	default:
 		r.add("cgroup2", OK, "%s", h.Root)
 	}
+	if delegates, err := h.Root.Delegates(); err != nil {
+		r.add("cgroup_boundary", Warn, "%v", err)
+	} else if !delegates {
+		r.add("cgroup_boundary", Warn, "%s", loader.NoDelegation)
+	}
+}
+
+// needsNames says whether containers are to be told by the names of their cgroups.
+func (h Host) needsNames() bool {
+	if len(h.Config.Cgroups) == 0 {
+		return h.Config.Recognises("/")
+	}
+	return slices.ContainsFunc(h.Config.Cgroups, func(path string) bool {
+		rel, err := h.Root.Rel(path)
+		return err == nil && h.Config.Recognises(rel)
+	})
 }
 
 func (h Host) programs(r *Report, state *maps.State) {
@@ -139,7 +155,14 @@ func (h Host) programs(r *Report, state *maps.State) {
 	r.add("programs", OK, "the kernel accepts them with this policy")
 
 	if err := loader.ProbeRecognise(state); err != nil {
-		r.add("recognise", Warn, "containers cannot be told from services beside them: let Docker put them into a cgroup of their own and name that with --cgroup (%s)", firstLine(err))
+		result := Warn
+		if h.needsNames() {
+			result = Fail
+		}
+		if loader.LockedDown() {
+			err = loader.ErrLockedDown
+		}
+		r.add("recognise", result, "containers cannot be told from services beside them: let Docker put them into a cgroup of their own and name that with --cgroup (%s)", firstLine(err))
 	} else {
 		r.add("recognise", OK, "containers are known from the moment that their cgroup is made")
 	}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
+	"strings"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/docker"
@@ -14,7 +16,9 @@ import (
 
 // Subject returns a container of Docker's as rules see it.
 func Subject(c docker.Container) policy.Subject {
-	return policy.Subject{Names: c.Names, Image: c.Image, Labels: c.Labels}
+	// Links give a container names within others', which are not its own.
+	names := slices.DeleteFunc(slices.Clone(c.Names), func(name string) bool { return strings.Contains(name, "/") })
+	return policy.Subject{Names: names, Image: c.Image, Labels: c.Labels}
 }
 
 // Apply gives each container that runs below root what the first rule for it says, and
@@ -48,7 +52,11 @@ func Apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, su
 			continue
 		}
 		before, existed := known[id]
-		change, needed := changeFor(before, policy.RuleFor(rules, subject))
+		var rule policy.ContainerRule
+		if ok {
+			rule = policy.RuleFor(rules, subject)
+		}
+		change, needed := changeFor(before, rule)
 		if !needed {
 			continue
 		}
@@ -81,7 +89,8 @@ func changeFor(c maps.Container, rule policy.ContainerRule) (change maps.Change,
 		limit = *rule.SMTP
 	}
 	if c.Limit != maps.LimitOf(limit) {
-		change.Limit, needed = &limit, true
+		// It may be set by hand meanwhile.
+		change.Limit, change.Unless, needed = &limit, maps.LimitSetByHand, true
 	}
 	return change, needed
 }

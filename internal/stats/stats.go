@@ -134,20 +134,28 @@ func (r *Reader) Close() error { return r.state.Close() }
 // Read returns the counters as they are. Containers that exist and that nothing
 // was counted for have a row too.
 func (r *Reader) Read() (*Stats, error) {
+	// The filter may have been taken off, or attached anew, since the last time.
+	state, err := r.filter.State()
+	if err != nil {
+		return nil, err
+	}
+	r.state.Close()
+	r.state = state
 	status, err := r.filter.Status()
 	if err != nil {
 		return nil, err
 	}
 	s := &Stats{Mode: status.Mode, Cgroups: status.Cgroups, Containers: []Container{}}
+	// In this order no row shows more than the total.
+	known, err := r.state.Containers()
+	if err != nil {
+		return nil, err
+	}
 	sum, err := r.state.Totals()
 	if err != nil {
 		return nil, err
 	}
 	s.Total = total(sum)
-	known, err := r.state.Containers()
-	if err != nil {
-		return nil, err
-	}
 	for _, path := range status.Cgroups {
 		if err := r.addIdle(known, path, status.Policy); err != nil {
 			return nil, err
