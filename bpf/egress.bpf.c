@@ -81,6 +81,7 @@ static __always_inline void announce(const struct flow *f, bool again)
 	if (!opens(f)) {
 		__builtin_memcpy(key.src, &f->src, sizeof(key.src));
 		key.sport = f->sport;
+		key.ack = f->ack;
 	}
 	now = now_roughly();
 	bpf_map_update_elem(&admitted, &key, &now, again ? BPF_EXIST : BPF_ANY);
@@ -114,8 +115,7 @@ static __always_inline bool same_connection(const struct ticket *t, const struct
  */
 static __always_inline bool repeats_syn(const struct ticket *t, const struct bpf_tcp_sock *tcp, const struct flow *f)
 {
-	return t->opening.first == bpf_ntohl(f->seq) + 1 && !t->opening.answered &&
-	       tcp->total_retrans > t->retransmits && !answered_on_host(f);
+	return opens_no_more(&t->opening, f) && tcp->total_retrans > t->retransmits && !answered_on_host(f);
 }
 
 /* The host side forgets connections that have long been idle, so it is told of them now and
@@ -125,7 +125,8 @@ static __always_inline void remind(struct ticket *t, const struct flow *f)
 {
 	__u64 now;
 
-	if (!has_host_side)
+	/* Nobody is to send the opening twice, by an announcement that is left over. */
+	if (!has_host_side || (bpf_ntohl(f->seq) == t->opening.first && !t->opening.moved))
 		return;
 	now = now_roughly();
 	if (now - t->announced > ANNOUNCED_NS) {
@@ -135,11 +136,17 @@ static __always_inline void remind(struct ticket *t, const struct flow *f)
 }
 
 /* Notes that the connection is the socket's to go on with, from this packet on. */
-static __always_inline void begin_ticket(struct bpf_sock *sk, const struct bpf_tcp_sock *tcp, const struct flow *f)
+static __always_inline void begin_ticket(struct __sk_buff *skb, const struct flow *f)
 {
-	struct ticket *t = bpf_sk_storage_get(&tickets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	struct bpf_sock *sk = tcp_socket(skb);
+	struct bpf_tcp_sock *tcp;
+	struct ticket *t;
 
-	if (!t)
+	if (!sk)
+		return;
+	tcp = bpf_tcp_sock(sk);
+	t = bpf_sk_storage_get(&tickets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!t || !tcp)
 		return;
 	__builtin_memcpy(t->src, &f->src, sizeof(t->src));
 	__builtin_memcpy(t->dst, &f->dst, sizeof(t->dst));
@@ -189,47 +196,83 @@ static __always_inline int drop(struct __sk_buff *skb, struct container *c, enum
 
 #define TCP_LISTENS 10
 
-/* The verdict on TCP to a mail port, whose destination is not blocked. A TCP socket pays
- * for a connection with its first packet, whichever that is: a server that answers with
- * SYN cookies needs no SYN to accept one. Then it sends what is of that connection.
- * Whatever else may send TCP pays for each SYN, and sends nothing else: it could answer
- * for a connection whose SYN a deaf TCP socket repeats for free, and so make many of one
- * token.
- */
-static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *f)
-{
-	bool loopback = skb->ifindex == LOOPBACK_IFINDEX, may_open, same;
-	struct bpf_sock *sk = tcp_socket(skb);
-	struct bpf_tcp_sock *tcp = NULL;
-	struct ticket *t = NULL;
-	struct container *c;
+/* What a mail packet is to the socket that sends it: 0 is none of them. */
+enum mail {
+	FREE = 1,	/* passes */
+	PAYS = 2,	/* needs a token to pass */
+	BEGINS = 4,	/* with that, the socket may go on */
+	FORGED = 8,	/* passes only where there is no limit */
+};
 
-	if (sk) {
-		tcp = bpf_tcp_sock(sk);
-		t = bpf_sk_storage_get(&tickets, sk, NULL, 0);
-	}
-	same = t && tcp && !loopback && same_connection(t, f);
+/* A TCP socket pays for a connection with its first packet, whichever that is: a server
+ * that answers with SYN cookies needs no SYN to accept one. Then it sends what is of that
+ * connection. Whatever else may send TCP pays for each SYN, and sends nothing else: it could
+ * answer for a connection whose SYN a deaf TCP socket repeats for free, and so make many of
+ * one token.
+ */
+static __always_inline enum mail judge_socket(struct __sk_buff *skb, const struct flow *f)
+{
+	bool loopback = skb->ifindex == LOOPBACK_IFINDEX, same = false;
+	struct bpf_sock *sk = tcp_socket(skb);
+	struct bpf_tcp_sock *tcp;
+	struct ticket *t;
+
+	if (!sk)
+		return loopback ? FREE : opens(f) ? PAYS : FORGED;
+	tcp = bpf_tcp_sock(sk);
+	t = bpf_sk_storage_get(&tickets, sk, NULL, 0);
+	if (t && tcp && !loopback)
+		same = same_connection(t, f);
 	if (same && opens(f) && repeats_syn(t, tcp, f)) {
 		t->retransmits = tcp->total_retrans;
 		announce(f, true);
-		return 1;
+		return FREE;
 	}
-	if (same && !opens(f) && !(f->flags & TCP_RST) && goes_on(&t->opening, f)) {
-		remind(t, f);
-		return 1;
+	if (same && !opens(f) && !(f->flags & TCP_RST)) {
+		switch (go_on(&t->opening, f)) {
+		case GOES_ON:
+			remind(t, f);
+			return FREE;
+		case REPEATS:
+			announce(f, false);
+			return FREE;
+		case OPENS_AGAIN:
+			return PAYS;
+		}
 	}
 	/* Wherever this one goes, the ticket was bought for another connection, or has ended. */
-	if (t && (!same || opens(f) || f->flags & TCP_RST))
+	if (t)
 		bpf_sk_storage_delete(&tickets, sk);
-	if (loopback || (sk && f->flags & TCP_RST) || exempt(f) || !sent_by_container(skb, &c))
-		return 1;
-	if (!c)
-		return drop(skb, c, REASON_NO_BUCKET);
+	if (loopback || f->flags & TCP_RST)
+		return FREE;
 	/* What answers somebody opens nothing at a server, and takes no token: else whoever asks
 	 * from a mail port could empty the bucket.
 	 */
-	may_open = opens(f) || (sk && !same && !accepts(f) && sk->state != TCP_LISTENS);
-	if (may_open && take_token(c)) {
+	if (!opens(f) && (accepts(f) || sk->state == TCP_LISTENS))
+		return FORGED;
+	return PAYS | BEGINS;
+}
+
+/* The verdict on TCP to a mail port, whose destination is not blocked. */
+static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *f)
+{
+	/* Not where a register would be kept: so the verifier knows no value, and goes through
+	 * what follows once.
+	 */
+	struct {
+		__u8 unused;
+		volatile __u8 is;
+	} __attribute__((aligned(8))) mail;
+	struct container *c;
+	__u8 is;
+
+	mail.is = judge_socket(skb, f);
+	is = mail.is;
+	if (is == FREE || exempt(f) || !sent_by_container(skb, &c))
+		return 1;
+	if (!c)
+		return drop(skb, c, REASON_NO_BUCKET);
+	if (is & PAYS && take_token(c)) {
 		count_allowed(c);
 	} else if (limit_of(c)->count) {
 		count_drop(c, REASON_RATE_LIMITED, skb->len);
@@ -238,8 +281,8 @@ static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *
 	}
 	/* In audit mode a connection goes on that was not paid for, and is counted once. */
 	announce(f, false);
-	if (sk && tcp && may_open)
-		begin_ticket(sk, tcp, f);
+	if (is & BEGINS)
+		begin_ticket(skb, f);
 	return 1;
 }
 

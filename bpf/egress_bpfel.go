@@ -18,6 +18,7 @@ type EgressAnnouncement struct {
 	Src   [16]uint8
 	Dst   [16]uint8
 	Seq   uint32
+	Ack   uint32
 	Sport uint16
 	Dport uint16
 }
@@ -121,10 +122,11 @@ type EgressOpening struct {
 	_        structs.HostLayout
 	First    uint32
 	Ack      uint32
+	Since    uint32
 	Answered uint8
+	Moved    uint8
 	Said     uint8
 	Silent   uint8
-	Moves    uint8
 }
 
 type EgressPast struct {
@@ -223,7 +225,6 @@ type EgressTicket struct {
 	Dport       uint16
 	Opening     EgressOpening
 	Retransmits uint32
-	_           [4]byte
 	Announced   uint64
 }
 

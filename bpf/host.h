@@ -124,20 +124,20 @@ static __always_inline bool take_device_token(__u32 index)
 	return taken;
 }
 
-/* How many bytes a connection can be ahead of its SYN when a server takes it up: the
- * largest window that a SYN can offer.
+/* How far from its SYN a server may take a connection up: in the window that it has offered,
+ * and a segment that begins before may reach into that.
  */
-#define FIRST_WINDOW 65535
+#define FIRST_WINDOW (1 << 20)
 
 /* Whether a packet is of a connection that has been let through, and could open no other. */
 static __always_inline bool known_to_go_on(struct opening *known, const struct flow *f)
 {
 	if (opens(f))
-		return !known->answered && known->first == bpf_ntohl(f->seq) + 1;
+		return opens_no_more(known, f);
 	/* What is further off answers nobody, and may be somebody else's guess. */
-	if (!known->answered && bpf_ntohl(f->seq) - known->first > FIRST_WINDOW)
+	if (!known->answered && bpf_ntohl(f->seq) - known->first + FIRST_WINDOW > 2 * FIRST_WINDOW)
 		return true;
-	return goes_on(known, f);
+	return go_on(known, f) == GOES_ON;
 }
 
 /* Whether the egress hook has just let this very packet through, and nothing has used
@@ -152,6 +152,7 @@ static __always_inline bool take_announced(const struct flow *f)
 	if (!opens(f)) {
 		__builtin_memcpy(key.src, &f->src, sizeof(key.src));
 		key.sport = f->sport;
+		key.ack = f->ack;
 	}
 	at = bpf_map_lookup_elem(&admitted, &key);
 	/* The clock of the egress hook may be behind, and this one's packet late. */
@@ -162,8 +163,8 @@ static __always_inline bool take_announced(const struct flow *f)
 
 /* Whether a packet of a mail connection may pass: one that goes on with what has been let
  * through; or that the egress hook has let through, once each time it was paid for; or
- * that takes a token here. Of what is known, only a SYN can do that. The answer of a listener
- * takes none: else whoever asks from a mail port could empty the bucket.
+ * that takes a token here. The answer of a listener takes none: else whoever asks from a
+ * mail port could empty the bucket.
  */
 static __always_inline bool admit_mail(const struct flow *f, __u32 index)
 {
@@ -177,10 +178,11 @@ static __always_inline bool admit_mail(const struct flow *f, __u32 index)
 	known = bpf_map_lookup_elem(&mails, &key);
 	if (known && known_to_go_on(known, f))
 		return true;
-	if (known && !opens(f))
-		return false;
 	if (!take_announced(f) && (accepts(f) || !take_device_token(index)))
 		return false;
+	/* What it has begun with stays known, also when that is repeated and paid for. */
+	if (known && !opens(f))
+		return true;
 	fresh = begin_opening(f);
 	bpf_map_update_elem(&mails, &key, &fresh, BPF_ANY);
 	return true;

@@ -4,19 +4,28 @@
 #define EGRESSBPF_OPENING_H
 
 #include "parse.h"
+#include "policy.h"
 
 static __always_inline bool says(const struct flow *f)
 {
 	return f->payload || f->flags & TCP_FIN;
 }
 
+/* Now, as openings know it: in milliseconds, or nearly so. */
+static __always_inline __u32 moment(void)
+{
+	return (has_coarse_clock ? bpf_ktime_get_coarse_ns() : bpf_ktime_get_ns()) >> 20;
+}
+
 /* A connection that begins with a packet, whichever that is. */
 static __always_inline struct opening begin_opening(const struct flow *f)
 {
-	struct opening o = { .first = bpf_ntohl(f->seq) };
+	struct opening o = { .first = bpf_ntohl(f->seq), .since = moment() };
 
 	if (opens(f)) {
 		o.first++;
+		/* A server that takes fast open has a connection from this. */
+		o.said = !!f->payload;
 		return o;
 	}
 	o.ack = bpf_ntohl(f->ack);
@@ -26,17 +35,11 @@ static __always_inline struct opening begin_opening(const struct flow *f)
 	return o;
 }
 
-/* Whether a segment has the number with which connections are opened. */
-static __always_inline bool at_opening(const struct opening *o, const struct flow *f)
+/* Whether a SYN that repeats the first one opens nothing but what that would. */
+static __always_inline bool opens_no_more(const struct opening *o, const struct flow *f)
 {
-	return bpf_ntohl(f->seq) == o->first;
+	return o->first == bpf_ntohl(f->seq) + 1 && !o->answered && !o->said && !f->payload;
 }
-
-/* How often the first data, or an acknowledgement without any, may be sent: what was lost on
- * the way comes again. A kernel repeats data for two minutes or so this often.
- */
-#define MAX_SAID 9
-#define MAX_SILENT 5
 
 /* A SYN cookie holds which of four MSS it is (net/ipv4/syncookies.c), so that four
  * acknowledgements in a row belong to the same one. What a server says first is longer than
@@ -45,39 +48,72 @@ static __always_inline bool at_opening(const struct opening *o, const struct flo
 #define MIN_MOVE 4
 #define MAX_MOVE (1 << 20)
 
-/* Whether a segment, which is not a SYN, goes on with the connection, and notes that it was
- * sent. With the first number, a kernel acknowledges the server's answer and then what else
- * it gets, and it sends its first data. If it repeats one of these, a server that has
- * forgotten the connection takes it up once more. Nothing here tells whether it has, or the
- * segment was lost; so there are only so many repeats.
+/* Linux takes its cookies for two minutes, others for less; openings are as old in 5 minutes. */
+#define COOKIE_AGE 286000
+
+/* How soon after its acknowledgement a client that speaks first says something. */
+#define SPEAKS_FIRST 240
+
+/* How often a kernel repeats what it has said, for two minutes or so, and answers probes. */
+#define MAX_SAID 15
+#define MAX_SILENT 60
+
+/* What a segment is to a connection that has been paid for. */
+enum standing {
+	GOES_ON,
+	REPEATS,	/* what is more than a server with SYN cookies would begin with */
+	OPENS_AGAIN,	/* a server with SYN cookies that has forgotten the connection takes it up */
+};
+
+/* Judges a segment that is not a SYN, and notes that it was sent. A kernel acknowledges the
+ * server's answer, and says something or waits for the server to speak. If it repeats the
+ * former, a server that has forgotten the connection takes it up once more; nothing here
+ * tells whether it has, or the segment was lost.
  */
-static __always_inline bool goes_on(struct opening *o, const struct flow *f)
+static __always_inline enum standing go_on(struct opening *o, const struct flow *f)
 {
-	__u32 move;
+	__u32 move, age;
 
 	if (!o->answered) {
-		if (at_opening(o, f))
+		if (bpf_ntohl(f->seq) == o->first)
 			*o = begin_opening(f);
 		o->answered = 1;
-		return true;
+		return GOES_ON;
 	}
-	if (!at_opening(o, f))
-		return true;
+	if (bpf_ntohl(f->seq) != o->first)
+		return GOES_ON;
+	age = moment() - o->since;
+	if (age > COOKIE_AGE)
+		return GOES_ON;
 	move = bpf_ntohl(f->ack) - o->ack;
-	if (move >= MIN_MOVE && move <= MAX_MOVE && o->moves < 255) {
-		o->moves++;
+	if (move >= MIN_MOVE && move <= MAX_MOVE) {
 		o->ack = bpf_ntohl(f->ack);
+		o->moved = 1;
 		o->said = says(f);
 		o->silent = !says(f);
-		return true;
+		return GOES_ON;
 	}
-	if (says(f) ? o->said >= MAX_SAID : o->silent >= MAX_SILENT)
-		return false;
-	if (says(f))
+	/* A kernel does not take back what it has acknowledged. */
+	if (move + MIN_MOVE > 2 * MIN_MOVE)
+		return OPENS_AGAIN;
+	if (says(f)) {
+		if (!o->said && (o->moved || age < SPEAKS_FIRST)) {
+			o->said = 1;
+			return GOES_ON;
+		}
+		if (!o->moved || o->said >= MAX_SAID)
+			return OPENS_AGAIN;
 		o->said++;
-	else
-		o->silent++;
-	return true;
+		return REPEATS;
+	}
+	if (!o->silent) {
+		o->silent = 1;
+		return GOES_ON;
+	}
+	if (!o->moved || o->silent >= MAX_SILENT)
+		return OPENS_AGAIN;
+	o->silent++;
+	return REPEATS;
 }
 
 #endif

@@ -97,12 +97,13 @@ struct device {
 
 /* A mail packet that the egress hook has let through, as the host finds it again. Of a
  * SYN, the container's own NAT may change the source on the way and nothing else, so
- * that src and sport are 0.
+ * that src and sport are 0; it acknowledges nothing.
  */
 struct announcement {
 	__u8 src[16] AS_WORDS;
 	__u8 dst[16] AS_WORDS;
 	__be32 seq;
+	__be32 ack;
 	__be16 sport;
 	__be16 dport;
 };
@@ -120,11 +121,12 @@ struct mail_key {
  */
 struct opening {
 	__u32 first;		/* number after the SYN, in host order */
-	__u32 ack;		/* what was acknowledged with it, in host order */
+	__u32 ack;		/* the last that was acknowledged with it, in host order */
+	__u32 since;		/* when it began, in units of 2^20 ns */
 	__u8 answered;		/* 1: more than a SYN was sent */
+	__u8 moved;		/* 1: ack is more than the first answer of the server */
 	__u8 said;		/* how often data or a FIN was sent with both */
 	__u8 silent;		/* how often nothing was */
-	__u8 moves;		/* of what is acknowledged with the first number */
 };
 
 /* Key of the devices trie: a name of network devices, or the beginning of names. */

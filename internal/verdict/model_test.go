@@ -124,6 +124,7 @@ type headers struct {
 	proto        uint8
 	sport, dport int // -1: none
 	flags        uint8
+	data         bool // of TCP: there is some behind its header
 }
 
 var errUnreadable = errors.New("cannot be judged")
@@ -233,10 +234,11 @@ func (h *headers) readExtension(rest *reader) (position int) {
 
 func (h *headers) readTransport(rest *reader) {
 	var t []byte
-	switch h.proto {
+	switch size := len(*rest); h.proto {
 	case protoTCP:
 		t = rest.take(20)
 		h.flags = t[13]
+		h.data = int(t[12]>>4*4) < size
 	case protoUDP, protoUDPLite, protoSCTP, protoDCCP:
 		t = rest.take(8)
 	default:
