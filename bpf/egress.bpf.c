@@ -238,6 +238,8 @@ static __always_inline enum mail judge_socket(struct __sk_buff *skb, const struc
 			return FREE;
 		case OPENS_AGAIN:
 			return PAYS;
+		case TOO_MUCH:
+			return FORGED;
 		}
 	}
 	/* Wherever this one goes, the ticket was bought for another connection, or has ended. */

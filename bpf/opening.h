@@ -54,15 +54,19 @@ static __always_inline bool opens_no_more(const struct opening *o, const struct 
 /* How soon after its acknowledgement a client that speaks first says something. */
 #define SPEAKS_FIRST 240
 
-/* How often a kernel repeats what it has said, for two minutes or so, and answers probes. */
+/* How often a kernel repeats what it has said, for two minutes or so, answers probes, and
+ * answers the answer to its SYN, which is repeated if its own was lost.
+ */
 #define MAX_SAID 15
 #define MAX_SILENT 60
+#define MAX_ANSWERS 5
 
 /* What a segment is to a connection that has been paid for. */
 enum standing {
 	GOES_ON,
-	REPEATS,	/* what is more than a server with SYN cookies would begin with */
+	REPEATS,	/* as a kernel does */
 	OPENS_AGAIN,	/* a server with SYN cookies that has forgotten the connection takes it up */
+	TOO_MUCH,	/* so would this, and somebody else has asked for it */
 };
 
 /* Judges a segment that is not a SYN, and notes that it was sent. A kernel acknowledges the
@@ -95,7 +99,7 @@ static __always_inline enum standing go_on(struct opening *o, const struct flow 
 	}
 	/* A kernel does not take back what it has acknowledged. */
 	if (move + MIN_MOVE > 2 * MIN_MOVE)
-		return OPENS_AGAIN;
+		return says(f) ? OPENS_AGAIN : TOO_MUCH;
 	if (says(f)) {
 		if (!o->said && (o->moved || age < SPEAKS_FIRST)) {
 			o->said = 1;
@@ -110,8 +114,9 @@ static __always_inline enum standing go_on(struct opening *o, const struct flow 
 		o->silent = 1;
 		return GOES_ON;
 	}
-	if (!o->moved || o->silent >= MAX_SILENT)
-		return OPENS_AGAIN;
+	/* A kernel does not send this by itself, so that it is not the container that pays. */
+	if (o->silent >= (o->moved ? MAX_SILENT : MAX_ANSWERS))
+		return TOO_MUCH;
 	o->silent++;
 	return REPEATS;
 }

@@ -382,3 +382,16 @@ func TestNetV1(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestDelegates(t *testing.T) {
+	const mounts = `25 30 0:23 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot
+41 31 0:38 / /plain rw,relatime - cgroup2 cgroup2 rw
+42 31 0:39 / /with\040space rw - cgroup2 none rw,nsdelegate
+43 31 0:40 / /v1 rw - cgroup cgroup rw,nsdelegate
+`
+	for point, want := range map[string]bool{"/sys/fs/cgroup": true, "/plain": false, "/with space": true, "/v1": false, "/none": false} {
+		if got := cgroup.DelegatesIn(mounts, point); got != want {
+			t.Errorf("%s: got %v, want %v", point, got, want)
+		}
+	}
+}

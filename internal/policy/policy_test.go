@@ -283,3 +283,29 @@ func TestBlocks(t *testing.T) {
 		}
 	}
 }
+
+func TestOpens(t *testing.T) {
+	for allow, want := range map[string]string{
+		"128.0.0.0/1":             "169.254.169.254",
+		"169.254.0.0/16":          "169.254.169.254",
+		"169.254.169.254":         "169.254.169.254",
+		"::/0":                    "fd00:ec2::254",
+		"169.254.0.0/16:80/tcp":   "169.254.169.254",
+		"169.254.169.254:80/tcp":  "", // somebody means it
+		"169.254.169.254:53/udp":  "",
+		"169.254.0.0/16:53":       "",
+		"10.0.0.0/8":              "",
+		"[fd00:ec2::254]:443/tcp": "",
+	} {
+		p := Default()
+		rule, err := ParseRule(allow)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.Allow = []Rule{rule}
+		opened, ok := p.Opens()[rule]
+		if ok != (want != "") || ok && !opened.Prefix.Contains(netip.MustParseAddr(want)) && !rule.Prefix.Contains(opened.Prefix.Addr()) {
+			t.Errorf("%s: opens %v, %v, want %q", allow, opened, ok, want)
+		}
+	}
+}

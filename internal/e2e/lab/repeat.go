@@ -300,11 +300,23 @@ func (n *Network) Slow(t testing.TB, delay time.Duration) {
 	t.Cleanup(func() {
 		close(ended)
 		pipes.Wait()
-		time.Sleep(delay) // for what is on its way
 		unix.Close(near)
 		unix.Close(far)
 	})
+	type delayed struct {
+		packet []byte
+		due    time.Time
+	}
 	pipe := func(from, to int) {
+		// In their order.
+		queue := make(chan delayed, 4096)
+		pipes.Go(func() {
+			for d := range queue {
+				time.Sleep(time.Until(d.due))
+				_, _ = unix.Write(to, d.packet)
+			}
+		})
+		defer close(queue)
 		patience := unix.NsecToTimeval(int64(100 * time.Millisecond))
 		_ = unix.SetsockoptTimeval(from, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &patience)
 		for {
@@ -321,7 +333,7 @@ func (n *Network) Slow(t testing.TB, delay time.Duration) {
 			if s, ok := sender.(*unix.SockaddrLinklayer); ok && s.Pkttype == unix.PACKET_OUTGOING {
 				continue
 			}
-			time.AfterFunc(delay, func() { _, _ = unix.Write(to, packet[:size]) })
+			queue <- delayed{packet[:size], time.Now().Add(delay)}
 		}
 	}
 	pipes.Go(func() { pipe(near, far) })

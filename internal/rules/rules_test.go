@@ -1,0 +1,57 @@
+package rules
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/egressbpf/egressbpf/internal/docker"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// Links give a container a name within another one's, which no rule for that other one
+// is to match.
+func TestSubject(t *testing.T) {
+	s := Subject(docker.Container{Names: []string{"mailer-a/db", "db"}, Image: "postgres"})
+	if !slices.Equal(s.Names, []string{"db"}) || s.Image != "postgres" {
+		t.Errorf("got %+v", s)
+	}
+}
+
+// Whoever sets a limit by hand while a rule is being applied is not overruled.
+func TestLimitSetMeanwhile(t *testing.T) {
+	state, err := maps.CreateState()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer state.Close()
+	const id = 1 << 60
+	rule := policy.ContainerRule{SMTP: &policy.Limit{Rate: policy.Rate{Count: 1, Period: 60e9}, Burst: 1}, Metadata: policy.Allowed}
+	change, needed := changeFor(maps.Container{}, rule)
+	if !needed {
+		t.Fatal("the rule changes nothing")
+	}
+	byHand := policy.Limit{Rate: policy.Rate{Count: 7, Period: 60e9}, Burst: 7}
+	if err := state.SetLimit(id, byHand); err != nil {
+		t.Fatal(err)
+	}
+	if err := state.Configure(id, change); err != nil {
+		t.Fatal(err)
+	}
+	known, err := state.Containers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := known[id]; maps.PolicyLimit(c.Limit) != byHand || c.Flags != maps.LimitSetByHand|maps.MayReachMetadata {
+		t.Errorf("got %+v, flags %b", maps.PolicyLimit(c.Limit), c.Flags)
+	}
+	if err := state.UnsetLimit(id); err != nil {
+		t.Fatal(err)
+	}
+	if err := state.Configure(id, change); err != nil {
+		t.Fatal(err)
+	}
+	if known, err = state.Containers(); err != nil || maps.PolicyLimit(known[id].Limit) != *rule.SMTP {
+		t.Errorf("got %+v, %v, want the rule's limit", known[id], err)
+	}
+}
