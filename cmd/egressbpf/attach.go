@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/egressbpf/egressbpf/internal/docker"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
@@ -208,7 +209,7 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 		fmt.Fprintf(w, "warning: %d running containers are not policed, such as %s in %s: %s\n", n, title(s.Uncovered[0].Name, s.Uncovered[0].ID), printable(s.Uncovered[0].Cgroup), uncoveredRemedy(s))
 	}
 	for _, addr := range resolvers {
-		fmt.Fprintf(w, "warning: containers cannot reach the DNS server %s of this host, which is blocked: use --allow-dns\n", addr)
+		fmt.Fprintf(w, "warning: containers cannot reach the DNS server %s that they are given, which is blocked: use --allow-dns\n", addr)
 	}
 }
 
@@ -241,10 +242,28 @@ func warnHolders(w io.Writer, filter *loader.Filter, s *loader.Status) error {
 // second one where the first names only a stub on the loopback.
 var resolvConfs = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"}
 
-// blockedResolvers returns the host's DNS servers that the policy blocks.
+// dockerConfig is read for those that it hands to them instead.
+var dockerConfig = docker.ConfigFile
+
+// blockedResolvers returns the DNS servers of containers that the policy blocks, but for
+// those that a container is given alone (docker run --dns).
 func blockedResolvers(p policy.Policy) []netip.Addr {
 	const udp, domain = 17, 53
 	var blocked []netip.Addr
+	for _, text := range resolvers() {
+		addr, err := netip.ParseAddr(text)
+		if err == nil && p.Blocks(addr.WithZone(""), udp, domain) && !slices.Contains(blocked, addr) {
+			blocked = append(blocked, addr)
+		}
+	}
+	return blocked
+}
+
+func resolvers() (found []string) {
+	// A file that Docker would not read is its problem, and check's.
+	if config, err := docker.ReadConfig(dockerConfig); err == nil && len(config.DNS) > 0 {
+		return config.DNS
+	}
 	for _, name := range resolvConfs {
 		f, err := os.Open(name)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -254,16 +273,11 @@ func blockedResolvers(p policy.Policy) []netip.Addr {
 			break
 		}
 		for lines := bufio.NewScanner(f); lines.Scan(); {
-			fields := strings.Fields(lines.Text())
-			if len(fields) < 2 || fields[0] != "nameserver" {
-				continue
-			}
-			addr, err := netip.ParseAddr(fields[1])
-			if err == nil && p.Blocks(addr.WithZone(""), udp, domain) && !slices.Contains(blocked, addr) {
-				blocked = append(blocked, addr)
+			if fields := strings.Fields(lines.Text()); len(fields) >= 2 && fields[0] == "nameserver" {
+				found = append(found, fields[1])
 			}
 		}
 		f.Close()
 	}
-	return blocked
+	return found
 }

@@ -27,6 +27,7 @@ import (
 var commands = map[string]func(){
 	"egressbpf": func() {
 		resolvConfs = filepath.SplitList(os.Getenv("RESOLV_CONFS"))
+		dockerConfig = os.Getenv("DOCKERD_CONFIG")
 		main()
 	},
 	"unprivileged": func() {

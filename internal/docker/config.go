@@ -25,6 +25,8 @@ type Config struct {
 	// Hosts are where the daemon listens; empty if it is the usual socket, or said
 	// on the command line.
 	Hosts []string
+	// DNS are the servers that containers get, in place of the host's; empty if it is those.
+	DNS []string
 }
 
 // ReadConfig reads a configuration file of the daemon, whether or not it runs. A
@@ -64,6 +66,7 @@ func parseConfig(text []byte) (Config, error) {
 		CgroupParent string   `json:"cgroup-parent"`
 		ExecOpts     []string `json:"exec-opts"`
 		Hosts        []string `json:"hosts"`
+		DNS          []string `json:"dns"`
 	}
 	if err := json.Unmarshal(text, &keys); err != nil {
 		offset := int64(-1)
@@ -77,7 +80,7 @@ func parseConfig(text []byte) (Config, error) {
 		}
 		return Config{}, fmt.Errorf(":%d: %w", 1+bytes.Count(text[:offset], []byte("\n")), err)
 	}
-	c := Config{CgroupParent: keys.CgroupParent, Hosts: keys.Hosts}
+	c := Config{CgroupParent: keys.CgroupParent, Hosts: keys.Hosts, DNS: keys.DNS}
 	for _, option := range keys.ExecOpts {
 		key, value, ok := strings.Cut(option, "=")
 		if strings.EqualFold(strings.TrimSpace(key), "native.cgroupdriver") {

@@ -57,6 +57,22 @@ var private = []netip.Prefix{
 	netip.MustParsePrefix("fc00::/7"),
 }
 
+// everyContainer reports whether all networks of containers are in a network, as far as
+// these are known.
+func (s *site) everyContainer(p netip.Prefix) bool {
+	known := false
+	for _, own := range s.networks {
+		if own.Addr().Is6() != p.Addr().Is6() {
+			continue
+		}
+		known = true
+		if p.Bits() > own.Bits() || !p.Contains(own.Addr()) {
+			return false
+		}
+	}
+	return known
+}
+
 // container reports whether addresses of a network can be those of containers.
 func (s *site) container(p netip.Prefix) bool {
 	known := private
@@ -85,6 +101,8 @@ func (s *site) resolve(m *match) {
 		case s.bridge(d.value):
 			if !d.not {
 				m.never = "it is about what goes to containers on " + d.value
+			} else {
+				m.conditions = append(m.conditions, condition{"-o " + d.value, true})
 			}
 		case d.value == "+":
 			if d.not {
@@ -100,6 +118,10 @@ func (s *site) resolve(m *match) {
 		case p.Bits() == 0:
 			if n.not {
 				m.never = "no packet matches it"
+			}
+		case s.everyContainer(p):
+			if n.not {
+				m.never = "it is about what comes from elsewhere than " + n.value + ", which all networks of containers are in"
 			}
 		case !s.container(p):
 			if !n.not {

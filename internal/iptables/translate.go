@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"math/bits"
 	"net/netip"
 	"slices"
 	"strings"
@@ -575,7 +576,9 @@ func (f *family) matters(s *step, pk packet) bool {
 func (tr *translator) setLimit() {
 	smtp := &tr.result.Config.SMTP
 	slower := func(a, b policy.Rate) int {
-		return cmp.Compare(a.Count*uint64(b.Period), b.Count*uint64(a.Period))
+		hiA, loA := bits.Mul64(a.Count, uint64(b.Period))
+		hiB, loB := bits.Mul64(b.Count, uint64(a.Period))
+		return cmp.Or(cmp.Compare(hiA, hiB), cmp.Compare(loA, loB))
 	}
 	smtp.Rate, smtp.Burst = tr.limits[0].limit().rate, tr.limits[0].limit().burst
 	for _, s := range tr.limits[1:] {

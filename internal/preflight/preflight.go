@@ -325,10 +325,10 @@ func (h Host) covered(r *Report) {
 
 func (h Host) resolvers(r *Report) {
 	if len(h.Resolvers) == 0 {
-		r.add("resolvers", OK, "the policy blocks no DNS server of this host")
+		r.add("resolvers", OK, "the policy blocks no DNS server that containers are given")
 		return
 	}
-	r.add("resolvers", Warn, "containers could not reach the DNS servers %v of this host: use --allow-dns", h.Resolvers)
+	r.add("resolvers", Warn, "containers could not reach the DNS servers %v that they are given: use --allow-dns", h.Resolvers)
 }
 
 func firstLine(err error) string {

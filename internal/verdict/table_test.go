@@ -31,7 +31,7 @@ func tables() []table {
 func TestVerdict(t *testing.T) {
 	place := newPlace(t)
 	for i, table := range tables() {
-		if testing.Short() && i%5 > 0 {
+		if testing.Short() && i%8 > 0 {
 			continue // under emulation, each policy takes long to load
 		}
 		t.Run(table.name, func(t *testing.T) {

@@ -9,7 +9,6 @@ cd "$(dirname "$0")/../.."
 
 # What compilers and verifiers see in another way: on the oldest.
 oldest='^(TestVerdict|TestOwner|TestRecognised|TestPermitted|TestContention|TestHostIngress.+)$'
-verdict='^(TestOwner|TestRecognised|TestPermitted|TestHostIngress.+)$'
 loader='^(TestAttach|TestRecognise|TestRemovedContainers|TestRefusedSocketsOfRecognised|TestHostSideBefore64)$'
 on_some='^(TestSwap|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestKeptFamiliesRefuse)$'
 
@@ -62,7 +61,6 @@ on_kernel() {
     case $1 in
     5.10) alone "$1" verdict "$oldest" || failed=1 ;;
     6.1)
-        alone "$1" verdict "$verdict" || failed=1
         in_root "$1" e2e '^(TestNewBridge|TestMetadataForOneContainer)$' || failed=1
         ;;
     esac
