@@ -20,6 +20,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/docker"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/preflight"
 )
 
 // lockPatience is how long a command waits for another one to finish.
@@ -67,7 +68,7 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err != nil {
 		return err
 	}
-	filter, _, err := o.filter()
+	filter, root, err := o.filter()
 	if err != nil {
 		return err
 	}
@@ -85,6 +86,9 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 		fmt.Fprintf(stderr, "warning: %v: the filter is gone with this mount namespace, and the host's status does not show it\n", err)
 	}
 	warn(stderr, status, blockedResolvers(config.Policy))
+	if status.Policy != nil && root.HasPods() && status.Policy.PolicesPods() {
+		fmt.Fprintf(stderr, "warning: %s\n", preflight.PodsArePoliced)
+	}
 	switch {
 	case filter.Served():
 		fmt.Fprintln(stderr, "warning: egressbpf run is at work, and puts its own configuration in force again: change that")

@@ -309,6 +309,22 @@ func (r Root) Containers() ([]string, error) {
 	}), err
 }
 
+// OfPod says whether a cgroup is within those that a kubelet makes for its pods.
+func OfPod(rel string) bool {
+	first, _, _ := strings.Cut(strings.TrimPrefix(rel, "/"), "/")
+	return first == "kubepods" || first == "kubepods.slice"
+}
+
+// HasPods says whether there is a kubelet's cgroup for pods.
+func (r Root) HasPods() bool {
+	for _, name := range []string{"/kubepods", "/kubepods.slice"} {
+		if _, err := os.Stat(r.Path(name)); err == nil {
+			return true
+		}
+	}
+	return false
+}
+
 // OfProcess returns the cgroup of a process, as [Root.Rel] returns it. The error wraps
 // fs.ErrNotExist if there is no such process.
 func OfProcess(pid int) (string, error) {

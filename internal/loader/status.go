@@ -300,9 +300,18 @@ func (s *Status) findUncovered(f *Filter, all []*policed) error {
 	for _, rel := range containers {
 		id := cgroup.ContainerID(rel)
 		s.Named[id] = true
+		if leftOut(s.Policy, rel) {
+			continue
+		}
 		found = append(found, Uncovered{ID: id, Cgroup: rel})
 	}
 	return f.addUncovered(s, all, found)
+}
+
+// leftOut says whether a policy leaves a container of a pod to itself, as an operator may
+// want it for those that run the node.
+func leftOut(p *policy.Policy, rel string) bool {
+	return p != nil && cgroup.OfPod(rel) && !p.IsContainer(rel)
 }
 
 // AddUncovered adds to what a status tells uncovered those of the containers that are not

@@ -162,3 +162,11 @@ func (p Policy) Recognises(rel string) bool {
 func (p Policy) IsContainer(cgroup string) bool {
 	return slices.ContainsFunc(p.Scopes, func(s Scope) bool { return s.Matches(cgroup) })
 }
+
+// PolicesPods says whether containers of a Kubernetes node's pods are containers, by the
+// names that containerd or CRI-O give their cgroups with the systemd driver.
+func (p Policy) PolicesPods() bool {
+	const pod = "/kubepods.slice/kubepods-pod0.slice/"
+	id := strings.Repeat("0", containerID)
+	return p.IsContainer(pod+"cri-containerd-"+id+".scope") || p.IsContainer(pod+"crio-"+id+".scope")
+}

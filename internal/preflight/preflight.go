@@ -79,12 +79,18 @@ func (h Host) Run(ctx context.Context) *Report {
 	h.others(r)
 	h.docker(ctx, r)
 	h.covered(r)
+	if h.Root.HasPods() && h.Config.PolicesPods() {
+		r.add("kubernetes", Warn, "%s", PodsArePoliced)
+	}
 	h.resolvers(r)
 	if r.Ready {
 		h.selfTest(ctx, r)
 	}
 	return r
 }
+
+// PodsArePoliced says what the default scopes mean on a Kubernetes node.
+const PodsArePoliced = "this is a Kubernetes node, and all pods are policed, those that run it too (CNI, CSI, with the host's network or not): they lose the metadata service and packet sockets; to leave pods out, name with --scopes what is to be policed, such as docker-{id}.scope and {build}"
 
 // The oldest kernel that is supported.
 const oldestMajor, oldestMinor = 5, 10
