@@ -9,6 +9,9 @@ import (
 // SetFault has fault run before each step that changes anything.
 func (f *Filter) SetFault(fault func(step string) error) { f.fault = fault }
 
+// MountForHost has mounts count as the host's.
+func MountForHost() { inHostsMounts = func() bool { return true } }
+
 // HookNames are the names of a policed cgroup's hooks, the boundary first.
 func HookNames() (names []string) {
 	for _, h := range hooks {

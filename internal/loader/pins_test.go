@@ -100,7 +100,8 @@ func TestDetachElsewhere(t *testing.T) {
 	}
 }
 
-// Where no bpffs is mounted at the usual place, attach mounts one.
+// Where no bpffs is mounted at the usual place, attach mounts one, unless the host would not
+// see it.
 func TestMountsBPFFS(t *testing.T) {
 	const usual = "/sys/fs/bpf"
 	const marker = "LOADER_TEST_MOUNTS"
@@ -126,6 +127,10 @@ func TestMountsBPFFS(t *testing.T) {
 	if s, err := f.Status(); err != nil || s.Enforcing || onBPFFS() {
 		t.Fatalf("got status %+v, %v, mounted: %v", s, err, onBPFFS())
 	}
+	if err := f.Attach(t.Context(), cgroups, policy.Default()); !errors.Is(err, loader.ErrPrivateMount) || onBPFFS() {
+		t.Fatalf("in a mount namespace of its own: got %v, mounted: %v", err, onBPFFS())
+	}
+	loader.MountForHost()
 	f.SetFault(func(string) error { return errInjected })
 	if err := f.Attach(t.Context(), cgroups, policy.Default()); !errors.Is(err, errInjected) || onBPFFS() {
 		t.Fatalf("got %v, mounted: %v", err, onBPFFS())
