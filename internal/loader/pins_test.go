@@ -63,7 +63,6 @@ func TestRefused(t *testing.T) {
 			refused("no burst", attach(withBurst(0), new), nil)
 			if inForce {
 				refused("inside of a policed one", attach(ok, new, h.base+"/a/b"), loader.ErrNested)
-				refused("around a policed one", attach(ok, h.base), loader.ErrNested)
 				refused("detach what is outside", h.Detach(t.Context(), []string{"/tmp"}), cgroup.ErrNotBelowRoot)
 			}
 		})
