@@ -76,18 +76,12 @@ static __always_inline enum glance glance6(const void *data, const void *end, __
 	return glance_transport(ip->nexthdr, (const void *)(ip + 1), end);
 }
 
-static __always_inline bool read_tcp(const struct tcp *tcp, const void *end, __u32 len, struct flow *f)
+static __always_inline bool read_whole_tcp(const struct tcp *tcp, const void *end, __u32 len, struct flow *f)
 {
 	if ((const void *)(tcp + 1) > end)
 		return false;
-	f->sport = tcp->sport;
-	f->dport = tcp->dport;
-	f->seq = tcp->seq;
-	f->ack = tcp->ack;
-	f->payload = payload_of(tcp, len);
 	f->proto = IPPROTO_TCP;
-	f->flags = tcp->flags;
-	f->has_ports = true;
+	read_tcp(tcp, len, f);
 	return true;
 }
 
@@ -101,7 +95,7 @@ static __always_inline bool read_tcp4(const void *data, const void *end, __u32 l
 		return false;
 	map4(&f->src, ip->saddr);
 	map4(&f->dst, ip->daddr);
-	return read_tcp((const void *)(ip + 1), end, len - sizeof(*ip), f);
+	return read_whole_tcp((const void *)(ip + 1), end, len - sizeof(*ip), f);
 }
 
 static __always_inline bool read_tcp6(const void *data, const void *end, __u32 len, struct flow *f)
@@ -113,7 +107,7 @@ static __always_inline bool read_tcp6(const void *data, const void *end, __u32 l
 		return false;
 	__builtin_memcpy(&f->src, &ip->saddr, sizeof(f->src));
 	__builtin_memcpy(&f->dst, &ip->daddr, sizeof(f->dst));
-	return read_tcp((const void *)(ip + 1), end, len - sizeof(*ip), f);
+	return read_whole_tcp((const void *)(ip + 1), end, len - sizeof(*ip), f);
 }
 
 #endif

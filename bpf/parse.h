@@ -113,6 +113,18 @@ static __always_inline __u32 payload_of(const struct tcp *tcp, __u32 len)
 	return header < len ? len - header : 0;
 }
 
+/* A TCP header, of a segment of len bytes. */
+static __always_inline void read_tcp(const struct tcp *tcp, __u32 len, struct flow *f)
+{
+	f->sport = tcp->sport;
+	f->dport = tcp->dport;
+	f->has_ports = true;
+	f->flags = tcp->flags;
+	f->seq = tcp->seq;
+	f->ack = tcp->ack;
+	f->payload = payload_of(tcp, len);
+}
+
 /* The transport header of a whole packet or a first fragment, at offset off. */
 static __always_inline bool parse_transport(const struct packet *p, __u32 off, struct flow *f)
 {
@@ -125,13 +137,7 @@ static __always_inline bool parse_transport(const struct packet *p, __u32 off, s
 
 		if (load(p, off, &tcp, sizeof(tcp)))
 			return false;
-		f->sport = tcp.sport;
-		f->dport = tcp.dport;
-		f->has_ports = true;
-		f->flags = tcp.flags;
-		f->seq = tcp.seq;
-		f->ack = tcp.ack;
-		f->payload = payload_of(&tcp, p->len - off);
+		read_tcp(&tcp, p->len - off, f);
 	} else if (carries_ports(f->proto)) {
 		/* Eight bytes: the whole of a UDP header. */
 		__be16 ports[4];
