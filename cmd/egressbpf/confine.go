@@ -18,6 +18,15 @@ import (
 const needed = 1<<unix.CAP_BPF | 1<<unix.CAP_PERFMON | 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_SYS_ADMIN |
 	1<<unix.CAP_DAC_READ_SEARCH | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_SYS_RESOURCE | 1<<unix.CAP_SYS_PTRACE
 
+// capabilities returns those of this thread, as capset(2) wants them.
+func capabilities() (header unix.CapUserHeader, caps [2]unix.CapUserData, err error) {
+	header.Version = unix.LINUX_CAPABILITY_VERSION_3
+	if err := unix.Capget(&header, &caps[0]); err != nil {
+		return header, caps, fmt.Errorf("read capabilities: %w", err)
+	}
+	return header, caps, nil
+}
+
 // required are those without which no command can say what is in force.
 var required = []struct {
 	bit  int
@@ -32,10 +41,9 @@ var errCapabilities = errors.New("not permitted to this process")
 
 // checkCapabilities names the capabilities that are missing, before anything is touched.
 func checkCapabilities() error {
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var caps [2]unix.CapUserData
-	if err := unix.Capget(&header, &caps[0]); err != nil {
-		return fmt.Errorf("read capabilities: %w", err)
+	_, caps, err := capabilities()
+	if err != nil {
+		return err
 	}
 	var missing []string
 	for _, c := range required {
@@ -60,10 +68,9 @@ func confine(args []string) error {
 	if slices.Contains(args, "import") {
 		needed |= 1 << unix.CAP_NET_RAW
 	}
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var caps [2]unix.CapUserData
-	if err := unix.Capget(&header, &caps[0]); err != nil {
-		return fmt.Errorf("read capabilities: %w", err)
+	header, caps, err := capabilities()
+	if err != nil {
+		return err
 	}
 	for i := range caps {
 		keep := uint32(needed >> (32 * i))

@@ -28,9 +28,12 @@ func main() {
 			os.Exit(exitFailed)
 		}
 	}()
-	if err := confine(os.Args[1:]); errors.Is(err, errKept) && !inTest {
-		fmt.Fprintf(os.Stderr, "warning: %v\n", err)
-	} else if err != nil && !errors.Is(err, errKept) {
+	switch err := confine(os.Args[1:]); {
+	case errors.Is(err, errKept):
+		if !inTest {
+			fmt.Fprintf(os.Stderr, "warning: %v\n", err)
+		}
+	case err != nil:
 		fmt.Fprintf(os.Stderr, "egressbpf: %v\n", err)
 		os.Exit(exitFailed)
 	}

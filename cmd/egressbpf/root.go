@@ -181,16 +181,7 @@ func report(w io.Writer, err error, debug bool) {
 	}
 }
 
-const needsRoot = "this needs root (or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"
-
 func remedyFor(err error) string {
-	if errors.Is(err, loader.ErrCannotRecognise) {
-		return "let Docker put its containers into a cgroup of their own, and name that with --cgroup: /sys/fs/cgroup/docker with its cgroupfs driver, or with its systemd driver a slice (\"cgroup-parent\": \"docker.slice\" in /etc/docker/daemon.json) and --scopes any"
-	}
-	// Before the permission that it looks like.
-	if rejected := (*ebpf.VerifierError)(nil); errors.As(err, &rejected) {
-		return "this kernel's verifier rejects the program: please report it, with the output of --debug"
-	}
 	for _, r := range []struct {
 		err    error
 		remedy string
@@ -199,6 +190,7 @@ func remedyFor(err error) string {
 		{cgroup.ErrNotBelowRoot, "name a directory of the cgroup2 mount, such as its docker directory"},
 		{cgroup.ErrNotInitialNamespace, "run it on the host, outside of any container, or with `nsenter --target 1 --cgroup`"},
 		{loader.ErrWholeHost, "name the cgroup whose children are containers, or tell with --scopes what containers' cgroups are called"},
+		{loader.ErrCannotRecognise, "let Docker put its containers into a cgroup of their own, and name that with --cgroup: /sys/fs/cgroup/docker with its cgroupfs driver, or with its systemd driver a slice (\"cgroup-parent\": \"docker.slice\" in /etc/docker/daemon.json) and --scopes any"},
 		{loader.ErrPrivateMount, "run it on the host; in a container, with --pid=host and the host's /sys/fs/bpf mounted (-v /sys/fs/bpf:/sys/fs/bpf)"},
 		{loader.ErrExcluded, "it was attached to that cgroup, or to one above it, without BPF_F_ALLOW_MULTI: see `bpftool cgroup tree`, and detach it, or have its owner attach it with that flag"},
 		{loader.ErrNested, "name only the outer one, which takes over from those inside of it"},
@@ -206,12 +198,17 @@ func remedyFor(err error) string {
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},
 		{loader.ErrBusy, "try again; if it persists, see who holds the directory with `fuser -v`"},
 		{loader.ErrOtherVersion, "run `egressbpf detach`, then attach again; counters and buckets start anew"},
-		{errCapabilities, needsRoot},
-		{fs.ErrPermission, needsRoot},
 	} {
 		if errors.Is(err, r.err) {
 			return r.remedy
 		}
+	}
+	// Before the permission that it looks like.
+	if rejected := (*ebpf.VerifierError)(nil); errors.As(err, &rejected) {
+		return "this kernel's verifier rejects the program: please report it, with the output of --debug"
+	}
+	if errors.Is(err, errCapabilities) || errors.Is(err, fs.ErrPermission) {
+		return "this needs root (or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"
 	}
 	return ""
 }

@@ -36,7 +36,8 @@ ids if it does not answer.
   MALFORMED packets dropped because they hide where they go
   MAIL      mail connections let through
   LIMITED   mail connections dropped because the bucket was empty; repeats count
-  NO-BUCKET mail connections dropped because there was no room for a bucket
+  NO-BUCKET mail connections dropped because there was no room for a bucket, or, in
+            the total, because the container was removed
   SOCKETS   sockets refused, since they would send past the filter
   HOST      packets dropped on the host that had come past the container's own
             filter, of a container where it is known, else in the total alone

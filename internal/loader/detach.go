@@ -12,6 +12,7 @@ import (
 	"github.com/cilium/ebpf/link"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
 )
 
 // Detach takes the filter off the cgroups, given by path, or off all of them if
@@ -65,49 +66,29 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
 // forgetBelow removes what is kept about containers below cgroups that are not policed any
 // more.
 func (f *Filter) forgetBelow(rels []string) error {
-	state, err := f.State()
+	err := f.withState(func(state *maps.State) error {
+		return f.eachContainer(state, func(id uint64, rel string) error {
+			if rel != "" && slices.ContainsFunc(rels, func(of string) bool { return cgroup.Within(rel, of) }) {
+				return state.Forget(id)
+			}
+			return nil
+		})
+	})
 	if errors.Is(err, ErrOtherVersion) {
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	defer state.Close()
-	known, err := state.Containers()
-	if err != nil {
-		return err
-	}
-	for id := range known {
-		rel, err := f.root.Find(id)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		if slices.ContainsFunc(rels, func(of string) bool { return cgroup.Within(rel, of) }) {
-			if err := state.Forget(id); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	return err
 }
 
 // removePoliced takes the filter off one cgroup.
 func (f *Filter) removePoliced(p *policed) error {
-	for _, name := range []string{familiesHook, familiesHook + nextSuffix} {
-		if err := removePin(filepath.Join(p.dir, name)); err != nil {
-			return err
-		}
-	}
-	// Of another version.
+	// What refuses sockets, and what another version has pinned.
 	entries, err := os.ReadDir(p.dir)
 	if err != nil {
 		return err
 	}
 	for _, entry := range entries {
-		if slices.ContainsFunc(hooks, func(h hook) bool { return h.name == entry.Name() }) {
+		if isHook(entry.Name()) {
 			continue
 		}
 		if err := removePin(filepath.Join(p.dir, entry.Name())); err != nil {

@@ -74,6 +74,11 @@ var hooks = []hook{
 	{bpf.EgressProgSendmsg6, ebpf.AttachCGroupUDP6Sendmsg},
 }
 
+// isHook says whether one of the hooks has that name.
+func isHook(name string) bool {
+	return slices.ContainsFunc(hooks, func(h hook) bool { return h.name == name })
+}
+
 // cgroupsHooks are the programs that follow containers as they come and go. They are of
 // the whole host.
 var cgroupsHooks = []string{bpf.CgroupsProgRecognise, bpf.CgroupsProgKeep, bpf.CgroupsProgRelease}
@@ -117,77 +122,103 @@ func (f *Filter) State() (*maps.State, error) {
 	return state, err
 }
 
+// withState calls do with the state of a filter that is attached. That none is, is no error.
+func (f *Filter) withState(do func(*maps.State) error) error {
+	state, err := f.State()
+	if errors.Is(err, ErrNotAttached) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	return do(state)
+}
+
 // openState opens the maps of the state. It pins those that are not pinned, and of these
 // makes those that no program uses, if it is told where to note the way back.
-func (f *Filter) openState(back *undo) (_ *maps.State, err error) {
+func (f *Filter) openState(back *undo) (*maps.State, error) {
 	specs, err := maps.StateSpec()
 	if err != nil {
 		return nil, err
 	}
 	opened := map[string]*ebpf.Map{}
-	defer func() {
+	for _, name := range maps.StateNames() {
+		m, err := f.stateMap(name, specs[name], back)
 		if err != nil {
 			for _, m := range opened {
 				m.Close()
 			}
-		}
-	}()
-	for _, name := range maps.StateNames() {
-		pin := filepath.Join(f.pins, name)
-		pinned := true
-		m, err := ebpf.LoadPinnedMap(pin, nil)
-		if errors.Is(err, fs.ErrNotExist) {
-			pinned = false
-			m, err = f.mapInUse(name)
-		}
-		if errors.Is(err, fs.ErrNotExist) && back == nil && name == bpf.EgressMapContainers {
 			return nil, err
 		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("open pinned map %s: %w", pin, err)
-		}
-		if m != nil {
-			opened[name] = m
-			err := maps.Compatible(specs[name], m)
-			if err == nil && (pinned || back == nil) {
-				continue
-			}
-			if err != nil && (back == nil || maps.Kept(name)) {
-				return nil, fmt.Errorf("pinned map %s: %w: %w", pin, ErrOtherVersion, err)
-			}
-			if err != nil {
-				if pinned {
-					if err := f.unpinMap(name, m, back); err != nil {
-						return nil, err
-					}
-				}
-				m = nil
-			}
-		}
-		if back != nil {
-			if err := f.step("pin map %s", name); err != nil {
-				return nil, err
-			}
-		}
-		if m == nil {
-			if m, err = ebpf.NewMap(specs[name]); err != nil {
-				return nil, fmt.Errorf("create map %s: %w", name, err)
-			}
-			opened[name] = m
-		}
-		if back == nil {
-			continue
-		}
-		if err := m.Pin(pin); err != nil {
-			return nil, fmt.Errorf("pin map %s: %w", name, err)
-		}
-		back.add(func() error { return os.Remove(pin) })
+		opened[name] = m
 	}
 	return maps.NewState(opened), nil
 }
 
+// stateMap opens one of the maps for openState.
+func (f *Filter) stateMap(name string, spec *ebpf.MapSpec, back *undo) (_ *ebpf.Map, err error) {
+	pin := filepath.Join(f.pins, name)
+	m, pinned, err := f.findMap(name)
+	if err != nil {
+		return nil, fmt.Errorf("open pinned map %s: %w", pin, err)
+	}
+	defer func() {
+		if err != nil && m != nil {
+			m.Close()
+		}
+	}()
+	if m == nil && back == nil && name == bpf.EgressMapContainers {
+		return nil, fmt.Errorf("map %s: %w", name, fs.ErrNotExist)
+	}
+	if m != nil {
+		if err := maps.Compatible(spec, m); err != nil && (back == nil || maps.Kept(name)) {
+			return nil, fmt.Errorf("pinned map %s: %w: %w", pin, ErrOtherVersion, err)
+		} else if err != nil {
+			other := m
+			m = nil
+			if !pinned {
+				other.Close()
+			} else if err := f.unpinMap(name, other, back); err != nil {
+				return nil, err
+			}
+		} else if pinned {
+			return m, nil
+		}
+	}
+	if back != nil {
+		if err := f.step("pin map %s", name); err != nil {
+			return nil, err
+		}
+	}
+	if m == nil {
+		if m, err = ebpf.NewMap(spec); err != nil {
+			return nil, fmt.Errorf("create map %s: %w", name, err)
+		}
+	}
+	if back == nil {
+		return m, nil
+	}
+	if err := m.Pin(pin); err != nil {
+		return nil, fmt.Errorf("pin map %s: %w", name, err)
+	}
+	back.add(func() error { return os.Remove(pin) })
+	return m, nil
+}
+
+// findMap opens a map of the state by its pin, or else the one that the programs in force
+// use; nil if there is neither.
+func (f *Filter) findMap(name string) (m *ebpf.Map, pinned bool, err error) {
+	m, err = ebpf.LoadPinnedMap(filepath.Join(f.pins, name), nil)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return m, err == nil, err
+	}
+	m, err = f.mapInUse(name)
+	return m, false, err
+}
+
 // mapInUse opens the map of the state that the programs in force use, whatever became of
-// its pin. The error wraps fs.ErrNotExist if there is none.
+// its pin; nil if they use none.
 func (f *Filter) mapInUse(name string) (*ebpf.Map, error) {
 	pins, err := f.linkPins()
 	if err != nil {
@@ -202,7 +233,7 @@ func (f *Filter) mapInUse(name string) (*ebpf.Map, error) {
 			return m, err
 		}
 	}
-	return nil, fmt.Errorf("map %s: %w", name, fs.ErrNotExist)
+	return nil, nil
 }
 
 // mapOf opens the map of a name that a program uses; nil if it uses none.
@@ -233,19 +264,27 @@ func mapOf(id ebpf.ProgramID, name string) (*ebpf.Map, error) {
 	return nil, nil
 }
 
-// linkPins returns all that is pinned but the maps of the state.
-func (f *Filter) linkPins() ([]string, error) {
-	var pins []string
-	err := filepath.WalkDir(f.pins, func(path string, d fs.DirEntry, err error) error {
+// allPins returns all that is pinned.
+func (f *Filter) allPins() (pins []string, err error) {
+	err = filepath.WalkDir(f.pins, func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
-		if err == nil && !d.IsDir() && !slices.Contains(maps.StateNames(), d.Name()) {
+		if err == nil && !d.IsDir() {
 			pins = append(pins, path)
 		}
 		return err
 	})
 	return pins, err
+}
+
+// ofState says whether a pin is that of a map of the state.
+func ofState(pin string) bool { return slices.Contains(maps.StateNames(), filepath.Base(pin)) }
+
+// linkPins returns all that is pinned but the maps of the state.
+func (f *Filter) linkPins() ([]string, error) {
+	pins, err := f.allPins()
+	return slices.DeleteFunc(pins, ofState), err
 }
 
 // unknownPins returns what is pinned that this version does not know.
@@ -260,8 +299,7 @@ func (f *Filter) unknownPins() (unknown []string, err error) {
 		known := slices.Contains(pinNames(), rel) || slices.Contains(formerMaps, rel)
 		if digits, ok := strings.CutPrefix(dir, cgroupPrefix); ok {
 			_, err := strconv.ParseUint(strings.TrimSuffix(digits, "/"), 10, 64)
-			known = err == nil && (name == familiesHook || name == familiesHook+nextSuffix ||
-				slices.ContainsFunc(hooks, func(h hook) bool { return h.name == name }))
+			known = err == nil && (name == familiesHook || name == familiesHook+nextSuffix || isHook(name))
 		}
 		if !known {
 			unknown = append(unknown, pin)
@@ -433,7 +471,7 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 			}
 			continue
 		}
-		if !slices.ContainsFunc(hooks, func(h hook) bool { return h.name == name }) {
+		if !isHook(name) {
 			continue // of another version
 		}
 		l, err := link.LoadPinnedLink(filepath.Join(dir, name), nil)

@@ -206,27 +206,33 @@ func (f *Filter) enrol(targets []*target, p policy.Policy, state *maps.State, ba
 // forgetOthers removes the state of what the policy takes for a container no more, or that
 // is gone.
 func (f *Filter) forgetOthers(targets []*target, p policy.Policy, state *maps.State) error {
+	return f.eachContainer(state, func(id uint64, rel string) error {
+		if rel == "" {
+			return state.Bury(id)
+		}
+		for _, t := range targets {
+			if t.recognises && cgroup.Within(rel, t.rel) && !p.IsContainer(rel) {
+				return state.Forget(id)
+			}
+		}
+		return nil
+	})
+}
+
+// eachContainer calls fn for the containers that have state, with the ids of their cgroups
+// and where these are; "" if they were removed.
+func (f *Filter) eachContainer(state *maps.State, fn func(id uint64, rel string) error) error {
 	known, err := state.Containers()
 	if err != nil {
 		return err
 	}
 	for id := range known {
 		rel, err := f.root.Find(id)
-		if errors.Is(err, fs.ErrNotExist) {
-			if err := state.Bury(id); err != nil {
-				return err
-			}
-			continue
-		}
-		if err != nil {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		for _, t := range targets {
-			if t.recognises && cgroup.Within(rel, t.rel) && !p.IsContainer(rel) {
-				if err := state.Forget(id); err != nil {
-					return err
-				}
-			}
+		if err := fn(id, rel); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -219,7 +219,9 @@ func TestNoRoom(t *testing.T) {
 	}
 	room := func() statemaps.Room {
 		t.Helper()
-		r, err := state.Room()
+		known, err := state.Containers()
+		check(t, err)
+		r, err := state.Room(known)
 		check(t, err)
 		return r
 	}
@@ -361,7 +363,9 @@ func TestRemovedContainers(t *testing.T) {
 	defer state.Close()
 	room := func() statemaps.Room {
 		t.Helper()
-		r, err := state.Room()
+		known, err := state.Containers()
+		check(t, err)
+		r, err := state.Room(known)
 		check(t, err)
 		return r
 	}

@@ -113,23 +113,19 @@ func (s *Status) InForce() bool {
 // AddState adds what is kept about containers to what a status tells: how much room there
 // is left, and who may reach the metadata service.
 func (f *Filter) AddState(s *Status) error {
-	state, err := f.State()
-	if errors.Is(err, ErrNotAttached) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer state.Close()
-	room, err := state.Room()
-	if err != nil {
-		return err
-	}
-	s.Room = &room
+	return f.withState(func(state *maps.State) error { return f.addState(s, state) })
+}
+
+func (f *Filter) addState(s *Status, state *maps.State) error {
 	known, err := state.Containers()
 	if err != nil {
 		return err
 	}
+	room, err := state.Room(known)
+	if err != nil {
+		return err
+	}
+	s.Room = &room
 	for id, c := range known {
 		if c.Flags&maps.MayReachMetadata == 0 {
 			continue

@@ -96,15 +96,7 @@ func (f *Filter) CloseTunnels() error {
 	if err != nil {
 		return err
 	}
-	state, err := f.State()
-	if errors.Is(err, ErrNotAttached) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer state.Close()
-	return state.SetTunnels(withUsual(found))
+	return f.withState(func(state *statemaps.State) error { return state.SetTunnels(withUsual(found)) })
 }
 
 // findTunnels returns the UDP ports at which this network namespace unpacks packets. The

@@ -19,25 +19,22 @@ import (
 // unpinned, by whomever. It costs some system calls for each pin.
 func (f *Filter) Fingerprint() string {
 	var b strings.Builder
-	err := filepath.WalkDir(f.pins, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
+	pins, err := f.allPins()
+	for _, pin := range pins {
+		fmt.Fprintln(&b, pin)
+		if ofState(pin) {
+			continue
 		}
-		fmt.Fprintf(&b, "%s", path)
-		if !slices.Contains(maps.StateNames(), d.Name()) {
-			info, err := pinnedInfo(path)
-			if err != nil {
-				fmt.Fprintf(&b, " %v\n", err)
-				return nil
-			}
-			fmt.Fprintf(&b, " %d %d", info.ID, info.Program)
-			if c := info.Cgroup(); c != nil {
-				fmt.Fprintf(&b, " %d", c.CgroupId)
-			}
+		info, err := pinnedInfo(pin)
+		if err != nil {
+			fmt.Fprintln(&b, err)
+			continue
 		}
-		b.WriteByte('\n')
-		return nil
-	})
+		fmt.Fprintln(&b, info.ID, info.Program)
+		if c := info.Cgroup(); c != nil {
+			fmt.Fprintln(&b, c.CgroupId)
+		}
+	}
 	return fmt.Sprint(b.String(), err)
 }
 
@@ -74,17 +71,7 @@ func (f *Filter) Served() bool {
 
 // ForgetDevices removes the buckets of network devices that are no more. Who watches
 // devices calls it now and then: there is only so much room.
-func (f *Filter) ForgetDevices() error {
-	state, err := f.State()
-	if errors.Is(err, ErrNotAttached) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer state.Close()
-	return forgetDevices(state)
-}
+func (f *Filter) ForgetDevices() error { return f.withState(forgetDevices) }
 
 func forgetDevices(state *maps.State) error {
 	known, err := state.Devices()

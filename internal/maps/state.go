@@ -343,15 +343,12 @@ func (r Room) Short() bool {
 	return r.Without > 0 || r.Containers > r.Of/5*4 || r.Removed > r.OfStateless/5*4
 }
 
-// Room counts the containers that are known, in some milliseconds for 100,000.
-func (s *State) Room() (Room, error) {
+// Room tells how much room the containers take that Containers has returned, and those
+// without state, which it counts, in some milliseconds for 100,000.
+func (s *State) Room(known map[uint64]Container) (Room, error) {
 	stateless := s.byName[bpf.EgressMapStateless]
-	r := Room{Of: int(s.containers.MaxEntries()), OfStateless: int(stateless.MaxEntries())}
-	err := eachBatch(s.containers, func(_ []uint64, values []Container) { r.Containers += len(values) })
-	if err != nil {
-		return r, err
-	}
-	err = eachBatch(stateless, func(_ []uint64, reasons []bpf.EgressWithoutState) {
+	r := Room{Containers: len(known), Of: int(s.containers.MaxEntries()), OfStateless: int(stateless.MaxEntries())}
+	err := eachBatch(stateless, func(_ []uint64, reasons []bpf.EgressWithoutState) {
 		for _, why := range reasons {
 			if why == bpf.EgressWithoutStateHAS_NO_ROOM {
 				r.Without++
