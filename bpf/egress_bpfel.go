@@ -58,6 +58,7 @@ type EgressContainerFlag uint32
 const (
 	EgressContainerFlagCONTAINER_METADATA  EgressContainerFlag = 1
 	EgressContainerFlagCONTAINER_LIMIT_SET EgressContainerFlag = 2
+	EgressContainerFlagCONTAINER_FAMILIES  EgressContainerFlag = 2147483644
 )
 
 type EgressCounters struct {

@@ -12,6 +12,9 @@
 const volatile bool enforce = true;	/* false: count, refuse nothing */
 const volatile __u64 families;		/* let through: bit 1 << family */
 
+/* The flags that a container must have to be let through with a family all the same. */
+const volatile __u32 family_flags[64];
+
 /* If set, nothing is refused but sockets of this protocol, which does not exist:
  * so the controller finds out whether this kernel listens to the program at all.
  */
@@ -44,6 +47,13 @@ static __always_inline __u64 above_task(void *ctx, __u32 level)
 	return ancestor_id(BPF_CORE_READ(task, cgroups, dfl_cgrp), level);
 }
 
+static __always_inline bool may_use(const struct container *c, __u32 family)
+{
+	__u32 need = family < 64 ? family_flags[family] : CONTAINER_FAMILIES;
+
+	return (c->flags & need) == need;
+}
+
 static __always_inline void count_denied(struct container *c)
 {
 	struct counters *sum = total();
@@ -66,6 +76,8 @@ static __always_inline bool refused(int family, int protocol, int kern, __u64 (*
 	if (kern || ((__u32)family < 64 && families >> family & 1))
 		return false;
 	if (above(NULL, policed_level) != policed_id || !find_container(above, NULL, &c))
+		return false;
+	if (c && may_use(c, family))
 		return false;
 	count_denied(c);
 	return enforce;

@@ -30,6 +30,7 @@ const (
 	FamiliesProgFamiliesLsm      = "families_lsm"
 	FamiliesVarEnforce           = "enforce"
 	FamiliesVarFamilies          = "families"
+	FamiliesVarFamilyFlags       = "family_flags"
 	FamiliesVarHasAncestorHelper = "has_ancestor_helper"
 	FamiliesVarPolicedId         = "policed_id"
 	FamiliesVarPolicedLevel      = "policed_level"
@@ -105,6 +106,7 @@ type FamiliesMapSpecs struct {
 type FamiliesVariableSpecs struct {
 	Enforce           *ebpf.VariableSpec `ebpf:"enforce"`
 	Families          *ebpf.VariableSpec `ebpf:"families"`
+	FamilyFlags       *ebpf.VariableSpec `ebpf:"family_flags"`
 	HasAncestorHelper *ebpf.VariableSpec `ebpf:"has_ancestor_helper"`
 	PolicedId         *ebpf.VariableSpec `ebpf:"policed_id"`
 	PolicedLevel      *ebpf.VariableSpec `ebpf:"policed_level"`
@@ -165,6 +167,7 @@ func (m *FamiliesMaps) Close() error {
 type FamiliesVariables struct {
 	Enforce           *ebpf.Variable `ebpf:"enforce"`
 	Families          *ebpf.Variable `ebpf:"families"`
+	FamilyFlags       *ebpf.Variable `ebpf:"family_flags"`
 	HasAncestorHelper *ebpf.Variable `ebpf:"has_ancestor_helper"`
 	PolicedId         *ebpf.Variable `ebpf:"policed_id"`
 	PolicedLevel      *ebpf.Variable `ebpf:"policed_level"`

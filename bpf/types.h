@@ -69,6 +69,7 @@ struct bucket {
 enum container_flag {
 	CONTAINER_METADATA = 1,		/* may reach what the presets block */
 	CONTAINER_LIMIT_SET = 2,	/* its limit was set by hand: no rule changes it */
+	CONTAINER_FAMILIES = 0x7ffffffc,	/* sockets that it may make, a bit for each family */
 };
 
 /* Everything kept about a container. Key: id of its cgroup. */

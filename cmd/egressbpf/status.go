@@ -105,6 +105,13 @@ func printStatus(w io.Writer, s *loader.Status) error {
 		}
 		row("%s\t%s", title(c.Name, c.ID), printable(c.Cgroup))
 	}
+	for i, c := range s.FamiliesAllowed {
+		if i == 0 {
+			row("")
+			row("SOCKETS ALLOWED\tCGROUP\tFAMILIES")
+		}
+		row("%s\t%s\t%s", title(c.Name, c.ID), printable(c.Cgroup), c.Families)
+	}
 	for i, u := range s.Uncovered {
 		if i == 0 {
 			row("")

@@ -129,16 +129,18 @@ var unavailable = map[string]struct {
 	"AF_PACKET and mirred": {"CONFIG_NET_ACT_MIRRED", []string{"Failed to load TC action module"}},
 	"nft dup":              {"CONFIG_NFT_DUP_IPV4 and _IPV6", []string{"not supported", "No such file or directory"}},
 	"nft fwd":              {"CONFIG_NFT_FWD_NETDEV", []string{"not supported", "No such file or directory"}},
+	// Segments behind option headers, whose checksums no device makes.
+	"VXLAN over IPv6, options and segments": {"Linux 6.11", []string{"input/output error"}},
 }
 
 // lacks returns what an attack cannot be had without, if an error says that.
 func (a attack) lacks(why string) string {
-	lack, ok := unavailable[a.name]
-	if !ok {
-		lack.needs, lack.errors = hostDevices[a.device].needs, []string{"Unknown device type", "not supported", "Error talking to the kernel", "/proc/sys/net/mpls"}
-	}
-	if slices.ContainsFunc(lack.errors, func(text string) bool { return strings.Contains(why, text) }) {
+	says := func(text string) bool { return strings.Contains(why, text) }
+	if lack, ok := unavailable[a.name]; ok && slices.ContainsFunc(lack.errors, says) {
 		return lack.needs
+	}
+	if a.device != "" && slices.ContainsFunc([]string{"Unknown device type", "not supported", "Error talking to the kernel", "/proc/sys/net/mpls"}, says) {
+		return hostDevices[a.device].needs
 	}
 	return ""
 }

@@ -628,6 +628,17 @@ func TestHolders(t *testing.T) {
 		testenv.Enter(t, filepath.Join(h.base, "own.slice/tcpdump.service"))
 		expect()
 	})
+	t.Run("spared", func(t *testing.T) {
+		scope := h.sparedScope("1", "packet")
+		testenv.Enter(t, filepath.Join(h.base, scope))
+		expect(loader.Holder{Cgroup: rel(scope), Families: []string{"xdp"}})
+		status := h.status()
+		check(t, h.AddState(status))
+		want := []loader.WithFamilies{{Uncovered: loader.Uncovered{ID: strings.Repeat("1", 64), Cgroup: rel(scope)}, Families: "packet"}}
+		if !reflect.DeepEqual(status.FamiliesAllowed, want) {
+			t.Errorf("got %+v, want %+v", status.FamiliesAllowed, want)
+		}
+	})
 	testenv.Enter(t, filepath.Join(h.base, "a/idle"))
 	p := withBurst(5)
 	p.Families = "packet"

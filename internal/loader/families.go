@@ -270,6 +270,7 @@ func (f *Filter) attachFamilies(r *refuser, t *target, dir string, p policy.Poli
 	prog, err := r.loadFor(state, map[string]any{
 		bpf.FamiliesVarEnforce:      p.Mode == policy.Enforce,
 		bpf.FamiliesVarFamilies:     p.Families.Mask(),
+		bpf.FamiliesVarFamilyFlags:  maps.FamilyFlags(),
 		bpf.FamiliesVarPolicedId:    t.id,
 		bpf.FamiliesVarPolicedLevel: cgroup.Level(t.rel),
 		bpf.FamiliesVarRecognises:   t.recognises,

@@ -1,7 +1,9 @@
 package loader
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -10,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
@@ -39,6 +42,18 @@ func (f *Filter) Holders() ([]Holder, error) {
 	}
 	defer closeAll(all)
 	found := map[string][]string{}
+	state, err := f.State()
+	if errors.Is(err, ErrNotAttached) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer state.Close()
+	known, err := state.Containers()
+	if err != nil {
+		return nil, err
+	}
 	for _, p := range all {
 		if p.gone || p.doc == nil {
 			continue
@@ -67,6 +82,18 @@ func (f *Filter) Holders() ([]Holder, error) {
 	}
 	var holders []Holder
 	for container, families := range found {
+		id, err := f.root.ID(container)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it has ended
+		}
+		if err != nil {
+			return nil, err
+		}
+		own := maps.FamiliesOf(known[id].Flags)
+		families = slices.DeleteFunc(families, own.Allows)
+		if len(families) == 0 {
+			continue
+		}
 		slices.Sort(families)
 		holders = append(holders, Holder{container, families})
 	}

@@ -297,12 +297,16 @@ func TestRefusedSocketsOfRecognised(t *testing.T) {
 	scope := "own.slice/sub.slice/docker-" + id + ".scope"
 	h.mkdir("own.slice/tcpdump.service", "own.slice/sub.slice")
 	h.mustAttach(policy.Default(), "own.slice")
+	spared, otherwise := h.sparedScope("1", "packet"), h.sparedScope("2", "xdp,vsock")
 	h.mkdir(scope + "/nested")
 	refuses := h.defence("socket_families").Active
 	for _, tt := range []struct {
 		in      string
 		refused bool
-	}{{scope, refuses}, {scope + "/nested", refuses}, {"own.slice/tcpdump.service", false}, {"own.slice/sub.slice", false}, {"own.slice", false}} {
+	}{
+		{scope, refuses}, {scope + "/nested", refuses}, {spared, false}, {otherwise, refuses},
+		{"own.slice/tcpdump.service", false}, {"own.slice/sub.slice", false}, {"own.slice", false},
+	} {
 		t.Run(tt.in, func(t *testing.T) {
 			testenv.Enter(t, h.paths(tt.in)[0])
 			fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
@@ -317,6 +321,18 @@ func TestRefusedSocketsOfRecognised(t *testing.T) {
 	if n := h.denied(scope); n != uint64(2*btoi(refuses)) {
 		t.Errorf("%d refused sockets are counted", n)
 	}
+}
+
+// sparedScope makes a container in own.slice that a rule opens families to.
+func (h *host) sparedScope(digit string, families policy.Families) string {
+	h.t.Helper()
+	scope := "own.slice/docker-" + strings.Repeat(digit, 64) + ".scope"
+	h.mkdir(scope)
+	state, err := h.State()
+	check(h.t, err)
+	defer state.Close()
+	check(h.t, state.Configure(h.id(scope), statemaps.Change{Mask: statemaps.AnyFamily, Flags: statemaps.FlagsOf(families)}))
+	return scope
 }
 
 // TestTooDeep makes a container deeper than any is looked for: it is not covered, as status

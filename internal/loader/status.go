@@ -52,8 +52,10 @@ type Status struct {
 	Uncovered []Uncovered `json:"uncovered"`
 	// MetadataAllowed are containers that a rule lets reach what the presets block.
 	MetadataAllowed []Uncovered `json:"metadata_allowed,omitempty"`
-	// Room is how much of it is taken. It and MetadataAllowed are empty if nobody asked
-	// (AddState), or nothing is attached.
+	// FamiliesAllowed are those that a rule lets make sockets which the policy refuses.
+	FamiliesAllowed []WithFamilies `json:"families_allowed,omitempty"`
+	// Room is how much of it is taken. It, MetadataAllowed and FamiliesAllowed are empty
+	// if nobody asked (AddState), or nothing is attached.
 	Room *maps.Room `json:"room,omitempty"`
 	// Unpinned are the maps of the state whose pins somebody has removed: another attach
 	// pins them again.
@@ -104,6 +106,12 @@ type Uncovered struct {
 	Cgroup string `json:"cgroup"`
 }
 
+// WithFamilies is a container and families of sockets.
+type WithFamilies struct {
+	Uncovered
+	Families policy.Families `json:"families"`
+}
+
 // InForce says whether the filter does what it can: it enforces, no container is outside
 // of it, and none is without a bucket for want of room.
 func (s *Status) InForce() bool {
@@ -127,7 +135,8 @@ func (f *Filter) addState(s *Status, state *maps.State) error {
 	}
 	s.Room = &room
 	for id, c := range known {
-		if c.Flags&maps.MayReachMetadata == 0 {
+		families := maps.FamiliesOf(c.Flags)
+		if c.Flags&maps.MayReachMetadata == 0 && families == policy.Restrict {
 			continue
 		}
 		rel, err := f.root.Find(id)
@@ -137,9 +146,16 @@ func (f *Filter) addState(s *Status, state *maps.State) error {
 		if err != nil {
 			return err
 		}
-		s.MetadataAllowed = append(s.MetadataAllowed, Uncovered{ID: cmp.Or(cgroup.ContainerID(rel), path.Base(rel)), Cgroup: rel})
+		container := Uncovered{ID: cmp.Or(cgroup.ContainerID(rel), path.Base(rel)), Cgroup: rel}
+		if c.Flags&maps.MayReachMetadata != 0 {
+			s.MetadataAllowed = append(s.MetadataAllowed, container)
+		}
+		if families != policy.Restrict {
+			s.FamiliesAllowed = append(s.FamiliesAllowed, WithFamilies{container, families})
+		}
 	}
 	slices.SortFunc(s.MetadataAllowed, func(a, b Uncovered) int { return strings.Compare(a.Cgroup, b.Cgroup) })
+	slices.SortFunc(s.FamiliesAllowed, func(a, b WithFamilies) int { return strings.Compare(a.Cgroup, b.Cgroup) })
 	return nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"math/bits"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
@@ -211,7 +212,43 @@ const (
 	MayReachMetadata Flag = bpf.EgressContainerFlagCONTAINER_METADATA
 	// LimitSetByHand marks a limit that no rule changes.
 	LimitSetByHand Flag = bpf.EgressContainerFlagCONTAINER_LIMIT_SET
+	// AnyFamily opens all families of sockets; each of its bits opens one (FamilyFlags).
+	AnyFamily Flag = bpf.EgressContainerFlagCONTAINER_FAMILIES
 )
+
+// FamilyFlags returns the flags that a container needs to make sockets of a family that
+// the policy refuses, by the family's number. They are kept from version to version: a
+// number goes to the end of policy.FamilyNumbers.
+func FamilyFlags() (flags [64]Flag) {
+	for i := range flags {
+		flags[i] = AnyFamily
+	}
+	for i, n := range policy.FamilyNumbers() {
+		flags[n] = 1 << (bits.TrailingZeros32(uint32(AnyFamily)) + i)
+	}
+	return flags
+}
+
+// FlagsOf returns the flags that open families to a container.
+func FlagsOf(f policy.Families) (flags Flag) {
+	if f == "" {
+		return 0
+	}
+	byNumber := FamilyFlags()
+	for _, n := range policy.FamilyNumbers() {
+		if f.Mask()>>n&1 != 0 {
+			flags |= byNumber[n]
+		}
+	}
+	return flags
+}
+
+// FamiliesOf returns the families that the flags of a container open; policy.Restrict if
+// none.
+func FamiliesOf(flags Flag) policy.Families {
+	byNumber := FamilyFlags()
+	return policy.FamiliesOf(slices.DeleteFunc(policy.FamilyNumbers(), func(n uint) bool { return flags&byNumber[n] == 0 }))
+}
 
 // Configure changes what holds for the container with a cgroup id, from its next packet
 // on. It has a program do so: the system call for it would write the whole entry, and

@@ -262,7 +262,7 @@ func TestExampleConfig(t *testing.T) {
 	}
 	// What is commented out is right too.
 	uncommented := strings.ReplaceAll(strings.Replace(string(text), "containers: []", "containers:", 1), "\n#  ", "\n  ")
-	if got, err := ParseConfig(path, []byte(uncommented)); err != nil || len(got.Containers) != 2 {
-		t.Errorf("got %+v, %v, want two rules", got.Containers, err)
+	if got, err := ParseConfig(path, []byte(uncommented)); err != nil || len(got.Containers) != 3 {
+		t.Errorf("got %+v, %v, want three rules", got.Containers, err)
 	}
 }

@@ -35,6 +35,8 @@ type ContainerRule struct {
 	// Metadata is Allowed if what the presets block is open to them. What Block lists
 	// never is.
 	Metadata Access `json:"metadata,omitempty" yaml:"metadata,omitempty"`
+	// Families are those that are open to them beside the policy's; empty for none.
+	Families Families `json:"socket_families,omitempty" yaml:"socket_families,omitempty"`
 }
 
 // Subject is a container as rules see it.
@@ -105,8 +107,8 @@ func (r ContainerRule) Validate() error {
 	if r.Name == "" && r.Image == "" && r.Label == "" {
 		return errors.New("want a name, an image or a label to tell which containers it is for")
 	}
-	if r.SMTP == nil && r.Metadata == "" {
-		return errors.New("want smtp or metadata: what is to hold for them")
+	if r.SMTP == nil && r.Metadata == "" && r.Families == "" {
+		return errors.New("want smtp, metadata or socket_families: what is to hold for them")
 	}
 	if r.SMTP != nil {
 		if err := r.SMTP.Validate(); err != nil {
@@ -146,6 +148,7 @@ func setContainer(r *ContainerRule, def Limit) setter {
 			{"image", value(&r.Image, parsePattern)},
 			{"label", value(&r.Label, parseLabel)},
 			{"metadata", value(&r.Metadata, ParseAccess)},
+			{"socket_families", value(&r.Families, ParseFamilies)},
 			{"smtp", func(at place, n *yaml.Node) error {
 				r.SMTP = &limit
 				if err := (fields{{"rate", value(&limit.Rate, ParseRate)}, {"burst", value(&limit.Burst, parseBurst)}}).set(at, n); err != nil {

@@ -62,6 +62,8 @@ func TestParseContainerRules(t *testing.T) {
   - image: "bulk:*"
     smtp: {rate: 50/hour}
     metadata: block
+  - name: dhcp
+    socket_families: packet, can
 smtp: {burst: 7}
 `
 	got, err := ParseConfig("config.yaml", []byte(text))
@@ -69,6 +71,7 @@ smtp: {burst: 7}
 		{Name: "mailer-*", SMTP: &Limit{Rate{120, time.Minute}, 30}},
 		{Label: "com.example.metadata=yes", Metadata: Allowed},
 		{Image: "bulk:*", SMTP: &Limit{Rate{50, time.Hour}, 7}, Metadata: Denied},
+		{Name: "dhcp", Families: "can,packet"},
 	}
 	if err != nil || !reflect.DeepEqual(got.Containers, want) {
 		t.Fatalf("got %+v, %v, want %+v", got.Containers, err, want)
@@ -76,15 +79,16 @@ smtp: {burst: 7}
 
 	for _, tt := range []struct{ entry, want string }{
 		{"{smtp: {rate: 1/day}}", "config.yaml:2: containers: want a name, an image or a label"},
-		{"{name: a}", "config.yaml:2: containers: want smtp or metadata"},
+		{"{name: a}", "config.yaml:2: containers: want smtp, metadata or socket_families"},
 		{"", "config.yaml:2: containers: want a name"},
-		{"web", "config.yaml:2: containers: want keys and values: name, image, label, metadata, smtp"},
+		{"web", "config.yaml:2: containers: want keys and values: name, image, label, metadata, socket_families, smtp"},
 		{"{name: a/b, metadata: allow}", `config.yaml:2: containers.name: "a/b"`},
 		{"{name: '', metadata: allow}", `config.yaml:2: containers.name: ""`},
 		{"{image: '', metadata: allow}", `config.yaml:2: containers.image: want a pattern`},
 		{"{label: =x, metadata: allow}", `config.yaml:2: containers.label: "=x"`},
 		{"{label: 'a*', metadata: allow}", `config.yaml:2: containers.label: "a*"`},
 		{"{name: a, metadata: yes}", `config.yaml:2: containers.metadata: "yes": want allow or block`},
+		{"{name: a, socket_families: unix}", `config.yaml:2: containers.socket_families: "unix": no such family`},
 		{"{name: a, smtp: {rate: 5}}", `config.yaml:2: containers.smtp.rate: "5"`},
 		{"{name: a, smtp: {rate: 1/day, burst: 1000000}}", `config.yaml:2: containers.smtp.burst: `},
 		{"{name: a, smtp: {ports: [25]}}", `config.yaml:2: containers.smtp.ports: unknown key`},

@@ -52,6 +52,29 @@ func ParseFamilies(s string) (Families, error) {
 	return Families(strings.Join(slices.Compact(names), ",")), nil
 }
 
+// FamilyNumbers returns the numbers of the families that can be let through beside those
+// that Restrict leaves, in ascending order.
+func FamilyNumbers() []uint { return slices.Sorted(maps.Values(families)) }
+
+// FamiliesOf returns the Families that let through these numbers of FamilyNumbers, in any
+// order, beside those that Restrict leaves.
+func FamiliesOf(numbers []uint) Families {
+	switch len(numbers) {
+	case 0:
+		return Restrict
+	case len(families):
+		return AnyFamily
+	}
+	var names []string
+	for name, n := range families {
+		if slices.Contains(numbers, n) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return Families(strings.Join(names, ","))
+}
+
 // Allows says whether containers may make sockets of a family, by name.
 func (f Families) Allows(name string) bool { return f.Mask()>>families[name]&1 != 0 }
 

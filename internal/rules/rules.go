@@ -75,11 +75,13 @@ func Apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, su
 
 // changeFor returns what takes a container to a rule, and whether it is anything.
 func changeFor(c maps.Container, rule policy.ContainerRule) (change maps.Change, needed bool) {
+	const byRule = maps.MayReachMetadata | maps.AnyFamily
+	change.Flags = maps.FlagsOf(rule.Families)
 	if rule.Metadata == policy.Allowed {
-		change.Flags = maps.MayReachMetadata
+		change.Flags |= maps.MayReachMetadata
 	}
-	if c.Flags&maps.MayReachMetadata != change.Flags {
-		change.Mask, needed = maps.MayReachMetadata, true
+	if c.Flags&byRule != change.Flags {
+		change.Mask, needed = byRule, true
 	}
 	if c.Flags&maps.LimitSetByHand != 0 {
 		return change, needed

@@ -26,7 +26,7 @@ func TestLimitSetMeanwhile(t *testing.T) {
 	}
 	defer state.Close()
 	const id = 1 << 60
-	rule := policy.ContainerRule{SMTP: &policy.Limit{Rate: policy.Rate{Count: 1, Period: 60e9}, Burst: 1}, Metadata: policy.Allowed}
+	rule := policy.ContainerRule{SMTP: &policy.Limit{Rate: policy.Rate{Count: 1, Period: 60e9}, Burst: 1}, Metadata: policy.Allowed, Families: "packet"}
 	change, needed := changeFor(maps.Container{}, rule)
 	if !needed {
 		t.Fatal("the rule changes nothing")
@@ -42,7 +42,7 @@ func TestLimitSetMeanwhile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c := known[id]; maps.PolicyLimit(c.Limit) != byHand || c.Flags != maps.LimitSetByHand|maps.MayReachMetadata {
+	if c := known[id]; maps.PolicyLimit(c.Limit) != byHand || c.Flags != maps.LimitSetByHand|maps.MayReachMetadata|maps.FlagsOf("packet") {
 		t.Errorf("got %+v, flags %b", maps.PolicyLimit(c.Limit), c.Flags)
 	}
 	if err := state.UnsetLimit(id); err != nil {

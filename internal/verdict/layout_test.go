@@ -127,6 +127,7 @@ func TestEnums(t *testing.T) {
 		"container_flag": {
 			{Name: "CONTAINER_METADATA", Value: uint64(maps.MayReachMetadata)},
 			{Name: "CONTAINER_LIMIT_SET", Value: uint64(maps.LimitSetByHand)},
+			{Name: "CONTAINER_FAMILIES", Value: uint64(maps.AnyFamily)},
 		},
 	} {
 		var enum *btf.Enum
