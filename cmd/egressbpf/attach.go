@@ -82,6 +82,9 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 		return err
 	}
 	names.addToStatus(ctx, filter, status)
+	if err := warnElsewhere(stderr, filter); err != nil {
+		return err
+	}
 	if err := filter.CheckMount(); err != nil && !inTest {
 		fmt.Fprintf(stderr, "warning: %v: the filter is gone with this mount namespace, and the host's status does not show it\n", err)
 	}
@@ -240,6 +243,15 @@ func warnHolders(w io.Writer, filter *loader.Filter, s *loader.Status) error {
 			printable(fmt.Sprintf("%.12s", path.Base(h.Cgroup))), strings.Join(h.Families, ", "))
 	}
 	return nil
+}
+
+// warnElsewhere tells of filters that are in force beside the one of these pins.
+func warnElsewhere(w io.Writer, filter *loader.Filter) error {
+	others, err := filter.Elsewhere()
+	for _, e := range others {
+		fmt.Fprintf(w, "warning: %s is policed by another egressbpf (link %d), which is not pinned below %s: at another --pin-path, or in a bpf filesystem that a mount hides; detach --elsewhere takes it off\n", printable(e.Cgroup), e.Link, filter.Pins())
+	}
+	return err
 }
 
 // resolvConfs are read for the DNS servers that Docker hands to containers: the

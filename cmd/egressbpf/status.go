@@ -41,6 +41,9 @@ Exits with 3 unless packets are dropped for every running Docker container.`,
 		if err := filter.AddState(status); err != nil {
 			return err
 		}
+		if status.Elsewhere, err = filter.Elsewhere(); err != nil {
+			return err
+		}
 		names.addToStatus(cmd.Context(), filter, status)
 		if *out == jsonText {
 			err = writeJSON(cmd.OutOrStdout(), status)
@@ -93,6 +96,13 @@ func printStatus(w io.Writer, s *loader.Status) error {
 	if len(s.Unknown) > 0 {
 		row("")
 		row("unknown pins\t%s: of another version; detach takes them off", join(s.Unknown))
+	}
+	for i, e := range s.Elsewhere {
+		if i == 0 {
+			row("")
+			row("PINNED ELSEWHERE\tCGROUP\tPROGRAM\tLINK")
+		}
+		row("egressbpf %s\t%s\t%d\t%d", printable(e.Version), printable(e.Cgroup), e.Program, e.Link)
 	}
 	if s.Room != nil && s.Room.Short() {
 		row("")

@@ -57,6 +57,9 @@ type Status struct {
 	// Room is how much of it is taken. It, MetadataAllowed and FamiliesAllowed are empty
 	// if nobody asked (AddState), or nothing is attached.
 	Room *maps.Room `json:"room,omitempty"`
+	// Elsewhere are filters that are in force and not pinned here; empty if nobody asked
+	// (Filter.Elsewhere).
+	Elsewhere []Elsewhere `json:"elsewhere,omitempty"`
 	// Unpinned are the maps of the state whose pins somebody has removed: another attach
 	// pins them again.
 	Unpinned []string `json:"-"`

@@ -1,0 +1,179 @@
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/egressbpf/egressbpf/bpf"
+)
+
+// Elsewhere is a filter in force on a cgroup that is not pinned below this pin path: it has
+// another one, or its bpf filesystem is hidden by what is mounted over it.
+type Elsewhere struct {
+	// Cgroup is the path of the policed cgroup.
+	Cgroup  string `json:"cgroup"`
+	Program uint32 `json:"program_id"`
+	Link    uint32 `json:"link_id"`
+	// Version is that of the programs; empty if this version cannot read it.
+	Version string `json:"version,omitempty"`
+
+	// containers is the map of the state that all its programs share.
+	containers ebpf.MapID
+}
+
+// foreignLinks returns all links of the kernel but those that are pinned below the pin path,
+// with what the kernel says of them. The caller closes them.
+func (f *Filter) foreignLinks() (found map[*link.Info]link.Link, err error) {
+	found = map[*link.Info]link.Link{}
+	defer func() {
+		if err != nil {
+			closeLinks(found)
+		}
+	}()
+	links := new(link.Iterator)
+	defer links.Close()
+	for links.Next() {
+		info, err := links.Link.Info()
+		if err != nil {
+			continue // it has ended, or is of a kind that the library does not know
+		}
+		found[info] = links.Take()
+	}
+	if err := links.Err(); err != nil {
+		return nil, err
+	}
+	// The pins are read last, since what is pinned meanwhile is no stranger.
+	pins, err := f.linkPins()
+	if err != nil {
+		return nil, err
+	}
+	for _, pin := range pins {
+		own, err := pinnedInfo(pin)
+		if err != nil {
+			continue // no link, or gone meanwhile
+		}
+		for info, l := range found {
+			if info.ID == own.ID {
+				l.Close()
+				delete(found, info)
+			}
+		}
+	}
+	return found, nil
+}
+
+func closeLinks(links map[*link.Info]link.Link) {
+	for _, l := range links {
+		l.Close()
+	}
+}
+
+// elsewhere picks from links those that make a filter: its packet hooks.
+func (f *Filter) elsewhere(links map[*link.Info]link.Link) ([]Elsewhere, error) {
+	var found []Elsewhere
+	for info := range links {
+		c := info.Cgroup()
+		if c == nil || c.CgroupId == 0 || ebpf.AttachType(c.AttachType) != ebpf.AttachCGroupInetEgress {
+			continue
+		}
+		doc, _, err := readDocument(info.Program)
+		if errors.Is(err, fs.ErrNotExist) || doc == nil && !errors.Is(err, ErrOtherVersion) {
+			continue // it has ended, or is somebody else's
+		}
+		rel, err := f.root.Find(c.CgroupId)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		e := Elsewhere{Cgroup: f.root.Path(rel), Program: uint32(info.Program), Link: uint32(info.ID)}
+		if doc != nil {
+			e.Version = doc.Version
+		}
+		if e.containers, err = stateOf(info.Program); err != nil {
+			return nil, err
+		}
+		found = append(found, e)
+	}
+	slices.SortFunc(found, func(a, b Elsewhere) int { return strings.Compare(a.Cgroup, b.Cgroup) })
+	return found, nil
+}
+
+// stateOf returns the id of the map that tells programs of one filter from all others; 0 if
+// the program has none.
+func stateOf(id ebpf.ProgramID) (ebpf.MapID, error) {
+	m, err := mapOf(id, bpf.EgressMapContainers)
+	if m == nil || err != nil {
+		return 0, err
+	}
+	defer m.Close()
+	info, err := m.Info()
+	if err != nil {
+		return 0, err
+	}
+	mapID, _ := info.ID()
+	return mapID, nil
+}
+
+// Elsewhere returns the filters that are in force and not pinned below the pin path.
+func (f *Filter) Elsewhere() ([]Elsewhere, error) {
+	links, err := f.foreignLinks()
+	if err != nil {
+		return nil, err
+	}
+	defer closeLinks(links)
+	return f.elsewhere(links)
+}
+
+// ErrStillPinned means that some part of a filter can only be taken off by its pin.
+var ErrStillPinned = errors.New("it goes with its pin alone")
+
+// DetachElsewhere takes those off that Elsewhere returns. Links to functions of the kernel
+// cannot be detached without their pins: the error wraps ErrStillPinned if some are left.
+// They judge nothing any more, but for those that refuse sockets. It can wrap ErrBusy too.
+func (f *Filter) DetachElsewhere(ctx context.Context) error {
+	if onBPFFS(f.pins) && !isMount(f.pins) {
+		// Else there can be nobody who attaches and has not pinned yet.
+		unlock, _, err := f.lock(ctx)
+		if err != nil {
+			return err
+		}
+		defer unlock()
+	}
+	links, err := f.foreignLinks()
+	if err != nil {
+		return err
+	}
+	defer closeLinks(links)
+	filters, err := f.elsewhere(links)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for info, l := range links {
+		state, err := stateOf(info.Program)
+		if err != nil {
+			return err
+		}
+		if state == 0 || !slices.ContainsFunc(filters, func(e Elsewhere) bool { return e.containers == state }) {
+			continue
+		}
+		if err := f.step("detach link %d", info.ID); err != nil {
+			return err
+		}
+		if err := l.Detach(); errors.Is(err, ebpf.ErrNotSupported) {
+			errs = append(errs, fmt.Errorf("link %d of program %d: %w", info.ID, info.Program, ErrStillPinned))
+		} else if err != nil {
+			errs = append(errs, fmt.Errorf("detach link %d: %w", info.ID, err))
+		}
+	}
+	return errors.Join(errs...)
+}
