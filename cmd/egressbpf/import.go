@@ -3,11 +3,13 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -149,17 +151,77 @@ func liveRules(ctx context.Context, stderr io.Writer) ([]iptables.Source, error)
 			}
 			fmt.Fprintf(stderr, "%s: %d rules\n", name, rules)
 			if rules > 0 || strings.Contains(out.String(), "incompatible") { // made with nft, and not shown
-				sources = append(sources, iptables.Source{Name: name, Text: out.String()})
+				sources = append(sources, iptables.Source{Name: name, Text: out.String(), Live: true})
 			}
 		}
 		if !found {
 			fmt.Fprintf(stderr, "%s-save: not found\n", family)
 		}
 	}
+	if err := warnNative(ctx, stderr); err != nil {
+		return nil, err
+	}
 	if len(sources) == 0 {
 		return nil, errors.New("import iptables: there are no rules on this host, or no iptables-save to read them with")
 	}
 	return sources, nil
+}
+
+// warnNative tells of tables of nftables that judge what containers send and that
+// iptables-save does not show.
+func warnNative(ctx context.Context, stderr io.Writer) error {
+	path, err := exec.LookPath("nft")
+	if err != nil {
+		fmt.Fprintln(stderr, "nft: not found: whether there are rules beside those of iptables is not known")
+		return nil
+	}
+	var out, errs bytes.Buffer
+	list := exec.CommandContext(ctx, path, "-j", "list", "ruleset")
+	list.Stdout, list.Stderr = &out, &errs
+	if err := list.Run(); err != nil {
+		return fmt.Errorf("%s: %w: %s", path, err, strings.TrimSpace(errs.String()))
+	}
+	native, docker, err := nativeTables(out.Bytes())
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	if docker {
+		fmt.Fprintln(stderr, "Docker uses nftables itself here, and does not ask the chain DOCKER-USER: what is there stops nothing, the policy does")
+	}
+	for _, t := range native {
+		fmt.Fprintf(stderr, "nft table %s: not read: it judges what containers send, and import knows rules of iptables alone\n", printable(t))
+	}
+	return nil
+}
+
+// nativeTables returns the tables, as family and name, that judge what containers send and
+// are not those of iptables, from what nft prints; and whether some are Docker's own, which
+// are left out.
+func nativeTables(ruleset []byte) (tables []string, docker bool, err error) {
+	var list struct {
+		Nftables []struct {
+			Chain *struct{ Family, Table, Name, Type, Hook string }
+		}
+	}
+	if err := json.Unmarshal(ruleset, &list); err != nil {
+		return nil, false, err
+	}
+	for _, entry := range list.Nftables {
+		c := entry.Chain
+		if c == nil || c.Type != "filter" || !slices.Contains([]string{"prerouting", "forward", "postrouting", "ingress", "egress"}, c.Hook) {
+			continue
+		}
+		table := c.Family + " " + c.Table
+		switch {
+		case c.Table == "docker-bridges":
+			docker = true
+		case (c.Family == "ip" || c.Family == "ip6") && slices.Contains([]string{"filter", "mangle", "raw", "security"}, c.Table) && c.Name == strings.ToUpper(c.Name):
+			// Of iptables-nft.
+		case !slices.Contains(tables, table):
+			tables = append(tables, table)
+		}
+	}
+	return tables, docker, nil
 }
 
 func terminal(in io.Reader) bool {

@@ -37,7 +37,7 @@ func FuzzTranslate(f *testing.F) {
 		if len(text) > 4000 {
 			return
 		}
-		tr, err := translate(Source{"fuzz", text})
+		tr, err := translate(Source{Name: "fuzz", Text: text})
 		if err != nil {
 			return
 		}
@@ -88,18 +88,18 @@ func TestRefusedTexts(t *testing.T) {
 		"*filter\n:A - [0:0]\n:B - [0:0]\n-A FORWARD -j A\n-A A -j B\n-A B -g A\nCOMMIT\n": "dump: chain A jumps to itself",
 		"*filter\n-A FORWARD -j X1\n" + tree(16) + "COMMIT\n":                              "dump: more than 20000 rules",
 	} {
-		if _, err := Translate(Source{"dump", text}); err == nil || !strings.HasPrefix(err.Error(), want) {
+		if _, err := Translate(Source{Name: "dump", Text: text}); err == nil || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("%q: got %v, want %s…", text, err, want)
 		}
 	}
-	if _, err := Translate(Source{"dump", "*filter\n:DOCKER-USER - [0:0]\n-A DOCKER-USER -j RETURN\nCOMMIT\n"}); !errors.Is(err, ErrNothing) {
+	if _, err := Translate(Source{Name: "dump", Text: "*filter\n:DOCKER-USER - [0:0]\n-A DOCKER-USER -j RETURN\nCOMMIT\n"}); !errors.Is(err, ErrNothing) {
 		t.Errorf("got %v, want ErrNothing", err)
 	}
 }
 
 // Rules that iptables-save cannot show are not taken for none.
 func TestHiddenRules(t *testing.T) {
-	r, err := Translate(Source{"dump", "# Table `filter' is incompatible, use 'nft' tool.\n"})
+	r, err := Translate(Source{Name: "dump", Text: "# Table `filter' is incompatible, use 'nft' tool.\n"})
 	if !errors.Is(err, ErrNothing) || len(r.Notes) != 1 || r.Notes[0].Kind != Unknown || !strings.Contains(r.Notes[0].Text, "use 'nft' tool") {
 		t.Errorf("got %v, %v", r, err)
 	}

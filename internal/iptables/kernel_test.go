@@ -50,8 +50,8 @@ func TestKernel(t *testing.T) {
 				host.run(t, restore)
 				saved := host.run(t, exec.Command(tool+"-"+variant+"-save"))
 
-				tr, r := translated(t, Source{"saved", saved})
-				if _, want := imported(t, Source{name, string(text)}); len(tr.families) != 1 {
+				tr, r := translated(t, Source{Name: "saved", Text: saved})
+				if _, want := imported(t, Source{Name: name, Text: string(text)}); len(tr.families) != 1 {
 					t.Fatalf("%d families, want %s", len(tr.families), want)
 				}
 				counts := compareWithKernel(t, host, tr, r)
@@ -107,7 +107,7 @@ func TestKernelRandomRules(t *testing.T) {
 			restore := exec.Command("iptables-" + variant + "-restore")
 			restore.Stdin = strings.NewReader(text)
 			host.run(t, restore)
-			tr, r := translated(t, Source{"saved", host.run(t, exec.Command("iptables-"+variant+"-save"))})
+			tr, r := translated(t, Source{Name: "saved", Text: host.run(t, exec.Command("iptables-"+variant+"-save"))})
 			for what, n := range compareWithKernel(t, host, tr, r) {
 				total[what] += n
 			}
@@ -217,7 +217,7 @@ func TestKernelBurst(t *testing.T) {
 			restore.Stdin = strings.NewReader("*filter\n:DOCKER-USER - [0:0]\n-A FORWARD -j DOCKER-USER\n" + tt.rules + "COMMIT\n")
 			host.run(t, restore)
 			saved := host.run(t, exec.Command(tt.tool+"-save"))
-			r, err := Translate(Source{"saved", saved})
+			r, err := Translate(Source{Name: "saved", Text: saved})
 			if err != nil {
 				t.Fatal(err)
 			}

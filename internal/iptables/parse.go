@@ -19,6 +19,8 @@ import (
 type Source struct {
 	Name string // for the places in notes, such as the file's name
 	Text string
+	// Live: these are all rules in force, so that a chain to which none jumps does nothing.
+	Live bool
 }
 
 // ErrNoRules is returned for a text in which no line is a rule or a chain.
@@ -83,7 +85,8 @@ type match struct {
 
 	// Filled in by [site.resolve].
 	conditions []condition
-	never      string // why no packet of a container matches
+	except     []netip.Prefix // destinations behind the device that it excludes
+	never      string         // why no packet of a container matches
 }
 
 type negatable struct {

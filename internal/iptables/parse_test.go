@@ -46,7 +46,7 @@ func TestSpellings(t *testing.T) {
 	} {
 		var want policy.Config
 		for i, text := range spellings {
-			r, err := Translate(Source{"dump", "*filter\n:FORWARD ACCEPT [0:0]\n:DOCKER-USER - [0:0]\n-A FORWARD -j DOCKER-USER\n" + text + "\n"})
+			r, err := Translate(Source{Name: "dump", Text: "*filter\n:FORWARD ACCEPT [0:0]\n:DOCKER-USER - [0:0]\n-A FORWARD -j DOCKER-USER\n" + text + "\n"})
 			if err != nil {
 				t.Errorf("%s: %v", text, err)
 				continue
@@ -156,7 +156,7 @@ func TestNotCarriedOver(t *testing.T) {
 		"-d 169.254.169.254 -j ACCEPT":                                                                               "nothing that the policy stops",
 		"-d 169.254.169.254 -p tcp -p udp -j LOG":                                                                    "log",
 	} {
-		r, err := Translate(Source{"dump", "*filter\n:DOCKER-USER - [0:0]\n-A DOCKER-USER " + rule + "\nCOMMIT\n"})
+		r, err := Translate(Source{Name: "dump", Text: "*filter\n:DOCKER-USER - [0:0]\n-A DOCKER-USER " + rule + "\nCOMMIT\n"})
 		if err != ErrNothing {
 			t.Errorf("%s: got %v, want ErrNothing\n%s", rule, err, r.Config.YAML(nil))
 			continue

@@ -11,11 +11,12 @@ import (
 type site struct {
 	bridges  []string
 	networks []netip.Prefix
+	behind   map[string][]netip.Prefix // networks, by their bridges
 }
 
 // learn reads it off the rules that Docker makes.
 func learn(tables []*table) *site {
-	var s site
+	s := site{behind: map[string][]netip.Prefix{}}
 	for _, t := range tables {
 		for _, c := range t.order {
 			for _, r := range c.rules {
@@ -23,6 +24,7 @@ func learn(tables []*table) *site {
 				if masquerade {
 					if p, err := network(r.match.src.value); err == nil && !r.match.src.not {
 						s.networks = append(s.networks, p)
+						s.behind[r.match.out.value] = append(s.behind[r.match.out.value], p)
 					}
 					s.bridges = append(s.bridges, r.match.out.value)
 				}
@@ -83,8 +85,8 @@ func (s *site) container(p netip.Prefix) bool {
 }
 
 // resolve says in m what its devices and its source mean for packets that
-// containers send.
-func (s *site) resolve(m *match) {
+// containers send over IPv4, or over IPv6.
+func (s *site) resolve(m *match, v6 bool) {
 	m.conditions = slices.Clone(m.others)
 	if d := m.in; d.value != "" {
 		switch {
@@ -99,9 +101,13 @@ func (s *site) resolve(m *match) {
 	if d := m.out; d.value != "" {
 		switch {
 		case s.bridge(d.value):
-			if !d.not {
+			behind := slices.DeleteFunc(slices.Clone(s.behind[d.value]), func(p netip.Prefix) bool { return p.Addr().Is6() != v6 })
+			switch {
+			case !d.not:
 				m.never = "it is about what goes to containers on " + d.value
-			} else {
+			case len(behind) > 0:
+				m.except = behind
+			default:
 				m.conditions = append(m.conditions, condition{"-o " + d.value, true})
 			}
 		case d.value == "+":

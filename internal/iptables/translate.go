@@ -170,7 +170,7 @@ func (tr *translator) layOut() error {
 	for _, t := range tr.tables {
 		for _, c := range t.order {
 			for _, r := range c.rules {
-				tr.site.resolve(&r.match)
+				tr.site.resolve(&r.match, t.v6)
 			}
 		}
 		f := both[0]
@@ -194,7 +194,8 @@ func (tr *translator) layOut() error {
 				reached = reached || slices.ContainsFunc(p.steps, func(s step) bool { return s.inUser || s.rule.target == user })
 			}
 			if i == len(hooks[t.name])-1 && !reached && t.chains[user] != nil && len(t.chains[user].rules) > 0 {
-				if t.name == "filter" && t.chains["FORWARD"] != nil && len(t.chains["FORWARD"].rules) > 0 {
+				forward := t.chains["FORWARD"]
+				if t.name == "filter" && forward != nil && (tr.live(t.source) || len(forward.rules) > 0) {
 					tr.note(t.chains[user].rules[0], Differs, "no rule of FORWARD jumps to %s: these rules stop nothing, the policy does", user)
 				}
 				roots = append(roots, user)
@@ -225,6 +226,10 @@ func (tr *translator) layOut() error {
 	return nil
 }
 
+func (tr *translator) live(source string) bool {
+	return slices.ContainsFunc(tr.sources, func(s Source) bool { return s.Name == source && s.Live })
+}
+
 // each calls do with every step.
 func (tr *translator) each(do func(*family, *step)) {
 	for _, f := range tr.families {
@@ -242,6 +247,14 @@ func (tr *translator) each(do func(*family, *step)) {
 func (tr *translator) setAside() {
 	tr.each(func(f *family, s *step) {
 		if s.act != drop || s.never() != "" {
+			return
+		}
+		if !s.inUser && s.catchAll(f.v6) {
+			s.act = none
+			for _, p := range f.passes {
+				p.addr = netip.Addr{} // without this step
+			}
+			tr.refuse(s, "what no rule before it accepts is stopped there, and not by the policy")
 			return
 		}
 		var why []string
@@ -366,12 +379,8 @@ func (s *step) entries(v6 bool) (entries, holes []policy.Rule, err error) {
 			{m.proto != 0, m.protoNot, func() ([]policy.Rule, error) {
 				return []policy.Rule{{Prefix: netip.PrefixFrom(zero, 0), Proto: m.proto}}, nil
 			}},
-			{m.dst != nil, m.dstNot, func() (list []policy.Rule, err error) {
-				for _, d := range m.dst {
-					list = append(list, policy.Rule{Prefix: d})
-				}
-				return list, nil
-			}},
+			{m.dst != nil, m.dstNot, func() ([]policy.Rule, error) { return destinations(m.dst), nil }},
+			{m.except != nil, true, func() ([]policy.Rule, error) { return destinations(m.except), nil }},
 			{m.ports != nil, m.portsNot, func() (list []policy.Rule, err error) {
 				for _, r := range m.ports {
 					if r.low == 0 && r.high == 65535 {
@@ -423,6 +432,13 @@ func (s *step) entries(v6 bool) (entries, holes []policy.Rule, err error) {
 		}
 	}
 	return entries, holes, nil
+}
+
+func destinations(prefixes []netip.Prefix) (list []policy.Rule) {
+	for _, p := range prefixes {
+		list = append(list, policy.Rule{Prefix: p})
+	}
+	return list
 }
 
 // intersect returns what both entries are about.
@@ -682,7 +698,9 @@ func (tr *translator) block() {
 			if !slices.Contains(tr.origins[e], s.rule) {
 				tr.origins[e] = append(tr.origins[e], s.rule)
 			}
-			if near(e.Prefix) {
+			if near(e.Prefix) && s.sparesBridge() {
+				tr.note(s.rule, Stricter, "the policy also keeps containers on one bridge from each other, where their network is in %s: name it under allow, or import the table nat too, which tells these networks", e.Prefix)
+			} else if near(e.Prefix) {
 				tr.note(s.rule, Stricter, "FORWARD does not see what containers send to the host itself, nor always what they send each other on one bridge; the policy stops that too, where it is for %s", e.Prefix)
 			}
 		}
@@ -722,6 +740,21 @@ func (s *step) about(v6 bool) bool {
 	}
 	entries, _, _ := s.entries(v6)
 	return slices.ContainsFunc(entries, func(e policy.Rule) bool { return e.Prefix.Bits() > 0 && overlapsMetadata(e.Prefix) })
+}
+
+// sparesBridge reports whether a step is not about what stays on a bridge of containers,
+// whose networks are not known.
+func (s *step) sparesBridge() bool {
+	return slices.ContainsFunc(s.when, func(m *match) bool {
+		return slices.ContainsFunc(m.conditions, func(c condition) bool { return c.not && strings.HasPrefix(c.text, "-o ") })
+	})
+}
+
+// catchAll reports whether a step is about every packet, whatever device it leaves by.
+func (s *step) catchAll(v6 bool) bool {
+	entries, holes, err := s.entries(v6)
+	return err == nil && s.limit() == nil && len(holes) == 0 && len(entries) == 1 &&
+		entries[0].Prefix.Bits() == 0 && entries[0].Proto == 0 && entries[0].Port == 0
 }
 
 func overlapsMetadata(p netip.Prefix) bool {
@@ -1104,6 +1137,17 @@ func (tr *translator) conclude() {
 	if len(open) > 0 && len(tr.carried) > 0 {
 		tr.note(nil, Differs, "the rules leave open, and so does the policy, what the preset metadata would block: %s", strings.Join(open, ", "))
 		tr.result.Comments["presets"] = []string{"The rules block addresses of their own. metadata instead of none also blocks " + strings.Join(open, ", ") + "."}
+	}
+	v4, v6 := false, false
+	for _, b := range cfg.Block {
+		v4, v6 = v4 || b.Prefix.Addr().Is4(), v6 || b.Prefix.Addr().Is6()
+	}
+	if v4 != v6 {
+		families := []string{"IPv4", "IPv6"}
+		if v6 {
+			slices.Reverse(families)
+		}
+		tr.note(nil, Differs, "the rules block addresses of %s alone, and so does the policy: who has one of %s too can be reached by that", families[0], families[1])
 	}
 	slices.SortStableFunc(tr.result.Notes, func(a, b Note) int {
 		return cmp.Or(cmp.Compare(tr.index(a.Source), tr.index(b.Source)), cmp.Compare(a.Line, b.Line))

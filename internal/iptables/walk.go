@@ -84,7 +84,8 @@ func (s *step) possible(addr netip.Addr) bool {
 }
 
 func (m *match) to(addr netip.Addr) bool {
-	return m.dst == nil || slices.ContainsFunc(m.dst, func(n netip.Prefix) bool { return n.Contains(addr) }) != m.dstNot
+	in := func(n netip.Prefix) bool { return n.Contains(addr) }
+	return (m.dst == nil || slices.ContainsFunc(m.dst, in) != m.dstNot) && !slices.ContainsFunc(m.except, in)
 }
 
 const maxSteps = 20_000
@@ -371,7 +372,7 @@ func (f *family) survey() {
 			for _, c := range m.conditions {
 				names[c.text] = true
 			}
-			for _, d := range m.dst {
+			for _, d := range slices.Concat(m.dst, m.except) {
 				prefixes[d] = true
 			}
 			if m.proto != 0 {
