@@ -129,7 +129,7 @@ func (p *policyFlags) register(flags *pflag.FlagSet) {
 	flags.StringVar(&p.families, "socket-families", string(def.Families), "sockets that containers may make: restrict (those that the filter judges), any, or a list of families to add to restrict, such as vsock")
 	flags.StringVar(&p.hostSide, "host-side", string(def.HostSide), "on: what comes from containers' bridges is judged again on the host; off")
 	flags.StringSliceVar(&p.hostDevices, "host-devices", nil, "bridges and other devices of the host that lead to containers, beside those of Docker: NAME or NAME*")
-	flags.StringSliceVar(&p.scopes, "scopes", strings.Fields(join(def.Scopes)), "names of containers' cgroups, where a policed cgroup holds other things too; any: each child is a container")
+	flags.StringSliceVar(&p.scopes, "scopes", strings.Fields(join(def.Scopes)), "names of containers' cgroups, where a policed cgroup holds other things too; default: these, to name more beside them; any: each child is a container")
 	flags.StringVar(&p.mode, "mode", string(def.Mode), "enforce, or audit: count and report, drop nothing")
 }
 
@@ -214,6 +214,10 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 	}
 	if n := len(s.Uncovered); n > 0 {
 		fmt.Fprintf(w, "warning: %d running containers are not policed, such as %s in %s: %s\n", n, title(s.Uncovered[0].Name, s.Uncovered[0].ID), printable(s.Uncovered[0].Cgroup), uncoveredRemedy(s))
+	}
+	if n := len(s.Systems); n > 0 {
+		fmt.Fprintf(w, "warning: %d system containers are not policed, such as %s of %s in %s: if you do not trust them, add names such as 'lxc.payload.*', 'systemd-nspawn@*' or 'machine-*.scope' to --scopes, after default\n",
+			n, printable(s.Systems[0].Name), s.Systems[0].Engine, printable(s.Systems[0].Cgroup))
 	}
 	for _, addr := range resolvers {
 		fmt.Fprintf(w, "warning: containers cannot reach the DNS server %s that they are given, which is blocked: use --allow-dns\n", addr)

@@ -122,6 +122,13 @@ func printStatus(w io.Writer, s *loader.Status) error {
 		}
 		row("%s\t%s\t%s", title(c.Name, c.ID), printable(c.Cgroup), c.Families)
 	}
+	for i, c := range s.Systems {
+		if i == 0 {
+			row("")
+			row("NOT POLICED\tCGROUP\tENGINE")
+		}
+		row("%s\t%s\t%s: have it policed with --scopes, if you do not trust it", printable(c.Name), printable(c.Cgroup), c.Engine)
+	}
 	for i, u := range s.Uncovered {
 		if i == 0 {
 			row("")

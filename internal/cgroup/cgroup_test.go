@@ -319,7 +319,7 @@ func TestContainers(t *testing.T) {
 	// Other tests may have containers too.
 	ours := func() []string {
 		t.Helper()
-		all, err := root.Containers()
+		all, _, err := root.Containers()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -393,5 +393,58 @@ func TestDelegates(t *testing.T) {
 		if got := cgroup.DelegatesIn(mounts, point); got != want {
 			t.Errorf("%s: got %v, want %v", point, got, want)
 		}
+	}
+}
+
+// Containers that are run like a machine have names, and others can be within them.
+func TestSystemContainers(t *testing.T) {
+	unlock, err := testenv.LockHost()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
+	root, path := testenv.Root(t), testenv.Cgroup(t)
+	inner := "lxc.payload.c1/system.slice/docker-" + strings.Repeat("0123456789abcdef", 4) + ".scope"
+	for _, name := range []string{
+		inner, "lxc.monitor.c1", "lxc.payload.", "lxc.payload.ended", "machine.slice/machine-m.scope", "machine.slice/systemd-nspawn@n.service/payload",
+		`machine.slice/machine-qemu\x2d1\x2dvm.scope`, "machine.slice/libpod-1.scope",
+	} {
+		if err := os.MkdirAll(filepath.Join(path, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasSuffix(name, "ended") {
+			continue
+		}
+		cmd := testenv.Command(t, filepath.Join(path, name), "sleep", "60")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		}()
+	}
+	all, systems, err := root.Containers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	rel := func(name string) string {
+		rel, err := root.Rel(filepath.Join(path, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return rel
+	}
+	if !slices.Contains(all, rel(inner)) {
+		t.Errorf("%s is not among %v", inner, all)
+	}
+	systems = slices.DeleteFunc(systems, func(s cgroup.System) bool { return !cgroup.Within(root.Path(s.Cgroup), path) })
+	want := []cgroup.System{
+		{Engine: "LXC", Name: "c1", Cgroup: rel("lxc.payload.c1")},
+		{Engine: "systemd-nspawn", Name: "m", Cgroup: rel("machine.slice/machine-m.scope")},
+		{Engine: "systemd-nspawn", Name: "n", Cgroup: rel("machine.slice/systemd-nspawn@n.service")},
+	}
+	if !slices.Equal(systems, want) {
+		t.Errorf("got %+v, want %+v", systems, want)
 	}
 }

@@ -442,3 +442,38 @@ func (h *host) withMemory(name string) bool {
 	}
 	return true
 }
+
+// A container that is run like a machine is named until a scope has it policed.
+func TestSystemContainer(t *testing.T) {
+	lockHost(t)
+	h := newHost(t)
+	name := "own.slice/lxc.payload.c1"
+	h.mkdir(name)
+	cmd := testenv.Command(t, filepath.Join(h.base, name), "sleep", "60")
+	check(t, cmd.Start())
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	named := func() bool {
+		s := h.status()
+		if !s.InForce() {
+			t.Errorf("not in force: %+v", s)
+		}
+		return slices.ContainsFunc(s.Systems, func(c cgroup.System) bool {
+			return c.Engine == "LXC" && c.Name == "c1" && h.root.Path(c.Cgroup) == filepath.Join(h.base, name)
+		})
+	}
+	h.mustAttach(policy.Default(), "own.slice")
+	if !named() {
+		t.Error("it is not named")
+	}
+	p := policy.Default()
+	var err error
+	p.Scopes, err = policy.ParseScopes([]string{"default", "lxc.payload.*"})
+	check(t, err)
+	h.mustAttach(p)
+	if named() {
+		t.Error("it is named, and policed")
+	}
+}

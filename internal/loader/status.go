@@ -50,6 +50,9 @@ type Status struct {
 	Unknown   []string    `json:"unknown_pins,omitempty"`
 	Defences  []Defence   `json:"defences"`
 	Uncovered []Uncovered `json:"uncovered"`
+	// Systems are those that run and are not policed, of engines whose containers no scope
+	// stands for by default. An operator may want it so: they count as nothing's failure.
+	Systems []cgroup.System `json:"system_containers,omitempty"`
 	// MetadataAllowed are containers that a rule lets reach what the presets block.
 	MetadataAllowed []Uncovered `json:"metadata_allowed,omitempty"`
 	// FamiliesAllowed are those that a rule lets make sockets which the policy refuses.
@@ -306,7 +309,7 @@ func (f *Filter) whyNoCgroups(name string, err error) error {
 // findUncovered looks for running containers that are not policed. The names of their
 // cgroups tell, in any place.
 func (s *Status) findUncovered(f *Filter, all []*policed) error {
-	containers, err := f.root.Containers()
+	containers, systems, err := f.root.Containers()
 	if err != nil {
 		return fmt.Errorf("look for containers: %w", err)
 	}
@@ -320,7 +323,18 @@ func (s *Status) findUncovered(f *Filter, all []*policed) error {
 		}
 		found = append(found, Uncovered{ID: id, Cgroup: rel})
 	}
-	return f.addUncovered(s, all, found)
+	if err := f.addUncovered(s, all, found); err != nil {
+		return err
+	}
+	var asked []Uncovered
+	for _, system := range systems {
+		asked = append(asked, Uncovered{Cgroup: system.Cgroup})
+	}
+	open, err := f.uncovered(all, asked)
+	s.Systems = slices.DeleteFunc(systems, func(system cgroup.System) bool {
+		return !slices.ContainsFunc(open, func(u Uncovered) bool { return u.Cgroup == system.Cgroup })
+	})
+	return err
 }
 
 // leftOut says whether a policy leaves a container of a pod to itself, as an operator may
@@ -341,31 +355,34 @@ func (f *Filter) AddUncovered(s *Status, containers []Uncovered) error {
 }
 
 func (f *Filter) addUncovered(s *Status, all []*policed, containers []Uncovered) error {
+	found, err := f.uncovered(all, containers)
+	s.Uncovered = append(s.Uncovered, found...)
+	return err
+}
+
+// uncovered returns those of the containers that are not policed.
+func (f *Filter) uncovered(all []*policed, containers []Uncovered) (found []Uncovered, err error) {
 	if len(containers) == 0 {
-		return nil
+		return nil, nil
 	}
 	state, err := f.State()
 	if errors.Is(err, ErrNotAttached) {
-		state = nil
-	} else if err != nil {
-		return err
-	} else {
-		defer state.Close()
+		return containers, nil
 	}
+	if err != nil {
+		return nil, err
+	}
+	defer state.Close()
 	for _, c := range containers {
-		if state == nil {
-			s.Uncovered = append(s.Uncovered, c)
-			continue
-		}
 		covered, err := f.covers(all, state, c.Cgroup)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if !covered {
-			s.Uncovered = append(s.Uncovered, c)
+			found = append(found, c)
 		}
 	}
-	return nil
+	return found, nil
 }
 
 // covers says whether what is in a cgroup is policed.

@@ -211,6 +211,9 @@ func (p Policy) Validate() error {
 			return fmt.Errorf("scopes: %w", err)
 		}
 	}
+	if slices.Contains(p.Scopes, defaultsScope) {
+		return fmt.Errorf("scopes: %s is for lists that are parsed", defaultsScope)
+	}
 	if _, err := finishScopes(p.Scopes); err != nil {
 		return fmt.Errorf("scopes: %w", err)
 	}

@@ -18,6 +18,9 @@ type Scope string
 // AnyScope, alone, means that every child of a policed cgroup is a container.
 const AnyScope Scope = "any"
 
+// defaultsScope stands for DefaultScopes in a list.
+const defaultsScope Scope = "default"
+
 // BuildScope stands for the containers of BuildKit, in which it runs the steps of a build:
 // 25 letters and digits, alone or behind a colon.
 const BuildScope Scope = "{build}"
@@ -74,14 +77,14 @@ func (s Scope) Parts() ScopeParts {
 	return ScopeParts{Kind: ScopeAny, Prefix: prefix, Suffix: suffix}
 }
 
-// ParseScope reads a Scope, or any.
+// ParseScope reads a Scope, any, or in a list default.
 func ParseScope(text string) (Scope, error) {
 	s := Scope(text)
-	if s == AnyScope || s == BuildScope {
+	if s == AnyScope || s == BuildScope || s == defaultsScope {
 		return s, nil
 	}
 	bad := func(why string) (Scope, error) {
-		return "", fmt.Errorf("%q: %s; want a name such as docker-{id}.scope or ci-*, a directory such as /default/*, {build}, or any", text, why)
+		return "", fmt.Errorf("%q: %s; want a name such as docker-{id}.scope or ci-*, a directory such as /default/*, {build}, default for those that are, or any", text, why)
 	}
 	if strings.Count(text, scopeID)+strings.Count(text, "*") != 1 {
 		return bad("it needs {id} or * once")
@@ -116,6 +119,9 @@ func ParseScopes(texts []string) ([]Scope, error) {
 }
 
 func finishScopes(scopes []Scope) ([]Scope, error) {
+	if i := slices.Index(scopes, defaultsScope); i >= 0 {
+		scopes = slices.Concat(scopes[:i], DefaultScopes(), scopes[i+1:])
+	}
 	scopes = unique(scopes)
 	switch {
 	case len(scopes) == 0:

@@ -305,28 +305,37 @@ func (h Host) parent(r *Report, parent string) {
 
 // covered looks for running containers that would not be policed.
 func (h Host) covered(r *Report) {
-	running, err := h.Root.Containers()
+	running, systems, err := h.Root.Containers()
 	if err != nil {
 		r.add("containers", Warn, "%v", err)
 		return
 	}
 	var missed []string
 	for _, rel := range running {
-		policed := len(h.Config.Cgroups) == 0 && h.Config.IsContainer(rel)
-		for _, path := range h.Config.Cgroups {
-			if of, err := h.Root.Rel(path); err == nil && cgroup.Within(rel, of) {
-				policed = policed || !h.Config.Recognises(of) || h.Config.IsContainer(rel)
-			}
-		}
-		if !policed {
+		if !h.polices(rel) {
 			missed = append(missed, strconv.Quote(rel))
 		}
+	}
+	systems = slices.DeleteFunc(systems, func(s cgroup.System) bool { return h.polices(s.Cgroup) })
+	if len(systems) > 0 {
+		r.add("containers", Warn, "%d system containers would not be policed, such as %q of %s: if you do not trust them, add names such as lxc.payload.*, systemd-nspawn@* or machine-*.scope to --scopes, after default", len(systems), systems[0].Name, systems[0].Engine)
 	}
 	if len(missed) > 0 {
 		r.add("containers", Warn, "%d of %d would not be policed, such as %s", len(missed), len(running), missed[0])
 		return
 	}
 	r.add("containers", OK, "%d run, and all would be policed", len(running))
+}
+
+// polices says whether the config has a container's cgroup policed.
+func (h Host) polices(rel string) bool {
+	if len(h.Config.Cgroups) == 0 {
+		return h.Config.IsContainer(rel)
+	}
+	return slices.ContainsFunc(h.Config.Cgroups, func(path string) bool {
+		of, err := h.Root.Rel(path)
+		return err == nil && cgroup.Within(rel, of) && (!h.Config.Recognises(of) || h.Config.IsContainer(rel))
+	})
 }
 
 func (h Host) resolvers(r *Report) {
