@@ -213,7 +213,7 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 		fmt.Fprintln(w, "warning: mode is audit: everything is counted and nothing is dropped")
 	}
 	if n := len(s.Uncovered); n > 0 {
-		fmt.Fprintf(w, "warning: %d running containers are not policed, such as %s in %s: %s\n", n, title(s.Uncovered[0].Name, s.Uncovered[0].ID), printable(s.Uncovered[0].Cgroup), uncoveredRemedy(s))
+		fmt.Fprintf(w, "warning: %d running containers are not policed, such as %s in %s: %s%s\n", n, title(s.Uncovered[0].Name, s.Uncovered[0].ID), printable(s.Uncovered[0].Cgroup), uncoveredRemedy(s), judgedAllTheSame(s))
 	}
 	if n := len(s.Systems); n > 0 {
 		fmt.Fprintf(w, "warning: %d system containers are not policed, such as %s of %s in %s: if you do not trust them, add names such as 'lxc.payload.*', 'systemd-nspawn@*' or 'machine-*.scope' to --scopes, after default\n",
@@ -232,10 +232,19 @@ func uncoveredRemedy(s *loader.Status) string {
 	return "attach --cgroup to the cgroup that all are in, which may be the root of the hierarchy, or name their own with --cgroup"
 }
 
+// judgedAllTheSame says what reaches containers that are not policed: behind a bridge, the
+// host cannot tell whose a packet is.
+func judgedAllTheSame(s *loader.Status) string {
+	if !s.HasDefence(loader.HostSide) {
+		return ""
+	}
+	return "; host_side judges what they send through bridges all the same"
+}
+
 // warnHolders tells of containers that have sockets which they could not make now. If
 // they can, a restart is no remedy.
 func warnHolders(w io.Writer, filter *loader.Filter, s *loader.Status) error {
-	if !slices.ContainsFunc(s.Defences, func(d loader.Defence) bool { return d.Name == loader.SocketFamilies && d.Active }) {
+	if !s.HasDefence(loader.SocketFamilies) {
 		return nil
 	}
 	holders, err := filter.Holders()

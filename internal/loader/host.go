@@ -76,7 +76,7 @@ func (p *HostPrograms) byName(name string) *ebpf.Program {
 
 // LoadHost loads the programs of the host side for a policy and its devices, with
 // state as their memory, and attaches nothing. The error wraps ebpf.ErrNotSupported
-// before 6.4. The caller closes the programs.
+// before 6.4, and where the kernel is locked down. The caller closes the programs.
 func LoadHost(p policy.Policy, state *statemaps.State) (*HostPrograms, error) {
 	l, err := loadPolicy(p)
 	if err != nil {
@@ -112,6 +112,10 @@ func (l *loaded) hostSide(state *statemaps.State, targets []*target, devices []p
 	}
 	progs := new(HostPrograms)
 	if err := spec.LoadAndAssign(progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
+		if LockedDown() {
+			// They read names of devices, and those before 6.4 do not.
+			err = errors.Join(ErrLockedDown, ebpf.ErrNotSupported)
+		}
 		return nil, fmt.Errorf("load programs of the host side: %w", err)
 	}
 	err = bindDocument(progs.Forward, document{Version: Version(), Policy: l.policy, Devices: devices, Network: netNamespace("self")})
@@ -170,11 +174,11 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 			devices = append(devices, d)
 		}
 	}
-	if err := f.step(tryStep + hostSide); err != nil {
+	if err := f.step(tryStep + HostSide); err != nil {
 		return nil
 	}
 	progs, err := f.loadHost(shared, state, targets, devices)
-	if errors.Is(err, ebpf.ErrNotSupported) || err != nil && LockedDown() {
+	if errors.Is(err, ebpf.ErrNotSupported) {
 		return f.attachIngress(shared, state, targets, devices, back)
 	}
 	if err != nil {
@@ -310,7 +314,7 @@ func links() ([]netlink.Link, error) {
 
 // hostStatus reads the host side back.
 func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
-	d := Defence{Name: hostSide, Active: true}
+	d := Defence{Name: HostSide, Active: true}
 	var doc *document
 	var programs []ebpf.ProgramID
 	for _, h := range hostHooks {
@@ -404,7 +408,7 @@ func (f *Filter) whyNoHostSide(s *Status) (active bool, reason string) {
 // tryHost says why the programs of the host side do not load, those of before 6.4
 // included; and if they do, whether it is those.
 func (f *Filter) tryHost() (older bool, err error) {
-	if err := f.step(tryStep + hostSide); err != nil {
+	if err := f.step(tryStep + HostSide); err != nil {
 		return false, err
 	}
 	state, err := statemaps.CreateState()

@@ -372,4 +372,4 @@ func (f *Filter) whyNotJudged(s *Status, l netlink.Link) string {
 }
 
 // ingressRemark is what differs from the host side of later kernels.
-const ingressRemark = "before 6.4, only bridges that are there when it is attached are judged: attach again when Docker has made another one, or have the service do it"
+const ingressRemark = "before 6.4, and where the kernel is locked down, only bridges that are there when it is attached are judged: attach again when Docker has made another one, or have the service do it"

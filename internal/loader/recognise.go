@@ -43,6 +43,9 @@ func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebp
 		Program *ebpf.Program `ebpf:"program"`
 	}
 	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: state.Use(spec)}); err != nil {
+		if LockedDown() {
+			err = ErrLockedDown // and not what the verifier says of it
+		}
 		return nil, fmt.Errorf("load program %s: %w", name, err)
 	}
 	return loaded.Program, nil
@@ -103,9 +106,6 @@ func (f *Filter) attachRecognise(targets []*target, p policy.Policy, state *maps
 	}
 	// First the program, for what is made from now on; then what exists.
 	err = f.attachCgroups(bpf.CgroupsProgRecognise, cgroupsConstants(places, p), state, back)
-	if err != nil && LockedDown() {
-		err = ErrLockedDown // and not what the verifier says of it
-	}
 	if err != nil {
 		return fmt.Errorf("%s: %w: %w", f.root.Path(targets[0].rel), ErrCannotRecognise, err)
 	}

@@ -102,8 +102,13 @@ type Defence struct {
 // The names of the defences.
 const (
 	SocketFamilies = "socket_families"
-	hostSide       = "host_side"
+	HostSide       = "host_side"
 )
+
+// HasDefence says whether a defence is active.
+func (s *Status) HasDefence(name string) bool {
+	return slices.ContainsFunc(s.Defences, func(d Defence) bool { return d.Name == name && d.Active })
+}
 
 // Uncovered is a running container that is not policed.
 type Uncovered struct {
@@ -203,7 +208,7 @@ func (f *Filter) Status() (*Status, error) {
 		s.Defences = append(s.Defences, f.familiesStatus(s, all), f.hostStatus(s, all))
 	} else {
 		const reason = "nothing is attached"
-		s.Defences = append(s.Defences, Defence{Name: SocketFamilies, Reason: reason}, Defence{Name: hostSide, Reason: reason})
+		s.Defences = append(s.Defences, Defence{Name: SocketFamilies, Reason: reason}, Defence{Name: HostSide, Reason: reason})
 	}
 	if gap, err := socketIdentityGap(); err != nil {
 		return nil, err

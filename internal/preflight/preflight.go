@@ -165,9 +165,6 @@ func (h Host) programs(r *Report, state *maps.State) {
 		if h.needsNames() {
 			result = Fail
 		}
-		if loader.LockedDown() {
-			err = loader.ErrLockedDown
-		}
 		r.add("recognise", result, "containers cannot be told from services beside them: let Docker put them into a cgroup of their own and name that with --cgroup (%s)", firstLine(err))
 	} else {
 		r.add("recognise", OK, "containers are known from the moment that their cgroup is made")
@@ -193,7 +190,7 @@ func (h Host) programs(r *Report, state *maps.State) {
 			return
 		}
 		prog.Close()
-		r.add("host_side", OK, "the kernel accepts its program, at each bridge of containers that is there at attach (before 6.4)")
+		r.add("host_side", OK, "the kernel accepts its program, at each bridge of containers that is there at attach (before 6.4 and where the kernel is locked down)")
 	case err != nil:
 		r.add("host_side", Warn, "%s", firstLine(err))
 	default:

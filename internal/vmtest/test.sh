@@ -43,9 +43,9 @@ guest() {
     echo "ok   $name on $machine, $((SECONDS - from)) s"
 }
 
-# alone KERNEL PACKAGE TESTS, with nothing else on the machine.
+# alone KERNEL PACKAGE TESTS [OPTION]..., with nothing else on the machine.
 alone() {
-    guest "internal/$2" "$1" internal/vmtest/run.sh --timeout 1500 "$1" "$dir/$2" -test.short -test.run "$3"
+    guest "internal/$2" "$1" internal/vmtest/run.sh --timeout 1500 "${@:4}" "$1" "$dir/$2" -test.short -test.run "$3"
 }
 
 # in_root KERNEL PACKAGE TESTS, with this machine's root and Docker.
@@ -66,6 +66,7 @@ on_kernel() {
     esac
     alone "$1" loader "$loader" || failed=1
     [ "$1" = 6.1 ] || alone "$1" loader "$on_some" || failed=1
+    [ "$1" != 6.12 ] || alone "$1" loader '^TestLockedDown$' --root --append lockdown=confidentiality || failed=1
     # What connect() says differs on 5.10.
     case $1 in
     5.10) ;;
