@@ -1,7 +1,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/spf13/pflag"
@@ -22,11 +24,34 @@ func (o *configOptions) register(flags *pflag.FlagSet) {
 	o.policy.register(flags)
 }
 
+// maxConfig bounds a config file: tens of thousands of prefixes fit.
+const maxConfig = 16 << 20
+
+var errTooLarge = errors.New("too large")
+
+// readAtMost reads all of what is named. The error wraps errTooLarge if that is more than
+// so many bytes.
+func readAtMost(in io.Reader, name string, most int64) ([]byte, error) {
+	text, err := io.ReadAll(io.LimitReader(in, most+1))
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", name, err)
+	}
+	if int64(len(text)) > most {
+		return nil, fmt.Errorf("%s: %w: more than %d bytes", name, errTooLarge, most)
+	}
+	return text, nil
+}
+
 // read returns what the file and the flags say.
 func (o *configOptions) read(flags *pflag.FlagSet) (policy.Config, error) {
 	config := policy.Config{Policy: policy.Default()}
 	if o.config != "" {
-		text, err := os.ReadFile(o.config)
+		f, err := os.Open(o.config)
+		if err != nil {
+			return config, fmt.Errorf("--config: %w", err)
+		}
+		defer f.Close()
+		text, err := readAtMost(f, o.config, maxConfig)
 		if err != nil {
 			return config, fmt.Errorf("--config: %w", err)
 		}

@@ -113,12 +113,12 @@ func savedRules(stdin io.Reader, names []string) ([]iptables.Source, error) {
 			defer f.Close()
 			in, shown = f, name
 		}
-		text, err := io.ReadAll(io.LimitReader(in, maxRules+1))
-		if err != nil {
-			return nil, fmt.Errorf("read %s: %w", shown, err)
+		text, err := readAtMost(in, shown, maxRules)
+		if errors.Is(err, errTooLarge) {
+			err = fmt.Errorf("%w: save the tables that matter alone, with iptables-save -t filter and -t nat", err)
 		}
-		if len(text) > maxRules {
-			return nil, fmt.Errorf("%s: more than %d bytes: save the tables that matter alone, with iptables-save -t filter", shown, maxRules)
+		if err != nil {
+			return nil, err
 		}
 		sources = append(sources, iptables.Source{Name: shown, Text: string(text)})
 	}
