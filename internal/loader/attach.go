@@ -173,10 +173,19 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	if err := f.attachRecognise(targets, p, state, &back); err != nil {
 		return err
 	}
+	// What is missing, the filter works without. Status tells, and why.
+	var found found
 	var refuser *refuser
 	if p.Families != policy.AnyFamily {
-		// Without one the filter works, and Status tells that it is missing and why.
-		refuser, _ = f.findRefuser()
+		refuser, err = f.findRefuser()
+		found.note(SocketFamilies, err)
+	}
+	gap, err := socketIdentityGap()
+	if err != nil {
+		return err
+	}
+	if gap != "" {
+		found.note(socketIdentity, errors.New(gap))
 	}
 	for _, t := range targets {
 		was := &policed{id: t.id, dir: filepath.Join(f.pins, fmt.Sprint(cgroupPrefix, t.id))}
@@ -193,17 +202,22 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 			return fmt.Errorf("refuse sockets of %s: %w", f.root.Path(t.rel), err)
 		}
 	}
-	if err := f.attachHost(shared, state, targets, &back); err != nil {
+	if err := f.attachHost(shared, state, targets, &found, &back); err != nil {
 		return err
 	}
 	if err := forgetDevices(state); err != nil {
 		return err
 	}
-	if err := f.followCgroups(targets, p, state, &back); err != nil {
+	if err := f.followCgroups(targets, p, state, &found, &back); err != nil {
 		return err
 	}
 	if err := f.forgetOthers(targets, p, state); err != nil {
 		return err
+	}
+	for _, t := range targets {
+		if err := found.keep(t.progs.Egress(), t.progs.doc); err != nil {
+			return fmt.Errorf("note what was found: %w", err)
+		}
 	}
 	for _, name := range formerMaps {
 		if err := removePin(filepath.Join(f.pins, name)); err != nil {

@@ -152,16 +152,16 @@ func deviceName(d policy.Device) bpf.HostDeviceName {
 }
 
 // attachHost puts the host side in force in the network namespace of this process.
-// Where the kernel cannot have its programs, the filter works without it, and Status
-// tells that it is missing and why.
-func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*target, back *undo) error {
+// Where the kernel cannot have its programs, the filter works without it, and what an
+// earlier attach has put in force stays.
+func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*target, why *found, back *undo) error {
 	if shared.policy.HostSide == policy.Off {
 		if err := f.setTunnels(state, nil, back); err != nil {
 			return err
 		}
 		return f.detachHost(back)
 	}
-	found, err := f.findDevices(targets, shared.policy)
+	names, err := f.findDevices(targets, shared.policy)
 	if err != nil {
 		return err
 	}
@@ -169,20 +169,21 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 		return err
 	}
 	devices := slices.Clone(shared.policy.HostDevices)
-	for _, name := range found {
+	for _, name := range names {
 		if d := policy.Device(name); !coversDevice(devices, name) {
 			devices = append(devices, d)
 		}
 	}
 	if err := f.step(tryStep + HostSide); err != nil {
+		why.note(HostSide, err)
 		return nil
 	}
 	progs, err := f.loadHost(shared, state, targets, devices)
 	if errors.Is(err, ebpf.ErrNotSupported) {
-		return f.attachIngress(shared, state, targets, devices, back)
+		return f.attachIngress(shared, state, targets, devices, why, back)
 	}
 	if err != nil {
-		// What an earlier attach put in force stays. Status tries again, and tells.
+		why.note(HostSide, errors.New(firstLine(err)))
 		return nil
 	}
 	defer progs.Close()
@@ -351,7 +352,7 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 	if !d.Active || doc == nil {
 		d.Active = false
 		if d.Reason == "" {
-			d.Active, d.Reason = f.whyNoHostSide(s)
+			d.Active, d.Reason = f.whyNoHostSide(s, foundBy(all))
 		}
 		return d
 	}
@@ -382,57 +383,26 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 }
 
 // whyNoHostSide says why there is none, or that there is nothing for it to judge yet.
-func (f *Filter) whyNoHostSide(s *Status) (active bool, reason string) {
+func (f *Filter) whyNoHostSide(s *Status, why *found) (active bool, reason string) {
 	const open = ": what does not come from a container's own IP socket passes"
 	if s.Policy != nil && s.Policy.HostSide == policy.Off {
 		return false, "turned off by the policy" + open
 	}
-	older, err := f.tryHost()
+	if why != nil && why.Missing[HostSide] != "" {
+		return false, why.Missing[HostSide] + open
+	}
+	if why == nil || !why.Ingress || s.Policy == nil {
+		return false, interrupted
+	}
+	links, err := links()
 	if err != nil {
-		return false, firstLine(err) + open
+		return false, err.Error()
 	}
-	if older && s.Policy != nil {
-		links, err := links()
-		if err != nil {
-			return false, err.Error()
-		}
-		devices := judged(links, s.Policy.HostDevices)
-		if len(devices) == 0 {
-			return true, ingressRemark
-		}
-		return false, f.whyNotJudged(s, devices[0])
+	devices := judged(links, s.Policy.HostDevices)
+	if len(devices) == 0 {
+		return true, ingressRemark
 	}
-	return false, "an attach was interrupted; attach again"
-}
-
-// tryHost says why the programs of the host side do not load, those of before 6.4
-// included; and if they do, whether it is those.
-func (f *Filter) tryHost() (older bool, err error) {
-	if err := f.step(tryStep + HostSide); err != nil {
-		return false, err
-	}
-	state, err := statemaps.CreateState()
-	if err != nil {
-		return false, err
-	}
-	defer state.Close()
-	shared, err := loadPolicy(policy.Default())
-	if err != nil {
-		return false, err
-	}
-	defer shared.close()
-	progs, err := f.loadHost(shared, state, nil, nil)
-	if err == nil {
-		return false, progs.Close()
-	}
-	if !errors.Is(err, ebpf.ErrNotSupported) {
-		return false, err
-	}
-	prog, err := shared.hostIngress(state, nil, nil, ethernetHeader)
-	if err != nil {
-		return true, err
-	}
-	return true, prog.Close()
+	return false, f.whyNotJudged(s, devices[0])
 }
 
 func firstLine(err error) string {
@@ -463,10 +433,9 @@ func (f *Filter) familiesStatus(s *Status, all []*policed) Defence {
 		d.Reason = "turned off by the policy" + open
 		return d
 	}
-	if _, err := f.findRefuser(); err != nil {
-		d.Reason = "this kernel refuses no sockets for us (" + strings.ReplaceAll(err.Error(), "\n", "; ") + ")" + open
-	} else {
-		d.Reason = "an attach was interrupted; attach again"
+	d.Reason = foundBy(all).why(SocketFamilies)
+	if d.Reason != interrupted {
+		d.Reason = "this kernel refuses no sockets for us (" + d.Reason + ")" + open
 	}
 	return d
 }

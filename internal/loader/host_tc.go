@@ -154,7 +154,8 @@ func retry[T any](list func() ([]T, error)) (all []T, err error) {
 }
 
 // attachIngress has what the devices receive judged, and nothing else.
-func (f *Filter) attachIngress(shared *loaded, state *statemaps.State, targets []*target, devices []policy.Device, back *undo) error {
+func (f *Filter) attachIngress(shared *loaded, state *statemaps.State, targets []*target, devices []policy.Device, why *found, back *undo) error {
+	why.Ingress = true
 	links, err := links()
 	if err != nil {
 		return err
@@ -172,7 +173,7 @@ func (f *Filter) attachIngress(shared *loaded, state *statemaps.State, targets [
 			continue
 		}
 		if progs[header], err = shared.hostIngress(state, targets, devices, header); err != nil {
-			// What an earlier attach put in force stays. Status tries again, and tells.
+			why.note(HostSide, errors.New(firstLine(err)))
 			return nil
 		}
 	}

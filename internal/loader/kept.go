@@ -2,7 +2,6 @@ package loader
 
 import (
 	"fmt"
-	"strings"
 
 	"github.com/cilium/ebpf"
 
@@ -16,8 +15,8 @@ const tryStep = "try "
 
 // kept returns a defence of which some program was loaded before the egress program,
 // and so by an earlier attach, whose document is doc (nil if it has none). why is what
-// keeps an attach from renewing it; nil if nothing does any more.
-func kept(d Defence, doc *document, s *Status, why error) Defence {
+// kept the last attach from renewing it.
+func kept(d Defence, doc *document, s *Status, why string) Defence {
 	d.Reason = "an older attach put it in force"
 	if doc != nil {
 		d.Reason += fmt.Sprintf(" (version %s, mode %s", doc.Version, doc.Policy.Mode)
@@ -29,10 +28,10 @@ func kept(d Defence, doc *document, s *Status, why error) Defence {
 			d.Active = false
 		}
 	}
-	if why == nil {
-		d.Reason += ", and the last one was interrupted or could not renew it; attach again"
+	if why == interrupted {
+		d.Reason += ", and the last one was interrupted; attach again"
 	} else {
-		d.Reason += ", and could not be renewed: " + strings.ReplaceAll(why.Error(), "\n", "; ")
+		d.Reason += ", and could not be renewed: " + why + "; attach again to try once more"
 	}
 	return d
 }
@@ -45,8 +44,7 @@ func (f *Filter) olderFamilies(d Defence, s *Status, all []*policed) Defence {
 		if p.families == nil || egress == nil || !older(p.families.Program, egress.Program) {
 			continue
 		}
-		_, why := f.findRefuser()
-		return kept(d, p.familiesDoc, s, why)
+		return kept(d, p.familiesDoc, s, foundBy(all).why(SocketFamilies))
 	}
 	return d
 }
@@ -60,8 +58,7 @@ func (f *Filter) olderHost(d Defence, doc *document, s *Status, all []*policed, 
 		}
 		for _, id := range host {
 			if older(id, egress.Program) {
-				_, why := f.tryHost()
-				return kept(d, doc, s, why)
+				return kept(d, doc, s, foundBy(all).why(HostSide))
 			}
 		}
 	}

@@ -28,6 +28,8 @@ type document struct {
 	Devices []policy.Device `json:"devices,omitempty"`
 	// Network is the number of the network namespace whose packets it judges.
 	Network uint64 `json:"network,omitempty"`
+	// Found is added once the attach is done; nil before.
+	Found *found `json:"found,omitempty"`
 }
 
 // documentMap is the name of the map that holds a document.
@@ -42,9 +44,9 @@ func bindDocument(prog *ebpf.Program, doc document) error {
 		Name:       documentMap,
 		Type:       ebpf.Array,
 		KeySize:    4,
-		ValueSize:  uint32(len(text)),
+		ValueSize:  uint32(len(text) + documentSpare),
 		MaxEntries: 1,
-		Contents:   []ebpf.MapKV{{Key: uint32(0), Value: text}},
+		Contents:   []ebpf.MapKV{{Key: uint32(0), Value: padded(text, len(text)+documentSpare)}},
 	})
 	if err != nil {
 		return fmt.Errorf("create map %s: %w", documentMap, err)
@@ -130,6 +132,7 @@ func bootTime() time.Time {
 // Programs are the filter's programs for one cgroup, loaded and not attached.
 type Programs struct {
 	byHook map[string]*ebpf.Program
+	doc    document
 }
 
 // Egress returns the program of the packet hook. It stays the Programs'.
@@ -230,15 +233,14 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 	if err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
-	p := &Programs{byHook: map[string]*ebpf.Program{
+	p := &Programs{doc: document{Version: Version(), Cgroup: rel, Policy: l.policy}, byHook: map[string]*ebpf.Program{
 		bpf.EgressProgEgress:   progs.Egress,
 		bpf.EgressProgConnect4: progs.Connect4,
 		bpf.EgressProgConnect6: progs.Connect6,
 		bpf.EgressProgSendmsg4: progs.Sendmsg4,
 		bpf.EgressProgSendmsg6: progs.Sendmsg6,
 	}}
-	err = bindDocument(p.Egress(), document{Version: Version(), Cgroup: rel, Policy: l.policy})
-	if err != nil {
+	if err := bindDocument(p.Egress(), p.doc); err != nil {
 		p.Close()
 		return nil, err
 	}

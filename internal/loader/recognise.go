@@ -114,15 +114,15 @@ func (f *Filter) attachRecognise(targets []*target, p policy.Policy, state *maps
 
 // followCgroups attaches the other programs that follow containers as they come and go.
 // The filter works without them: state of containers that are gone takes room, and what
-// is started again has a full bucket. Status tells that they are missing, and why.
-func (f *Filter) followCgroups(targets []*target, p policy.Policy, state *maps.State, back *undo) error {
+// is started again has a full bucket.
+func (f *Filter) followCgroups(targets []*target, p policy.Policy, state *maps.State, found *found, back *undo) error {
 	places, recognises, err := placesOf(targets)
 	if err != nil {
 		return err
 	}
 	for _, name := range cgroupsHooks {
 		if name != bpf.CgroupsProgRecognise || !recognises {
-			_ = f.attachCgroups(name, cgroupsConstants(places, p), state, back)
+			found.note(name, f.attachCgroups(name, cgroupsConstants(places, p), state, back))
 		}
 	}
 	return nil

@@ -199,7 +199,7 @@ func (f *Filter) Status() (*Status, error) {
 			}
 		}
 		for _, name := range cgroupsHooks {
-			s.Hooks = append(s.Hooks, f.cgroupsHook(name))
+			s.Hooks = append(s.Hooks, f.cgroupsHook(name, foundBy(all)))
 		}
 		if recognises := func(p *policed) bool { return p.rel != "" && p.doc != nil && p.doc.Policy.Recognises(p.rel) }; slices.ContainsFunc(all, recognises) {
 			s.Recognises = true
@@ -210,10 +210,8 @@ func (f *Filter) Status() (*Status, error) {
 		const reason = "nothing is attached"
 		s.Defences = append(s.Defences, Defence{Name: SocketFamilies, Reason: reason}, Defence{Name: HostSide, Reason: reason})
 	}
-	if gap, err := socketIdentityGap(); err != nil {
-		return nil, err
-	} else if gap != "" {
-		s.Defences = append(s.Defences, Defence{Name: "socket_identity", Reason: gap})
+	if why := foundBy(all); why != nil && why.Missing[socketIdentity] != "" {
+		s.Defences = append(s.Defences, Defence{Name: socketIdentity, Reason: why.Missing[socketIdentity]})
 	}
 	if delegates, err := f.root.Delegates(); err != nil {
 		return nil, err
@@ -262,6 +260,9 @@ func (s *Status) add(f *Filter, p *policed) {
 	}
 }
 
+// socketIdentity is what tells whose a socket is.
+const socketIdentity = "socket_identity"
+
 // socketIdentityGap says why sockets may not be known for a container's, if so.
 func socketIdentityGap() (string, error) {
 	v1, err := cgroup.NetV1()
@@ -282,11 +283,15 @@ func (s *Status) attached(name string) bool {
 }
 
 // cgroupsHook describes a hook that follows containers as they come and go.
-func (f *Filter) cgroupsHook(name string) Hook {
+func (f *Filter) cgroupsHook(name string, why *found) Hook {
 	row := Hook{Name: name}
 	info, err := pinnedInfo(filepath.Join(f.pins, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		row.Reason = why.why(name)
+		return row
+	}
 	if err != nil {
-		row.Reason = f.whyNoCgroups(name, err).Error()
+		row.Reason = err.Error()
 		return row
 	}
 	row.Attached, row.Program, row.Link = true, uint32(info.Program), uint32(info.ID)
@@ -294,21 +299,6 @@ func (f *Filter) cgroupsHook(name string) Hook {
 		row.Reason = err.Error()
 	}
 	return row
-}
-
-func (f *Filter) whyNoCgroups(name string, err error) error {
-	if !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	state, err := f.State()
-	if err != nil {
-		return err
-	}
-	defer state.Close()
-	if err := probeCgroups(name, state); err != nil {
-		return err
-	}
-	return errors.New("an attach was interrupted; attach again")
 }
 
 // findUncovered looks for running containers that are not policed. The names of their
