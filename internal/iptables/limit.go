@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"cmp"
 	"slices"
 	"strconv"
 	"strings"
@@ -52,7 +53,14 @@ func (h *hashlimit) option(name string, values []string, not bool) error {
 		l.mask = n
 		return nil
 	case "hashlimit --hashlimit-name", "hashlimit --hashlimit-htable-size", "hashlimit --hashlimit-htable-max",
-		"hashlimit --hashlimit-htable-expire", "hashlimit --hashlimit-htable-gcinterval", "hashlimit --hashlimit-dstmask":
+		"hashlimit --hashlimit-htable-gcinterval", "hashlimit --hashlimit-dstmask":
+		return nil
+	case "hashlimit --hashlimit-htable-expire":
+		n, err := strconv.ParseUint(one, 10, 32)
+		if err != nil {
+			return errUnknown
+		}
+		l.expire = time.Duration(n) * time.Millisecond
 		return nil
 	case "recent --set", "recent --update", "recent --rcheck", "recent --remove":
 		if h.action != "" {
@@ -95,9 +103,6 @@ func (h *hashlimit) option(name string, values []string, not bool) error {
 func (h *hashlimit) finish(m *match) {
 	l := h.limit
 	l.module = h.module
-	if l.mask == 0 {
-		l.mask = -1
-	}
 	if l.burst == 0 {
 		l.burst = 5 // of libxt_limit and libxt_hashlimit
 	}
@@ -105,6 +110,7 @@ func (h *hashlimit) finish(m *match) {
 	case "":
 		return
 	case "recent":
+		l.recent = cmp.Or(l.recent, "DEFAULT")
 		if l.per == nil {
 			l.per = []string{"srcip"}
 		}
@@ -171,7 +177,13 @@ func parseRate(s string) (policy.Rate, bool) {
 	return policy.Rate{}, false
 }
 
-// perContainer reports whether every source address has a limit of its own.
-func (l *limit) perContainer() bool {
-	return slices.Contains(l.per, "srcip") && (l.mask < 0 || l.mask == 32 || l.mask == 128)
+// refill returns how long an empty bucket takes to be full again.
+func (l *limit) refill() time.Duration {
+	if l.rate.Count == 0 {
+		return 0
+	}
+	return time.Duration(float64(l.burst) * float64(l.rate.Period) / float64(l.rate.Count))
 }
+
+// perContainer reports whether every source address has a limit of its own.
+func (l *limit) perContainer() bool { return slices.Contains(l.per, "srcip") && l.mask < 0 }

@@ -46,7 +46,7 @@ func TestSpellings(t *testing.T) {
 	} {
 		var want policy.Config
 		for i, text := range spellings {
-			r, err := Translate(Source{Name: "dump", Text: "*filter\n:FORWARD ACCEPT [0:0]\n:DOCKER-USER - [0:0]\n-A FORWARD -j DOCKER-USER\n" + text + "\n"})
+			r, err := Translate(Source{Name: "dump", Text: "*filter\n:FORWARD ACCEPT [0:0]\n:DOCKER-USER - [0:0]\n-A FORWARD -j DOCKER-USER\n" + strings.TrimSuffix(text, "\nCOMMIT") + "\nCOMMIT\n"})
 			if err != nil {
 				t.Errorf("%s: %v", text, err)
 				continue
@@ -137,7 +137,10 @@ func TestNotCarriedOver(t *testing.T) {
 		"-p tcp --dport 25 -m set --match-set bad dst -j DROP":                                                       "ipset",
 		"-m set --match-set cloud dst -j DROP":                                                                       "ipset",
 		"-s 172.17.0.5 -p tcp --dport 25 -j DROP":                                                                    "-s 172.17.0.5",
-		"-p tcp --dport 80 -m limit --limit 5/min -j DROP":                                                           "only new mail",
+		"-p tcp --dport 80 -m limit --limit 5/min -j DROP":                                                           "what is within the limit",
+		"-p tcp --dport 80 -m hashlimit --hashlimit-above 5/min --hashlimit-mode srcip --hashlimit-name x -j DROP":   "only new mail",
+		"-d 127.0.0.0/8 -j DROP":                                                                                     "does not forward",
+		"-d 224.0.0.0/4 -j DROP":                                                                                     "does not forward",
 		"-p tcp --dport 25 -m hashlimit --hashlimit-above 512kb/s --hashlimit-mode srcip --hashlimit-name x -j DROP": "--hashlimit-above 512kb/s",
 		"-p tcp --dport 25 -m recent --update --name x --hitcount 5 -j DROP":                                         "-m recent --update",
 		"-p tcp --sport 25 -j DROP":                                                                                  "--sport 25",

@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -47,8 +48,10 @@ func begins(name string, with ...string) bool {
 
 // external reports whether a device leads out of the host, by its name.
 func external(device string) bool {
-	return device == "lo" || begins(device, "eth", "en", "wl", "ww", "tailscale", "wg", "tun", "ppp", "bond", "team", "venet")
+	return outward.MatchString(device) && !strings.Contains(device, "br")
 }
+
+var outward = regexp.MustCompile(`^(?:lo|(?:eth|tailscale|wg|tun|ppp|bond|team|venet)[0-9+].*|(?:en|wl|ww)[opsx]?[0-9a-f+].*)$`)
 
 func (s *site) bridge(device string) bool {
 	return slices.Contains(s.bridges, device) || begins(device, "docker", "br-", "veth", "podman", "cni", "cali", "nerdctl")
@@ -56,6 +59,7 @@ func (s *site) bridge(device string) bool {
 
 var private = []netip.Prefix{
 	netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("172.16.0.0/12"), netip.MustParsePrefix("192.168.0.0/16"),
+	netip.MustParsePrefix("100.64.0.0/10"), // of providers, and what Docker can be given
 	netip.MustParsePrefix("fc00::/7"),
 }
 
@@ -131,7 +135,7 @@ func (s *site) resolve(m *match, v6 bool) {
 			}
 		case !s.container(p):
 			if !n.not {
-				m.never = "it is about what comes from " + n.value + ", which is not a network of containers"
+				m.never = "it is about what comes from " + n.value + ", which does not look like a network of containers"
 			}
 		default:
 			m.conditions = append(m.conditions, condition{"-s " + n.value, n.not})

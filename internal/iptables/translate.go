@@ -86,6 +86,7 @@ type translator struct {
 	origins  map[policy.Rule][]*rule // of block entries
 	mail     map[uint16]bool         // limited ports
 	limits   []*step                 // that apply to them
+	lists    map[string][]*step      // of -m recent, by name: the steps that put sources there
 }
 
 // Translate reads dumps, which are in force together, and returns the policy that
@@ -105,7 +106,7 @@ func Translate(sources ...Source) (*Result, error) {
 func translate(sources ...Source) (*translator, error) {
 	tr := &translator{
 		sources: sources, noted: map[*rule][]Kind{}, carried: map[*rule]bool{},
-		origins: map[policy.Rule][]*rule{}, mail: map[uint16]bool{},
+		origins: map[policy.Rule][]*rule{}, mail: map[uint16]bool{}, lists: map[string][]*step{},
 	}
 	for _, s := range sources {
 		tables, err := parse(s)
@@ -160,7 +161,7 @@ func (tr *translator) has(r *rule, kinds ...Kind) bool {
 
 // hooks are the chains that packets of containers pass on their way out.
 var hooks = map[string][]string{
-	"filter": {"FORWARD"}, "mangle": {"PREROUTING", "FORWARD"}, "raw": {"PREROUTING"}, "security": {"FORWARD"},
+	"filter": {"FORWARD"}, "mangle": {"PREROUTING", "FORWARD", "POSTROUTING"}, "raw": {"PREROUTING"}, "security": {"FORWARD"},
 }
 
 // layOut makes the families of the tables.
@@ -171,13 +172,18 @@ func (tr *translator) layOut() error {
 		for _, c := range t.order {
 			for _, r := range c.rules {
 				tr.site.resolve(&r.match, t.v6)
+				if l := r.match.limit; l != nil && l.mask == map[bool]int{false: 32, true: 128}[t.v6] {
+					l.mask = -1
+				}
 			}
 		}
 		f := both[0]
 		if t.v6 {
 			f = both[1]
 		}
-		if c := t.chains["FORWARD"]; c != nil && c.policy == "DROP" && !slices.ContainsFunc(c.rules, func(r *rule) bool { return dockers(r.target) }) {
+		if c := t.chains["FORWARD"]; c != nil && c.policy == "DROP" && !slices.ContainsFunc(c.rules, func(r *rule) bool {
+			return dockers(r.target) || r.target == "ACCEPT" && tr.site.bridge(r.match.in.value)
+		}) {
 			tr.note(nil, NotCarried, "%s: the policy of FORWARD in the table %s is DROP, and no rules of Docker accept what containers send: what no rule accepts is stopped there, and not by the policy", t.source, t.name)
 		}
 		roots := slices.Clone(hooks[t.name])
@@ -204,10 +210,11 @@ func (tr *translator) layOut() error {
 		}
 		seen := map[string]bool{} // lists of -m recent
 		for _, p := range f.passes {
-			for _, st := range p.steps {
-				m := &st.rule.match
+			for i := range p.steps {
+				m := &p.steps[i].rule.match
 				if m.sets != "" {
 					seen[m.sets] = true
+					tr.lists[m.sets] = append(tr.lists[m.sets], &p.steps[i])
 				}
 				if l := m.limit; l != nil && l.module == "recent" && l.rate.Unlimited() && !l.settle(seen[l.recent]) {
 					text := fmt.Sprintf("-m recent --seconds %d --hitcount %d", l.window, l.hits)
@@ -218,12 +225,72 @@ func (tr *translator) layOut() error {
 		}
 	}
 	for _, f := range both {
+		for _, p := range f.passes {
+			for i := range p.steps {
+				tr.joinLimits(&p.steps[i])
+			}
+		}
 		if len(f.passes) > 0 {
 			f.survey()
 			tr.families = append(tr.families, f)
 		}
 	}
 	return nil
+}
+
+// joinLimits finds what the limits of a step come to, if it has several. What is within one
+// and goes on to the next is within the strictest; what is over one and goes on to the next
+// has that one's tokens too.
+func (tr *translator) joinLimits(s *step) {
+	var all []*limit
+	for _, m := range s.when {
+		if m.limit != nil {
+			all = append(all, m.limit)
+		}
+	}
+	if len(all) < 2 || s.act == none {
+		return
+	}
+	joined := *all[0]
+	for _, l := range all[1:] {
+		if l.over != joined.over {
+			if s.act == skip {
+				tr.note(s.rule, Stricter, "the exception is not carried over: it is for some of what is over another limit")
+			} else {
+				tr.note(s.rule, NotCarried, "it is for what is within one limit and over another one")
+				s.aside = true
+			}
+			s.act = none
+			return
+		}
+		if l.over {
+			joined.rate, joined.burst = sum(joined.rate, l.rate), joined.burst+l.burst
+		} else {
+			joined.burst = min(joined.burst, l.burst)
+			if slower(l.rate, joined.rate) < 0 {
+				joined.rate = l.rate
+			}
+		}
+		if !l.perContainer() {
+			joined.per, joined.mask = l.per, l.mask
+		}
+	}
+	s.both = &joined
+}
+
+// sum adds two rates, in the longer of their periods.
+func sum(a, b policy.Rate) policy.Rate {
+	if a.Period < b.Period {
+		a, b = b, a
+	}
+	return policy.Rate{Count: a.Count + b.Count*uint64(a.Period/b.Period), Period: a.Period}
+}
+
+// slower compares two rates.
+func slower(a, b policy.Rate) int {
+	hiA, loA := bits.Mul64(a.Count, uint64(b.Period))
+	hiB, loB := bits.Mul64(b.Count, uint64(a.Period))
+	return cmp.Or(cmp.Compare(hiA, hiB), cmp.Compare(loA, loB))
 }
 
 func (tr *translator) live(source string) bool {
@@ -560,6 +627,7 @@ func (tr *translator) limitMail() {
 		}
 	}
 	tr.setLimit()
+	tr.note(nil, Stricter, "%s; the policy limits that too: name such servers under smtp.exempt", unseenMail)
 	tr.comment("smtp", tr.limits...)
 }
 
@@ -591,11 +659,6 @@ func (f *family) matters(s *step, pk packet) bool {
 // setLimit takes the strictest of the limits.
 func (tr *translator) setLimit() {
 	smtp := &tr.result.Config.SMTP
-	slower := func(a, b policy.Rate) int {
-		hiA, loA := bits.Mul64(a.Count, uint64(b.Period))
-		hiB, loB := bits.Mul64(b.Count, uint64(a.Period))
-		return cmp.Or(cmp.Compare(hiA, hiB), cmp.Compare(loA, loB))
-	}
 	smtp.Rate, smtp.Burst = tr.limits[0].limit().rate, tr.limits[0].limit().burst
 	for _, s := range tr.limits[1:] {
 		l := s.limit()
@@ -616,6 +679,17 @@ func (tr *translator) setLimit() {
 			tr.note(s.rule, Stricter, "the rule has a limit for each %s; the policy has one for each container", strings.Join(l.per, " and "))
 		default:
 			tr.note(s.rule, Weaker, "the rule's limit is shared by containers; the policy's is for each, so that many of them can send more than the rule lets all of them send")
+			if slices.ContainsFunc(l.per, func(p string) bool { return p != "srcip" }) {
+				tr.note(s.rule, Stricter, "the rule has a limit for each %s; the policy has one for all that a container sends", strings.Join(l.per, " and "))
+			}
+		}
+		if l.expire > 0 && l.expire < l.refill() {
+			tr.note(s.rule, Stricter, "the rule forgets what it counted after %v without a packet; the policy gives tokens back at its rate alone", l.expire)
+		}
+		for _, sets := range tr.lists[l.recent] {
+			if l.module == "recent" && len(sets.mail(false))+len(sets.mail(true)) == 0 {
+				tr.note(s.rule, Weaker, "the rule also counts what is not mail, by the one at %s", sets.rule.place)
+			}
 		}
 		if l.module == "recent" {
 			tr.note(s.rule, Weaker, "the rule lets %d through within any %d seconds, and with --update starts anew at every attempt; the policy lets %d through at once and then %s, up to twice as many in such a time", l.burst, l.window, smtp.Burst, smtp.Rate)
@@ -654,6 +728,9 @@ func (tr *translator) block() {
 		case len(entries) == 0:
 			tr.refuse(s, "no packet matches it and the rules that lead to it")
 			return
+		case s.limit() != nil && !s.limit().over:
+			tr.refuse(s, "it stops what is within the limit, and lets the rest through")
+			return
 		case s.limit() != nil:
 			tr.refuse(s, "only new mail connections can be limited")
 			return
@@ -681,8 +758,17 @@ func (tr *translator) block() {
 			}
 			return err != nil
 		})
+		add = slices.DeleteFunc(add, func(e policy.Rule) bool {
+			never := unforwarded(e.Prefix) && !overlapsMetadata(e.Prefix)
+			if never {
+				tr.note(s.rule, NotCarried, "the host does not forward packets to %s: the rule meets none", e.Prefix)
+			}
+			return never
+		})
 		if len(add) == 0 {
-			if !tr.carried[s.rule] {
+			if f.enforces(s, mail) {
+				tr.carried[s.rule] = true
+			} else if !tr.carried[s.rule] {
 				tr.refuse(s, "it stops nothing: other rules let all of it through before, or stop it")
 			}
 			return
@@ -698,15 +784,29 @@ func (tr *translator) block() {
 			if !slices.Contains(tr.origins[e], s.rule) {
 				tr.origins[e] = append(tr.origins[e], s.rule)
 			}
-			if near(e.Prefix) && s.sparesBridge() {
+			for _, p := range spared(e) {
+				if !slices.Contains(cfg.Allow, p) {
+					cfg.Allow = append(cfg.Allow, p)
+					tr.comment("allow", s)
+				}
+			}
+			if len(mail) > 0 && e.Prefix.Bits() == 0 {
+				tr.note(s.rule, Stricter, "%s; the policy stops that too: name such servers under allow", unseenMail)
+			} else if near(e.Prefix) && s.sparesBridge() {
 				tr.note(s.rule, Stricter, "the policy also keeps containers on one bridge from each other, where their network is in %s: name it under allow, or import the table nat too, which tells these networks", e.Prefix)
 			} else if near(e.Prefix) {
 				tr.note(s.rule, Stricter, "FORWARD does not see what containers send to the host itself, nor always what they send each other on one bridge; the policy stops that too, where it is for %s", e.Prefix)
 			}
 		}
 		tr.comment("block", s)
-		if s.newOnly() && (entries[0].Proto == 0 || entries[0].Proto == tcp) {
-			tr.note(s.rule, Stricter, "the rule stops new connections; the policy stops every packet, those of connections that exist too")
+		for _, e := range add {
+			switch {
+			case e.Proto != 0 && e.Proto != tcp:
+			case len(mail) == 0 && !overlapsMetadata(e.Prefix) && f.letsAnswer(e):
+				tr.note(s.rule, Stricter, "the rules let packets of connections that exist pass; the policy stops them too: who connects from %s to a port that is published gets no answer", e.Prefix)
+			case s.newOnly():
+				tr.note(s.rule, Stricter, "the rule stops new connections; the policy stops every packet, those of connections that exist too")
+			}
 		}
 	})
 	// Of entries for the same addresses, the wider stays. A network does not stand
@@ -740,6 +840,52 @@ func (s *step) about(v6 bool) bool {
 	}
 	entries, _, _ := s.entries(v6)
 	return slices.ContainsFunc(entries, func(e policy.Rule) bool { return e.Prefix.Bits() > 0 && overlapsMetadata(e.Prefix) })
+}
+
+// unseenMail says what rules of FORWARD leave alone.
+const unseenMail = "FORWARD does not see mail to the host itself, nor always to containers on the same bridge"
+
+// local are networks to which nothing is forwarded.
+var local = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("224.0.0.0/4"), netip.MustParsePrefix("255.255.255.255/32"),
+	netip.MustParsePrefix("::1/128"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"),
+}
+
+// unforwarded reports whether a network is in one of these.
+func unforwarded(p netip.Prefix) bool {
+	return slices.ContainsFunc(local, func(l netip.Prefix) bool { return l.Bits() <= p.Bits() && l.Contains(p.Addr()) })
+}
+
+// spared returns what an entry that blocks has to leave open, since the rule does not meet
+// it: above all a container's own loopback.
+func spared(e policy.Rule) (open []policy.Rule) {
+	for _, l := range local {
+		if l.Bits() <= e.Prefix.Bits() || !e.Prefix.Contains(l.Addr()) {
+			continue
+		}
+		if l.Addr().IsLoopback() || e.Port == 0 {
+			open = append(open, policy.Rule{Prefix: l, Port: e.Port, Proto: e.Proto})
+		}
+	}
+	return open
+}
+
+// enforces reports whether a step stops mail that is over a limit.
+func (f *family) enforces(s *step, ports []uint16) bool {
+	return slices.ContainsFunc(ports, func(port uint16) bool {
+		pk := packet{dst: f.other, proto: tcp, port: port}
+		return f.judge(pk)&limited != 0 && f.reaches(pk, s)
+	})
+}
+
+// letsAnswer reports whether packets to an entry pass that are of connections which exist.
+func (f *family) letsAnswer(e policy.Rule) (lets bool) {
+	f.within(e, func(p packet) bool {
+		p.old = true
+		lets = f.judge(p)&passes != 0
+		return !lets
+	})
+	return lets
 }
 
 // sparesBridge reports whether a step is not about what stays on a bridge of containers,
@@ -828,7 +974,7 @@ func (f *family) lets(e policy.Rule, within bool) bool {
 // holes in what it stops.
 func (tr *translator) exceptions(f *family, p *pass, i int) []policy.Rule {
 	s := &p.steps[i]
-	if s.never() != "" || s.act == none || s.act == skip && s.limit() != nil && !tr.carried[s.rule] || s.act == drop && !tr.carried[s.rule] {
+	if s.rule.isGoto || s.never() != "" || s.act == none || s.act == skip && s.limit() != nil && !tr.carried[s.rule] || s.act == drop && !tr.carried[s.rule] {
 		return nil
 	}
 	entries, holes, err := s.entries(f.v6)
@@ -879,10 +1025,8 @@ func (tr *translator) exempt() {
 						continue
 					}
 					done[e.Prefix] = true
-					if slices.ContainsFunc(tr.result.Config.Block, func(b policy.Rule) bool {
-						c, ok := intersect(policy.Rule{Prefix: e.Prefix, Proto: tcp}, b)
-						return ok && c.Prefix == e.Prefix && c.Port == 0 // nothing gets there
-					}) {
+					gets := func(port uint16) bool { return !tr.result.Config.Blocks(e.Prefix.Addr(), tcp, port) }
+					if !slices.ContainsFunc(smtp.Ports, gets) {
 						continue
 					}
 					if s.act == skip && !p.followed(i, f.v6, policy.Rule{Prefix: e.Prefix, Proto: tcp}) {
@@ -924,6 +1068,9 @@ func (tr *translator) account() {
 			tr.note(r, Unknown, "%s", r.garbled)
 			return
 		}
+		if s.own {
+			return
+		}
 		if !s.inUser && !s.about(f.v6) {
 			// What Docker itself lets through between its bridges and the rest is no news.
 			ofDocker := s.never() != "" || r.target == "ACCEPT" && tr.site.bridge(r.match.in.value)
@@ -949,7 +1096,7 @@ func (tr *translator) account() {
 			tr.note(r, Unknown, "the target %s is not known here", r.target)
 		case tr.jumps(r):
 		case never != "" && s.act == skip:
-			tr.refuse(s, never+"; the policy has no exception for these, and needs none where it stops nothing")
+			tr.refuse(s, never+"; the policy has no exception for these")
 		case never != "":
 			tr.refuse(s, never)
 		case s.act == skip && s.limit() != nil && s.conditions() != "":
@@ -985,8 +1132,10 @@ func (tr *translator) account() {
 				case r.garbled != "":
 					tr.note(r, Unknown, "%s", r.garbled)
 				case !s.about(t.v6):
-				case c.name == "OUTPUT":
+				case t.reached("OUTPUT", c.name):
 					tr.note(r, NotCarried, "it is about the host's own processes, and containers with --network=host: the policy is about all containers, and no others")
+				case t.reached("INPUT", c.name):
+					tr.note(r, NotCarried, "it is about what is sent to the host itself: a policy does not know the host's own addresses")
 				case t.name == "nat" && c.name != "POSTROUTING":
 					tr.note(r, NotCarried, "it is address translation: a policy blocks, and does not send elsewhere")
 				case t.name == "nat":
@@ -1038,6 +1187,9 @@ func (tr *translator) compare() {
 			if p.dst != addr {
 				addr = p.dst
 				nearBlocked, nearAllowed = about(blocked, addr), about(allowed, addr)
+			}
+			if unforwarded(netip.PrefixFrom(p.dst, p.dst.BitLen())) {
+				return true
 			}
 			want := f.judge(p)
 			b := contains(nearBlocked, p) && !contains(nearAllowed, p)
@@ -1147,7 +1299,7 @@ func (tr *translator) conclude() {
 		if v6 {
 			slices.Reverse(families)
 		}
-		tr.note(nil, Differs, "the rules block addresses of %s alone, and so does the policy: who has one of %s too can be reached by that", families[0], families[1])
+		tr.note(nil, Differs, "the rules block %s addresses only, and so does the policy: a destination that has an %s address too can be reached there", families[0], families[1])
 	}
 	slices.SortStableFunc(tr.result.Notes, func(a, b Note) int {
 		return cmp.Or(cmp.Compare(tr.index(a.Source), tr.index(b.Source)), cmp.Compare(a.Line, b.Line))

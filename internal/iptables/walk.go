@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 )
 
 // user is the chain that Docker leaves to its users.
@@ -12,7 +11,12 @@ const user = "DOCKER-USER"
 
 // dockers reports whether a chain is one that Docker fills.
 func dockers(chain string) bool {
-	return chain != user && (chain == "DOCKER" || strings.HasPrefix(chain, "DOCKER-"))
+	switch chain {
+	case "DOCKER", "DOCKER-FORWARD", "DOCKER-BRIDGE", "DOCKER-CT", "DOCKER-INTERNAL", "DOCKER-INGRESS",
+		"DOCKER-ISOLATION", "DOCKER-ISOLATION-STAGE-1", "DOCKER-ISOLATION-STAGE-2":
+		return true
+	}
+	return false
 }
 
 // action is what a rule does with a packet.
@@ -32,10 +36,17 @@ type step struct {
 	act    action
 	end    int
 	inUser bool // in DOCKER-USER, or a chain it jumps to
+	own    bool // in a chain that Docker fills, which DOCKER-USER does not jump to
 	aside  bool // it would drop, were it understood
+	// both is what the limits of the rule and of the jumps to it come to, if these are
+	// several.
+	both *limit
 }
 
 func (s step) limit() *limit {
+	if s.both != nil {
+		return s.both
+	}
 	for _, m := range s.when {
 		if m.limit != nil {
 			return m.limit
@@ -98,15 +109,18 @@ func (p *pass) lay(t *table, c *chain, when []*match, inUser bool, above []strin
 	}
 	above = append(slices.Clip(above), c.name)
 	inUser = inUser || c.name == user
+	own := dockers(c.name) && !inUser
 	var leave []int // steps that skip the rest of this chain
 	for _, r := range c.rules {
 		if len(p.steps) > maxSteps {
 			return fmt.Errorf("%s: more than %d rules, with those of chains counted once for each jump to them", t.source, maxSteps)
 		}
-		s := step{rule: r, when: append(slices.Clip(when), &r.match), inUser: inUser}
+		s := step{rule: r, when: append(slices.Clip(when), &r.match), inUser: inUser, own: own}
 		next := t.chains[r.target]
 		switch {
 		case r.garbled != "":
+		case own && (r.target == "DROP" || r.target == "REJECT"):
+			// Docker keeps its networks apart, with a policy or without.
 		case r.target == "DROP" || r.target == "REJECT":
 			s.act = drop
 		case r.target == "ACCEPT":
@@ -114,7 +128,7 @@ func (p *pass) lay(t *table, c *chain, when []*match, inUser bool, above []strin
 		case r.target == "RETURN":
 			s.act = skip
 			leave = append(leave, len(p.steps))
-		case next != nil && !dockers(r.target):
+		case next != nil:
 			p.steps = append(p.steps, s) // the jump itself does nothing
 			if err := p.lay(t, next, s.when, inUser, above); err != nil {
 				return err
