@@ -46,6 +46,14 @@ func (g *globals) withContainer(cmd *cobra.Command, name string, do func(*stats.
 	return do(reader, c)
 }
 
+// oneContainer wants the name of one container, and nothing else.
+func oneContainer(_ *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return fmt.Errorf("want the NAME of one container, got %d arguments", len(args))
+	}
+	return nil
+}
+
 func newLimitSet(g *globals) *cobra.Command {
 	var (
 		rate  string
@@ -56,7 +64,7 @@ func newLimitSet(g *globals) *cobra.Command {
 		Short:   "Give a container its own limit",
 		Long:    `Gives a container its own limit. What is left out stays as it is.`,
 		Example: `  egressbpf limit set mailer --rate 120/minute --burst 30`,
-		Args:    usageArgs(cobra.ExactArgs(1)),
+		Args:    usageArgs(oneContainer),
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&rate, "rate", "", "N/second|minute|hour|day, or unlimited")
@@ -93,7 +101,7 @@ func newLimitGet(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "get NAME",
 		Short: "Show the limit of a container",
-		Args:  usageArgs(cobra.ExactArgs(1)),
+		Args:  usageArgs(oneContainer),
 	}
 	out := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -112,7 +120,7 @@ func newLimitUnset(g *globals) *cobra.Command {
 	return &cobra.Command{
 		Use:   "unset NAME",
 		Short: "Return a container to the policy's limit",
-		Args:  usageArgs(cobra.ExactArgs(1)),
+		Args:  usageArgs(oneContainer),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return g.withContainer(cmd, args[0], func(r *stats.Reader, c *stats.Container) error {
 				return r.UnsetLimit(c)

@@ -55,7 +55,7 @@ func ParseConfig(name string, data []byte) (Config, error) {
 		{"block", list(&cfg.Block, ParseRule, distinct)},
 		{"allow", list(&cfg.Allow, ParseRule, distinct)},
 		{"allow_dns", value(&cfg.AllowDNS, parseBool)},
-		{"socket_families", value(&cfg.Families, ParseFamilies)},
+		{"socket_families", familiesOf(&cfg.Families)},
 		{"host_side", value(&cfg.HostSide, ParseSwitch)},
 		{"host_devices", list(&cfg.HostDevices, ParseDevice, distinct)},
 		{"scopes", list(&cfg.Scopes, ParseScope, finishScopes)},
@@ -278,6 +278,31 @@ func list[T any](dst *[]T, parse func(string) (T, error), finish func([]T) ([]T,
 			return at.errorf(n, "%w", err)
 		}
 		*dst = values
+		return nil
+	}
+}
+
+// familiesOf stores families, in one value or in a list.
+func familiesOf(dst *Families) setter {
+	return func(at place, n *yaml.Node) error {
+		r, err := at.resolve(n)
+		if err != nil {
+			return err
+		}
+		if r.Kind != yaml.SequenceNode || len(r.Content) == 0 {
+			return value(dst, ParseFamilies)(at, n)
+		}
+		var names []string
+		for _, entry := range r.Content {
+			name, err := scalar(at, entry, ParseFamilies)
+			if err != nil {
+				return err
+			}
+			names = append(names, string(name))
+		}
+		if *dst, err = ParseFamilies(strings.Join(names, ",")); err != nil {
+			return at.errorf(n, "%w", err)
+		}
 		return nil
 	}
 }

@@ -110,6 +110,11 @@ func (r ContainerRule) Validate() error {
 	if r.SMTP == nil && r.Metadata == "" && r.Families == "" {
 		return errors.New("want smtp, metadata or socket_families: what is to hold for them")
 	}
+	if r.Families != "" {
+		if _, err := ParseFamilies(string(r.Families)); err != nil {
+			return fmt.Errorf("socket_families: %w", err)
+		}
+	}
 	if r.SMTP != nil {
 		if err := r.SMTP.Validate(); err != nil {
 			return fmt.Errorf("smtp.%w", err)
@@ -125,8 +130,11 @@ func parsePattern(s string) (string, error) {
 	return s, nil
 }
 
+// nameCharacters are those of Docker's names, and the star.
+const nameCharacters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-*"
+
 func parseNamePattern(s string) (string, error) {
-	if path.Base("/"+s) != s {
+	if path.Base("/"+s) != s || strings.ContainsFunc(s, func(r rune) bool { return !strings.ContainsRune(nameCharacters, r) }) {
 		return "", fmt.Errorf("%q: want a container's name, in which a star stands for any characters", s)
 	}
 	return s, nil
@@ -148,7 +156,7 @@ func setContainer(r *ContainerRule, def Limit) setter {
 			{"image", value(&r.Image, parsePattern)},
 			{"label", value(&r.Label, parseLabel)},
 			{"metadata", value(&r.Metadata, ParseAccess)},
-			{"socket_families", value(&r.Families, ParseFamilies)},
+			{"socket_families", familiesOf(&r.Families)},
 			{"smtp", func(at place, n *yaml.Node) error {
 				r.SMTP = &limit
 				if err := (fields{{"rate", value(&limit.Rate, ParseRate)}, {"burst", value(&limit.Burst, parseBurst)}}).set(at, n); err != nil {

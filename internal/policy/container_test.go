@@ -64,6 +64,8 @@ func TestParseContainerRules(t *testing.T) {
     metadata: block
   - name: dhcp
     socket_families: packet, can
+  - name: balancer
+    socket_families: [packet, can]
 smtp: {burst: 7}
 `
 	got, err := ParseConfig("config.yaml", []byte(text))
@@ -72,6 +74,7 @@ smtp: {burst: 7}
 		{Label: "com.example.metadata=yes", Metadata: Allowed},
 		{Image: "bulk:*", SMTP: &Limit{Rate{50, time.Hour}, 7}, Metadata: Denied},
 		{Name: "dhcp", Families: "can,packet"},
+		{Name: "balancer", Families: "can,packet"},
 	}
 	if err != nil || !reflect.DeepEqual(got.Containers, want) {
 		t.Fatalf("got %+v, %v, want %+v", got.Containers, err, want)
@@ -88,6 +91,10 @@ smtp: {burst: 7}
 		{"{label: =x, metadata: allow}", `config.yaml:2: containers.label: "=x"`},
 		{"{label: 'a*', metadata: allow}", `config.yaml:2: containers.label: "a*"`},
 		{"{name: a, metadata: yes}", `config.yaml:2: containers.metadata: "yes": want allow or block`},
+		{"{name: a b, metadata: allow}", `config.yaml:2: containers.name: "a b": want a container's name`},
+		{"{name: a, socket_families: [packet, unix]}", `config.yaml:2: containers.socket_families: "unix": no such family`},
+		{"{name: a, socket_families: [packet, any]}", `config.yaml:2: containers.socket_families: "any": no such family`},
+		{"{name: a, socket_families: []}", `config.yaml:2: containers.socket_families: want a single value`},
 		{"{name: a, socket_families: unix}", `config.yaml:2: containers.socket_families: "unix": no such family`},
 		{"{name: a, smtp: {rate: 5}}", `config.yaml:2: containers.smtp.rate: "5"`},
 		{"{name: a, smtp: {rate: 1/day, burst: 1000000}}", `config.yaml:2: containers.smtp.burst: `},

@@ -88,7 +88,7 @@ func (r Rate) Validate() error {
 	case !known:
 		return fmt.Errorf("period %s: want a second, minute, hour or day", r.Period)
 	case r.Count == 0:
-		return errors.New("a rate is at least 1; to stop all mail block it: --block 0.0.0.0/0:25/tcp --block [::/0]:25/tcp, and so on for each port")
+		return errors.New("a rate is at least 1; to stop all mail, block it: --block 0.0.0.0/0:25/tcp --block [::/0]:25/tcp, or the same under block in a config file, and so on for each port")
 	case r.Count > maxCount:
 		return fmt.Errorf("count %d: want 1 to %d", r.Count, maxCount)
 	}

@@ -79,7 +79,7 @@ func (c Config) YAML(comments map[string][]string) []byte {
 	}
 	for _, r := range c.Containers {
 		begin := "  - "
-		for _, k := range [][2]string{{"name", r.Name}, {"image", r.Image}, {"label", r.Label}, {"metadata", string(r.Metadata)}} {
+		for _, k := range [][2]string{{"name", r.Name}, {"image", r.Image}, {"label", r.Label}, {"metadata", string(r.Metadata)}, {"socket_families", string(r.Families)}} {
 			if k[1] != "" {
 				fmt.Fprintf(&b, "%s%s: %s\n", begin, k[0], strconv.Quote(k[1]))
 				begin = "    "

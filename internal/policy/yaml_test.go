@@ -26,6 +26,7 @@ func TestYAML(t *testing.T) {
 				{Name: "mailer-*", Image: "a:b", SMTP: &Limit{Rate{1, time.Hour}, 2}},
 				{Label: `x="y": #z`, Metadata: Allowed},
 				{Name: "*", SMTP: &Limit{Burst: 1}, Metadata: Denied},
+				{Name: "dhcp", Families: "can,packet"},
 			},
 		},
 	}
