@@ -172,12 +172,13 @@ func (f *Filter) stateMap(name string, spec *ebpf.MapSpec, back *undo) (_ *ebpf.
 		return nil, fmt.Errorf("map %s: %w", name, fs.ErrNotExist)
 	}
 	if m != nil {
-		if err := maps.Compatible(spec, m); err != nil && (back == nil || maps.Kept(name)) {
+		if err := maps.Compatible(spec, m); err != nil && maps.Kept(name) {
 			return nil, fmt.Errorf("pinned map %s: %w: %w", pin, ErrOtherVersion, err)
 		} else if err != nil {
+			// Who only reads does without.
 			other := m
 			m = nil
-			if !pinned {
+			if back == nil || !pinned {
 				other.Close()
 			} else if err := f.unpinMap(name, other, back); err != nil {
 				return nil, err

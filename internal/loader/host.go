@@ -392,7 +392,7 @@ func (f *Filter) whyNoHostSide(s *Status, why *found) (active bool, reason strin
 		return false, why.Missing[HostSide] + open
 	}
 	if why == nil || !why.Ingress || s.Policy == nil {
-		return false, interrupted
+		return false, why.why(HostSide)
 	}
 	links, err := links()
 	if err != nil {
@@ -434,7 +434,7 @@ func (f *Filter) familiesStatus(s *Status, all []*policed) Defence {
 		return d
 	}
 	d.Reason = foundBy(all).why(SocketFamilies)
-	if d.Reason != interrupted {
+	if why := foundBy(all); why != nil && why.Missing[SocketFamilies] != "" {
 		d.Reason = "this kernel refuses no sockets for us (" + d.Reason + ")" + open
 	}
 	return d

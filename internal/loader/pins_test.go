@@ -400,6 +400,12 @@ func TestPassingStateOfOtherVersion(t *testing.T) {
 		pinMap(t, pin, ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
 		before[name] = id(name)
 	}
+	// Who reads does without.
+	status := h.status()
+	check(t, h.AddState(status))
+	if !status.Enforcing || status.Room == nil {
+		t.Errorf("got %+v", status)
+	}
 	h.SetFault(func(step string) error {
 		if step == "host_forward4" || strings.HasPrefix(step, "load ") {
 			return errInjected

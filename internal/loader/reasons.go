@@ -16,6 +16,9 @@ type found struct {
 	Missing map[string]string `json:"missing,omitempty"`
 	// Ingress is whether the host side is that of devices (host_tc.go).
 	Ingress bool `json:"ingress,omitempty"`
+
+	// version is that of an attach that kept no reasons, since it is another one's.
+	version string
 }
 
 // longestReason keeps all reasons within documentSpare.
@@ -42,10 +45,15 @@ const interrupted = "an attach was interrupted; attach again"
 // why returns why the last attach did without a hook or a defence; interrupted if it has
 // kept no reason.
 func (f *found) why(name string) string {
-	if f == nil || f.Missing[name] == "" {
+	switch {
+	case f == nil:
 		return interrupted
+	case f.Missing[name] != "":
+		return f.Missing[name]
+	case f.version != "":
+		return fmt.Sprintf("version %s has attached without it; attach again", f.version)
 	}
-	return f.Missing[name]
+	return interrupted
 }
 
 // foundBy returns what the attach has found whose programs police these cgroups; nil if
@@ -54,6 +62,9 @@ func foundBy(all []*policed) *found {
 	for _, p := range all {
 		if p.doc != nil && p.doc.Found != nil {
 			return p.doc.Found
+		}
+		if p.doc != nil && p.doc.Version != Version() {
+			return &found{version: p.doc.Version}
 		}
 	}
 	return nil
