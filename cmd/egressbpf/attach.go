@@ -36,16 +36,17 @@ func newAttach(g *globals) *cobra.Command {
 	o := attachOptions{globals: g}
 	cmd := &cobra.Command{
 		Use:   "attach [--cgroup PATH]... [--config FILE] [flags]",
-		Short: "Put the filter in force, or exchange its policy",
-		Long: `Loads the programs, attaches them to the policed cgroups and exits. The filter is
-in force afterwards without any process. Missing cgroup directories are made, so
-this can run before the first container.
+		Short: "Put the filter in force, or replace its policy",
+		Long: `Loads the programs, attaches them to the policed cgroups and exits. The filter
+stays in force without any process. Missing cgroup directories are made, so attach
+can run before the first container starts.
 
-Run again, it exchanges policy and programs while packets flow: none goes
-unpoliced, and buckets and counters are kept. Cgroups that are policed already
-stay so and get the same policy. If anything is refused, what was in force stays.
+Run it again to replace the policy and the programs. No packet goes unpoliced
+meanwhile, and buckets and counters are kept. Cgroups that are already policed stay
+policed and get the new policy. On an error, the policy that was in force stays.
 
-A flag overrides the same key of the config file; lists are replaced, not added to.`,
+A flag overrides the same key of the config file. A list replaces the list in the
+file; it is not added to it.`,
 		Example: `  egressbpf attach
   egressbpf attach --cgroup /sys/fs/cgroup/docker --allow-dns --smtp-rate 10/minute
   egressbpf attach --block 10.0.0.0/8 --allow 10.0.0.53:53/udp --allow '[2001:db8::1]:443/tcp'`,
@@ -86,7 +87,7 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 		return err
 	}
 	if err := filter.CheckMount(); err != nil && !inTest {
-		fmt.Fprintf(stderr, "warning: %v: the filter is gone with this mount namespace, and the host's status does not show it\n", err)
+		fmt.Fprintf(stderr, "warning: %v: the filter ends with this mount namespace, and status on the host does not show it\n", err)
 	}
 	warn(stderr, status, blockedResolvers(config.Policy))
 	if status.Policy != nil && root.HasPods() && status.Policy.PolicesPods() {
@@ -94,9 +95,9 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	}
 	switch {
 	case filter.Served():
-		fmt.Fprintln(stderr, "warning: egressbpf run is at work, and puts its own configuration in force again: change that")
+		fmt.Fprintln(stderr, "warning: egressbpf run is running and will restore its own configuration: change that one")
 	case len(config.Containers) > 0:
-		fmt.Fprintf(stderr, "warning: %d rules for single containers are not applied: egressbpf run does that\n", len(config.Containers))
+		fmt.Fprintf(stderr, "warning: %d rules for single containers are not applied: only egressbpf run applies them\n", len(config.Containers))
 	}
 	if err := warnHolders(stderr, filter, status); err != nil {
 		return err
@@ -117,20 +118,20 @@ type policyFlags struct {
 
 func (p *policyFlags) register(flags *pflag.FlagSet) {
 	def := policy.Default()
-	flags.StringSliceVar(&p.presets, "preset", def.Presets, "clouds whose metadata service is blocked: "+strings.Join(policy.PresetNames(), ", "))
-	flags.StringSliceVar(&p.block, "block", nil, "destinations to block: ADDR|CIDR[:PORT][/PROTO], IPv6 with a port in brackets")
-	flags.StringSliceVar(&p.allow, "allow", nil, "exceptions from what is blocked, in the same form")
-	flags.BoolVar(&p.allowDNS, "allow-dns", false, "allow port 53 of every blocked address")
-	flags.StringSliceVar(&p.smtpPorts, "smtp-ports", []string{"25", "465", "587"}, "TCP ports of mail")
-	flags.StringVar(&p.rate, "smtp-rate", def.SMTP.Rate.String(), "new mail connections of each container: N/second|minute|hour|day, or unlimited")
-	flags.Uint32Var(&p.burst, "smtp-burst", def.SMTP.Burst, "how many of them at once")
-	flags.StringVar(&p.overLimit, "over-limit", string(def.SMTP.OverLimit), "what happens to the others: drop (they wait and repeat) or reject (they fail at once)")
+	flags.StringSliceVar(&p.presets, "preset", def.Presets, "clouds whose metadata service to block: "+strings.Join(policy.PresetNames(), ", "))
+	flags.StringSliceVar(&p.block, "block", nil, "destinations to block: ADDR|CIDR[:PORT][/PROTO]; an IPv6 address with a port goes in brackets")
+	flags.StringSliceVar(&p.allow, "allow", nil, "destinations to leave open although a preset or --block covers them: ADDR|CIDR[:PORT][/PROTO]")
+	flags.BoolVar(&p.allowDNS, "allow-dns", false, "leave port 53 of every blocked address open")
+	flags.StringSliceVar(&p.smtpPorts, "smtp-ports", []string{"25", "465", "587"}, "TCP ports that count as mail")
+	flags.StringVar(&p.rate, "smtp-rate", def.SMTP.Rate.String(), "new mail connections a container may open: N/second|minute|hour|day, or unlimited")
+	flags.Uint32Var(&p.burst, "smtp-burst", def.SMTP.Burst, "mail connections a container may open at once")
+	flags.StringVar(&p.overLimit, "over-limit", string(def.SMTP.OverLimit), "what happens to mail connections over the limit: drop (the client tries again) or reject (they fail at once)")
 	flags.StringSliceVar(&p.exempted, "smtp-exempt", nil, "destinations to which mail is not limited: ADDR|CIDR")
-	flags.StringVar(&p.families, "socket-families", string(def.Families), "sockets that containers may make: restrict (those that the filter judges), any, or a list of families to add to restrict, such as vsock")
-	flags.StringVar(&p.hostSide, "host-side", string(def.HostSide), "on: what comes from containers' bridges is judged again on the host; off")
-	flags.StringSliceVar(&p.hostDevices, "host-devices", nil, "bridges and other devices of the host that lead to containers, beside those of Docker: NAME or NAME*")
-	flags.StringSliceVar(&p.scopes, "scopes", strings.Fields(join(def.Scopes)), "names of containers' cgroups, where a policed cgroup holds other things too; default: these, to name more beside them; any: each child is a container")
-	flags.StringVar(&p.mode, "mode", string(def.Mode), "enforce, or audit: count and report, drop nothing")
+	flags.StringVar(&p.families, "socket-families", string(def.Families), "socket families containers may use: restrict (those whose packets the filter sees), any, or families to add to restrict, such as vsock")
+	flags.StringVar(&p.hostSide, "host-side", string(def.HostSide), "judge packets from containers' bridges again on the host: on or off")
+	flags.StringSliceVar(&p.hostDevices, "host-devices", nil, "bridges and other devices of the host that lead to containers, besides Docker's: NAME or NAME*")
+	flags.StringSliceVar(&p.scopes, "scopes", strings.Fields(join(def.Scopes)), "names of containers' cgroups, in the root and in slices; default stands for the defaults; any makes each child of a policed cgroup a container")
+	flags.StringVar(&p.mode, "mode", string(def.Mode), "enforce, or audit to count what would be refused and let it pass")
 }
 
 // apply sets the keys whose flags were given. An error names the flag.
@@ -204,13 +205,13 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 		}
 	}
 	if !loader.InHostsNetwork() {
-		fmt.Fprintln(w, "warning: this is not the host's network namespace: host_side judges what this one forwards")
+		fmt.Fprintln(w, "warning: this is not the host's network namespace: host_side sees only packets that this namespace forwards")
 	}
 	if s.Policy != nil && len(s.Policy.Blocked()) == 0 {
 		fmt.Fprintln(w, "warning: nothing is blocked")
 	}
 	if s.Mode == policy.Audit {
-		fmt.Fprintln(w, "warning: mode is audit: everything is counted and nothing is dropped")
+		fmt.Fprintln(w, "warning: the mode is audit: refusals are counted, and nothing is refused")
 	}
 	if n := len(s.Uncovered); n > 0 {
 		fmt.Fprintf(w, "warning: %d running containers are not policed, such as %s in %s: %s%s\n", n, title(s.Uncovered[0].Name, s.Uncovered[0].ID), printable(s.Uncovered[0].Cgroup), uncoveredRemedy(s), judgedAllTheSame(s))
@@ -252,7 +253,7 @@ func warnHolders(w io.Writer, filter *loader.Filter, s *loader.Status) error {
 		return err
 	}
 	for _, h := range holders {
-		fmt.Fprintf(w, "warning: container %s has sockets from before that it could not make now (%s), and can send by them past the filter: restart it\n",
+		fmt.Fprintf(w, "warning: container %s still has sockets open that it could not open now (%s); they bypass the filter: restart the container\n",
 			printable(fmt.Sprintf("%.12s", path.Base(h.Cgroup))), strings.Join(h.Families, ", "))
 	}
 	return nil
@@ -262,7 +263,7 @@ func warnHolders(w io.Writer, filter *loader.Filter, s *loader.Status) error {
 func warnElsewhere(w io.Writer, filter *loader.Filter) error {
 	others, err := filter.Elsewhere()
 	for _, e := range others {
-		fmt.Fprintf(w, "warning: %s is policed by another egressbpf (link %d), which is not pinned below %s: at another --pin-path, or in a bpf filesystem that a mount hides; detach --elsewhere takes it off\n", printable(e.Cgroup), e.Link, filter.Pins())
+		fmt.Fprintf(w, "warning: %s is also policed by another egressbpf (link %d), which is not pinned below %s: it has another --pin-path, or a mount hides its bpf filesystem; detach --elsewhere takes it off\n", printable(e.Cgroup), e.Link, filter.Pins())
 	}
 	return err
 }

@@ -24,14 +24,14 @@ func newCheck(g *globals) *cobra.Command {
 	o := checkOptions{globals: g}
 	cmd := &cobra.Command{
 		Use:   "check [--config FILE] [flags]",
-		Short: "Find out whether the filter would work on this host",
-		Long: `Looks at the kernel, the cgroups, Docker, the host's DNS servers and the programs of
-others, and has the kernel verify this filter's. A live self-test attaches them to a
-cgroup of its own, in which a process asks for a blocked destination, which must be
-refused, and for another one, which must not. Nothing is left behind, and what is in
-force is not touched.
+		Short: "Check whether the filter works on this host",
+		Long: `Checks the kernel, the cgroups, Docker, the host's DNS servers and other programs on
+the same cgroups, and lets the kernel verify the filter's programs. A self-test
+attaches them to a cgroup of its own, where a connection to a blocked destination
+must be refused and one to another destination must not. Nothing is left behind, and
+what is in force is not touched.
 
-Exits with 3 if the filter cannot be in force here.`,
+Exits with 3 if the filter cannot be in force on this host.`,
 		Example: `  egressbpf check
   egressbpf check --config /etc/egressbpf/config.yaml`,
 		Args: usageArgs(cobra.NoArgs),

@@ -19,7 +19,7 @@ type configOptions struct {
 }
 
 func (o *configOptions) register(flags *pflag.FlagSet) {
-	flags.StringArrayVar(&o.cgroups, "cgroup", nil, "policed cgroup, by its directory; may be repeated (default: what is policed already, or the root)")
+	flags.StringArrayVar(&o.cgroups, "cgroup", nil, "directory of a cgroup to police; may be repeated (default: those that are policed already, else the root)")
 	flags.StringVar(&o.config, "config", o.config, "YAML file with the policy")
 	o.policy.register(flags)
 }

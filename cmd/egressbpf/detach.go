@@ -17,13 +17,13 @@ func newDetach(g *globals) *cobra.Command {
 	o := detachOptions{globals: g}
 	cmd := &cobra.Command{
 		Use:   "detach [--cgroup PATH]... | --elsewhere",
-		Short: "Take the filter away",
+		Short: "Take the filter off",
 		Long: `Takes the filter off the named cgroups, or off all of them, and removes its pins.
-With the last cgroup the counters go too. Doing it twice is no error. The service
-(egressbpf run) puts back what is taken off: stop it before.
+Detaching the last cgroup also removes the counters. Detaching what is not attached
+is no error. Stop the service (egressbpf run) first: it restores the filter.
 
-What another egressbpf has in force, that is not pinned at the same path, stays and is
-told of. With --elsewhere that is taken off instead.`,
+A filter that is not pinned at --pin-path stays in force, and detach warns of it.
+With --elsewhere, detach takes off those filters instead.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.elsewhere && len(o.cgroups) > 0 {
@@ -44,7 +44,7 @@ told of. With --elsewhere that is taken off instead.`,
 			return warnElsewhere(cmd.ErrOrStderr(), filter)
 		},
 	}
-	cmd.Flags().StringArrayVar(&o.cgroups, "cgroup", nil, "a policed cgroup; may be repeated (default: all)")
-	cmd.Flags().BoolVar(&o.elsewhere, "elsewhere", false, "take off what is in force and not pinned at --pin-path")
+	cmd.Flags().StringArrayVar(&o.cgroups, "cgroup", nil, "policed cgroup to take the filter off; may be repeated (default: all)")
+	cmd.Flags().BoolVar(&o.elsewhere, "elsewhere", false, "take off filters that are in force and not pinned at --pin-path")
 	return cmd
 }

@@ -22,7 +22,7 @@ import (
 func newImport() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "import",
-		Short: "Make a config file of rules written for something else",
+		Short: "Make a config file from other tools' rules",
 		Args:  usageArgs(cobra.NoArgs),
 		RunE:  help,
 	}
@@ -34,16 +34,15 @@ func newImportIptables() *cobra.Command {
 	var live bool
 	cmd := &cobra.Command{
 		Use:   "iptables [FILE]...",
-		Short: "Make a config file of iptables rules",
-		Long: `Reads what iptables-save and ip6tables-save print, from files, from stdin, or with
---live from this host, and prints a config file that does the same for containers:
-the rules of DOCKER-USER and of the chains it jumps to, and those of FORWARD that are
-about metadata services or mail.
+		Short: "Make a config file from iptables rules",
+		Long: `Reads the output of iptables-save and ip6tables-save from files, from stdin, or with
+--live from this host, and prints a config file that does the same for containers.
+It covers the rules of DOCKER-USER and of the chains they jump to, and rules of
+FORWARD about metadata services or mail.
 
-Every rule of DOCKER-USER is carried over or named on stderr with its line and the
-reason: "not carried over" and "not understood" have no counterpart in the config,
-"stricter" and "weaker" say what the config does otherwise than the rule. Nothing on
-this host is changed.`,
+A rule of DOCKER-USER that has no counterpart in the config, or is stricter or weaker
+there, is named on stderr with its line and the reason. Nothing on this host is
+changed.`,
 		Example: `  iptables-save | egressbpf import iptables >config.yaml
   egressbpf import iptables /etc/iptables/rules.v4 /etc/iptables/rules.v6 >config.yaml
   sudo egressbpf import iptables --live >config.yaml
@@ -71,7 +70,7 @@ this host is changed.`,
 			return importRules(sources, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
-	cmd.Flags().BoolVar(&live, "live", false, "read the rules that are in force on this host, of iptables-nft and iptables-legacy")
+	cmd.Flags().BoolVar(&live, "live", false, "read the rules in force on this host, those of iptables-nft and of iptables-legacy")
 	return cmd
 }
 

@@ -67,8 +67,8 @@ func newLimitSet(g *globals) *cobra.Command {
 		Args:    usageArgs(oneContainer),
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&rate, "rate", "", "N/second|minute|hour|day, or unlimited")
-	flags.Uint32Var(&burst, "burst", 0, "how many connections at once")
+	flags.StringVar(&rate, "rate", "", "new mail connections the container may open: N/second|minute|hour|day, or unlimited")
+	flags.Uint32Var(&burst, "burst", 0, "mail connections the container may open at once")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if !flags.Changed("rate") && !flags.Changed("burst") {
 			return usageError{errors.New("limit set: want --rate, --burst or both")}

@@ -130,10 +130,10 @@ on this host (check, attach, run).`,
 		return usageError{fmt.Errorf("%w (see %s --help)", err, cmd.CommandPath())}
 	})
 	flags := cmd.PersistentFlags()
-	flags.StringVar(&g.pinPath, "pin-path", loader.DefaultPinPath, "directory on a bpf filesystem where the filter is pinned")
-	flags.StringVar(&g.cgroupRoot, "cgroup-root", "", "mount of the cgroup2 filesystem (default: the one in /proc/self/mountinfo)")
-	flags.StringVar(&g.dockerHost, "docker-host", "", "daemon that knows the names of containers: unix:///PATH or tcp://HOST:PORT (default: $DOCKER_HOST, or the usual socket)")
-	flags.BoolVar(&g.debug, "debug", false, "show the kernel verifier's whole log when it refuses a program")
+	flags.StringVar(&g.pinPath, "pin-path", loader.DefaultPinPath, "directory in a bpf filesystem where the filter is pinned")
+	flags.StringVar(&g.cgroupRoot, "cgroup-root", "", "mount point of the cgroup2 filesystem (default: from /proc/self/mountinfo)")
+	flags.StringVar(&g.dockerHost, "docker-host", "", "Docker daemon to ask for the names of containers: unix:///PATH or tcp://HOST:PORT (default: $DOCKER_HOST, or the usual socket)")
+	flags.BoolVar(&g.debug, "debug", false, "show the kernel verifier's full log if it rejects a program")
 	cmd.AddCommand(newAttach(g), newCheck(g), newDetach(g), newStatus(g), newStats(g), newLimit(g), newImport(), newRun(g), newMan(), newVersion())
 	return cmd
 }
@@ -234,7 +234,7 @@ func (o *output) Set(s string) error {
 
 func outputFlag(cmd *cobra.Command) *output {
 	o := table
-	cmd.Flags().VarP(&o, "output", "o", "form of the result")
+	cmd.Flags().VarP(&o, "output", "o", "output format")
 	return &o
 }
 

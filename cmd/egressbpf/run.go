@@ -33,15 +33,15 @@ func newRun(g *globals) *cobra.Command {
 	o := runOptions{globals: g, configOptions: configOptions{config: defaultConfig}}
 	cmd := &cobra.Command{
 		Use:   "run [flags]",
-		Short: "Keep the filter in force, and apply rules to containers as they start",
-		Long: `Puts the filter in force as attach does, then stays: applies the rules of the config
-file's containers to those that Docker runs and starts, reads the file again when it
-changes and on SIGHUP, and attaches again what some other program has taken off. A
-bad file is refused and what was in force stays. Until a rule is applied to a new
-container, the default holds.
+		Short: "Keep the filter in force and apply rules to containers as they start",
+		Long: `Puts the filter in force as attach does, and keeps it so: applies the config file's
+rules for single containers to those that Docker runs and starts, reads the file
+again when it changes and on SIGHUP, and restores what another program detaches. A
+file with an error is refused, and the policy that was in force stays. Until its
+rule is applied, a new container gets the default policy.
 
-When it ends, however it ends, the filter stays in force; see detach. Under systemd
-it is a service of Type=notify or notify-reload, with a watchdog.`,
+However run ends, the filter stays in force; see detach. It works as a systemd
+service of Type=notify or notify-reload, with a watchdog.`,
 		Example: `  egressbpf run
   egressbpf run --config /etc/egressbpf/config.yaml --allow-dns`,
 		Args: usageArgs(cobra.NoArgs),

@@ -26,10 +26,10 @@ func newStats(g *globals) *cobra.Command {
 	o := statsOptions{globals: g}
 	cmd := &cobra.Command{
 		Use:   "stats [--container NAME] [--watch]",
-		Short: "Show what was done to each container",
-		Long: `Shows the counters, a row for each container and a total that includes containers
-that are gone. Containers have the names that Docker's daemon gives them, or their
-ids if it does not answer.
+		Short: "Show the counters of each container",
+		Long: `Shows a row of counters for each container, and a total that includes removed
+containers. A container is shown by its name in Docker, or by its id if Docker's
+daemon does not answer.
 
   BLOCKED   packets to blocked destinations, dropped
   REFUSED   attempts to send there, refused before there was a packet
@@ -47,9 +47,9 @@ ids if it does not answer.
 			return o.run(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
-	cmd.Flags().StringVar(&o.container, "container", "", "only this one: its name in Docker, its id or the beginning of it, or its cgroup")
-	cmd.Flags().BoolVar(&o.watch, "watch", false, "show it again and again until interrupted; as json, an object a line")
-	cmd.Flags().DurationVar(&o.interval, "interval", 2*time.Second, "time between two with --watch")
+	cmd.Flags().StringVar(&o.container, "container", "", "show only this container: its name, its id or the beginning of it, or its cgroup")
+	cmd.Flags().BoolVar(&o.watch, "watch", false, "print the counters again and again until interrupted; with -o json, one object a line")
+	cmd.Flags().DurationVar(&o.interval, "interval", 2*time.Second, "time between two readings with --watch")
 	o.output = outputFlag(cmd)
 	return cmd
 }

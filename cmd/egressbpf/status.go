@@ -16,12 +16,13 @@ import (
 func newStatus(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Tell whether the filter is in force, as the kernel has it",
-		Long: `Reads back from the kernel which programs run where and with which policy, which
-defences are missing, and which running Docker containers are outside: by name, if
-Docker's daemon answers.
+		Short: "Show whether the filter is in force",
+		Long: `Reads back from the kernel which programs are attached where, with which policy, and
+shows which defences are missing and why, and which running containers are not
+covered. Looking changes nothing.
 
-Exits with 3 unless packets are dropped for every running Docker container.`,
+Exits with 3 unless packets are dropped for every running container of Docker,
+Podman, containerd and CRI-O.`,
 		Args: usageArgs(cobra.NoArgs),
 	}
 	out := outputFlag(cmd)

@@ -367,7 +367,7 @@ func TestPacketSocketMadeBeforeAttach(t *testing.T) {
 			t.Errorf("host side %s: arrived: %v, want it stopped: %v", hostSide, arrived, stopped)
 		}
 		families := s.active("socket_families")
-		warned := strings.Contains(exit.Stderr, "container a has sockets from before that it could not make now (packet)") &&
+		warned := strings.Contains(exit.Stderr, "container a still has sockets open that it could not open now (packet)") &&
 			strings.Contains(exit.Stderr, "restart it")
 		if warned != families || strings.Contains(exit.Stderr, "container b") {
 			t.Errorf("with socket_families active: %v, attach said: %s", families, exit.Stderr)
