@@ -82,6 +82,9 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err != nil {
 		return err
 	}
+	if err := filter.AddState(status); err != nil {
+		return err
+	}
 	names.addToStatus(ctx, filter, status)
 	if err := warnElsewhere(stderr, filter); err != nil {
 		return err
@@ -96,6 +99,8 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	switch {
 	case filter.Served():
 		fmt.Fprintln(stderr, "warning: egressbpf run is running and will restore its own configuration: change that one")
+	case len(status.MetadataAllowed)+len(status.FamiliesAllowed) > 0:
+		fmt.Fprintln(stderr, "warning: containers keep the exceptions that rules have given them, as shown below: only egressbpf run takes these back")
 	case len(config.Containers) > 0:
 		fmt.Fprintf(stderr, "warning: %d rules for single containers are not applied: only egressbpf run applies them\n", len(config.Containers))
 	}
@@ -219,6 +224,9 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 	if n := len(s.Systems); n > 0 {
 		fmt.Fprintf(w, "warning: %d system containers are not policed, such as %s of %s in %s: if you do not trust them, add names such as 'lxc.payload.*', 'systemd-nspawn@*' or 'machine-*.scope' to --scopes, after default\n",
 			n, printable(s.Systems[0].Name), s.Systems[0].Engine, printable(s.Systems[0].Cgroup))
+	}
+	if s.Room != nil && s.Room.Short() {
+		fmt.Fprintf(w, "warning: %s\n", roomText(*s.Room))
 	}
 	for _, addr := range resolvers {
 		fmt.Fprintf(w, "warning: containers cannot reach the DNS server %s that they are given, which is blocked: use --allow-dns\n", addr)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/docker"
 	"github.com/egressbpf/egressbpf/internal/preflight"
@@ -54,6 +55,9 @@ func (o *checkOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout io.
 		return usageError{fmt.Errorf("--docker-host: %w", err)}
 	}
 	defer client.Close()
+	if err := checkCapabilities(capability{unix.CAP_DAC_OVERRIDE, "CAP_DAC_OVERRIDE"}); err != nil {
+		return err
+	}
 	filter, root, err := o.filter()
 	if err != nil {
 		return err

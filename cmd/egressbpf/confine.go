@@ -27,11 +27,13 @@ func capabilities() (header unix.CapUserHeader, caps [2]unix.CapUserData, err er
 	return header, caps, nil
 }
 
-// required are those without which no command can say what is in force.
-var required = []struct {
+type capability struct {
 	bit  int
 	name string
-}{
+}
+
+// required are those without which no command can say what is in force.
+var required = []capability{
 	{unix.CAP_BPF, "CAP_BPF"}, {unix.CAP_PERFMON, "CAP_PERFMON"}, {unix.CAP_NET_ADMIN, "CAP_NET_ADMIN"},
 	{unix.CAP_SYS_ADMIN, "CAP_SYS_ADMIN"}, {unix.CAP_DAC_READ_SEARCH, "CAP_DAC_READ_SEARCH"},
 }
@@ -40,13 +42,13 @@ var required = []struct {
 var errCapabilities = errors.New("not permitted to this process")
 
 // checkCapabilities names the capabilities that are missing, before anything is touched.
-func checkCapabilities() error {
+func checkCapabilities(more ...capability) error {
 	_, caps, err := capabilities()
 	if err != nil {
 		return err
 	}
 	var missing []string
-	for _, c := range required {
+	for _, c := range slices.Concat(required, more) {
 		if caps[c.bit/32].Effective&(1<<(c.bit%32)) == 0 {
 			missing = append(missing, c.name)
 		}

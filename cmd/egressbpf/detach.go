@@ -3,8 +3,14 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
+	"slices"
 
 	"github.com/spf13/cobra"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/loader"
 )
 
 type detachOptions struct {
@@ -29,10 +35,11 @@ With --elsewhere, detach takes off those filters instead.`,
 			if o.elsewhere && len(o.cgroups) > 0 {
 				return usageError{errors.New("--elsewhere takes off all that is pinned elsewhere: leave --cgroup out")}
 			}
-			filter, _, err := o.filter()
+			filter, root, err := o.filter()
 			if err != nil {
 				return err
 			}
+			o.warnUnknown(cmd.ErrOrStderr(), filter, root)
 			ctx, cancel := context.WithTimeout(cmd.Context(), lockPatience)
 			defer cancel()
 			if o.elsewhere {
@@ -47,4 +54,19 @@ With --elsewhere, detach takes off those filters instead.`,
 	cmd.Flags().StringArrayVar(&o.cgroups, "cgroup", nil, "policed cgroup to take the filter off; may be repeated (default: all)")
 	cmd.Flags().BoolVar(&o.elsewhere, "elsewhere", false, "take off filters that are in force and not pinned at --pin-path")
 	return cmd
+}
+
+// warnUnknown tells of cgroups that are to be released and are not policed: that is no error,
+// and may be a slip.
+func (o *detachOptions) warnUnknown(w io.Writer, filter *loader.Filter, root cgroup.Root) {
+	status, err := filter.Status()
+	if err != nil {
+		return // Detach says what it thinks of that
+	}
+	for _, path := range o.cgroups {
+		rel, err := root.Rel(path)
+		if err == nil && !slices.Contains(status.Cgroups, root.Path(rel)) {
+			fmt.Fprintf(w, "warning: %s is not policed\n", printable(path))
+		}
+	}
 }

@@ -24,6 +24,9 @@ in Docker, its id or the beginning of it, or its cgroup by name or path.`,
 	return cmd
 }
 
+// errNoPolicy means that the limit of a container is not known, nor whether it is one.
+var errNoPolicy = errors.New("no program in force tells the policy: attach again")
+
 // withContainer calls do with the container that goes by a name.
 func (g *globals) withContainer(cmd *cobra.Command, name string, do func(*stats.Reader, *stats.Container) error) error {
 	names, err := g.names(cmd.ErrOrStderr())
@@ -42,6 +45,9 @@ func (g *globals) withContainer(cmd *cobra.Command, name string, do func(*stats.
 	c, err := names.selected(cmd.Context(), reader, s, name)
 	if err != nil {
 		return err
+	}
+	if !c.SMTP.Known() {
+		return errNoPolicy
 	}
 	return do(reader, c)
 }

@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
@@ -126,6 +128,7 @@ on this host (check, attach, run).`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
+	cmd.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return checkFlags(cmd.Flags()) }
 	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w (see %s --help)", err, cmd.CommandPath())}
 	})
@@ -136,6 +139,24 @@ on this host (check, attach, run).`,
 	flags.BoolVar(&g.debug, "debug", false, "show the kernel verifier's full log if it rejects a program")
 	cmd.AddCommand(newAttach(g), newCheck(g), newDetach(g), newStatus(g), newStats(g), newLimit(g), newImport(), newRun(g), newMan(), newVersion())
 	return cmd
+}
+
+// checkFlags refuses empty values where these would mean something, such as the working
+// directory: more likely they come from a variable that is not set.
+func checkFlags(flags *pflag.FlagSet) (err error) {
+	flags.Visit(func(f *pflag.Flag) {
+		values := []string{f.Value.String()}
+		if list, ok := f.Value.(pflag.SliceValue); ok {
+			values = list.GetSlice()
+		}
+		switch f.Name {
+		case "cgroup", "cgroup-root", "config", "container", "docker-host", "pin-path":
+			if slices.Contains(values, "") {
+				err = usageError{fmt.Errorf("--%s: want a value, got none", f.Name)}
+			}
+		}
+	})
+	return err
 }
 
 // addCompletion adds cobra's command, which writes to what is the output now, and

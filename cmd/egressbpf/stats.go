@@ -116,7 +116,11 @@ func printStats(w io.Writer, s *stats.Stats) error {
 		if c.SMTP.Tokens != nil {
 			tokens = strconv.FormatFloat(*c.SMTP.Tokens, 'f', 1, 64)
 		}
-		row(title(c.Name, c.ID), stats.Total{Blocked: c.Blocked, Malformed: c.Malformed, Families: c.Families, HostSide: c.HostSide, SMTP: c.SMTP.SMTP}, tokens, fmt.Sprintf("%s, burst %d", c.SMTP.Rate, c.SMTP.Burst))
+		limit := "-"
+		if c.SMTP.Known() {
+			limit = fmt.Sprintf("%s, burst %d", c.SMTP.Rate, c.SMTP.Burst)
+		}
+		row(title(c.Name, c.ID), stats.Total{Blocked: c.Blocked, Malformed: c.Malformed, Families: c.Families, HostSide: c.HostSide, SMTP: c.SMTP.SMTP}, tokens, limit)
 	}
 	row("TOTAL", s.Total, "", "")
 	return tw.Flush()

@@ -83,7 +83,11 @@ func printStatus(w io.Writer, s *loader.Status) error {
 			row("%s\t%s\tno: %s", h.Name, place(h), h.Reason)
 			continue
 		}
-		row("%s\t%s\tyes\t%d\t%d\t%s", h.Name, place(h), h.Program, h.Link, h.Since.Format("2006-01-02 15:04:05"))
+		attached := "yes"
+		if h.Reason != "" {
+			attached += ", " + h.Reason
+		}
+		row("%s\t%s\t%s\t%d\t%d\t%s", h.Name, place(h), attached, h.Program, h.Link, h.Since.Format("2006-01-02 15:04:05"))
 	}
 	row("")
 	row("DEFENCE\tACTIVE")

@@ -330,7 +330,7 @@ func (d *Daemon) check(ctx context.Context) {
 // missing returns what another attach should put in force again.
 func (d *Daemon) missing(s *loader.Status) (names []string) {
 	for _, h := range s.Hooks {
-		if !h.Attached && !s.Optional(h) {
+		if (!h.Attached || h.Reason != "") && !s.Optional(h) {
 			names = append(names, h.Name)
 		}
 	}

@@ -107,6 +107,9 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 			return nil
 		})
 	}
+	if err := f.checkPins(); err != nil {
+		return err
+	}
 	if unknown, err := f.unknownPins(); err != nil {
 		return err
 	} else if len(unknown) > 0 {
@@ -144,6 +147,9 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	wanted = slices.Compact(wanted)
 	if err := f.checkNested(wanted); err != nil {
 		return err
+	}
+	if len(wanted) > maxPlaces {
+		return fmt.Errorf("%d cgroups: %w: at most %d", len(wanted), ErrTooMany, maxPlaces)
 	}
 	state, err := f.openState(&back)
 	if err != nil {
@@ -208,9 +214,7 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	if err := forgetDevices(state); err != nil {
 		return err
 	}
-	if err := f.followCgroups(targets, p, state, &found, &back); err != nil {
-		return err
-	}
+	f.followCgroups(targets, p, state, &found, &back)
 	if err := f.forgetOthers(targets, p, state); err != nil {
 		return err
 	}

@@ -37,6 +37,9 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
 	if !onBPFFS(f.pins) || isMount(f.pins) {
 		return nil
 	}
+	if err := f.checkPins(); err != nil {
+		return err
+	}
 	unlock, _, err := f.lock(ctx)
 	if err != nil {
 		return err

@@ -47,6 +47,16 @@ func ProgramCgroup(id ebpf.ProgramID) string {
 	return doc.Cgroup
 }
 
+// ProgramBurst returns the burst of the policy that a program was loaded with; 0 if it does
+// not tell.
+func ProgramBurst(id ebpf.ProgramID) uint32 {
+	doc, _, err := readDocument(id)
+	if doc == nil || err != nil {
+		return 0
+	}
+	return doc.Policy.SMTP.Burst
+}
+
 // Attached says whether there is a pin path.
 func (f *Filter) Attached() bool {
 	_, err := os.Stat(f.pins)

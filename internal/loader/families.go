@@ -279,7 +279,7 @@ func (f *Filter) attachFamilies(r *refuser, t *target, dir string, p policy.Poli
 		return err
 	}
 	defer prog.Close()
-	if err := bindDocument(prog, document{Version: Version(), Cgroup: t.rel, Policy: p}); err != nil {
+	if err := bindDocument(document{Version: Version(), Cgroup: t.rel, Policy: p}, prog); err != nil {
 		return err
 	}
 	return f.replaceLink(pin, back, func() (link.Link, error) { return r.attach(prog, t.dir) })

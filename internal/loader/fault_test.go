@@ -325,6 +325,41 @@ func TestKilledInDetach(t *testing.T) {
 	killAtEachStep(h, "detach", func() { h.mustAttach(withBurst(5), "a") }, []string{"a"}, []string{"a"})
 }
 
+// Status does not show one policy where an interrupted attach has left two.
+func TestStatusAfterKill(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	seen := false
+	for n := 1; ; n++ {
+		h.mustAttach(withBurst(5), "a", "b")
+		step := h.killAt(n, "attach")
+		s := h.status()
+		bursts := map[uint32]int{}
+		for _, row := range s.Hooks {
+			if row.Cgroup != "" && row.Name != loader.FamiliesHook {
+				bursts[loader.ProgramBurst(ebpf.ProgramID(row.Program))]++
+			}
+		}
+		mixed := len(bursts) > 1
+		seen = seen || mixed
+		if s.Enforcing == mixed {
+			t.Errorf("killed at %q: enforcing %v with policies %v", step, s.Enforcing, bursts)
+		}
+		for _, row := range s.Hooks {
+			older := mixed && row.Cgroup != "" && loader.ProgramBurst(ebpf.ProgramID(row.Program)) == 5
+			if row.Name != loader.FamiliesHook && row.Attached && older != (row.Reason != "") {
+				t.Errorf("killed at %q: %+v, older: %v", step, row, older)
+			}
+		}
+		if step == "" {
+			break
+		}
+	}
+	if !seen {
+		t.Error("no kill has left two policies")
+	}
+}
+
 // What a killed attach has left is no obstacle to a detach.
 func TestDetachAfterKill(t *testing.T) {
 	t.Parallel()

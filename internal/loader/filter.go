@@ -50,6 +50,10 @@ var (
 	// ErrPinPath means that the pin path is not a directory below the root of a
 	// bpf filesystem, and not at the usual place of one, where it could be mounted.
 	ErrPinPath = errors.New("not a directory in a bpf filesystem")
+	// ErrForeignPins means that what is at the pin path is not egressbpf's.
+	ErrForeignPins = errors.New("it holds pins, and none that egressbpf has made")
+	// ErrTooMany means that more cgroups are to be policed than there can be.
+	ErrTooMany = errors.New("too many policed cgroups")
 	// ErrWholeHost means that every process of the host would be a container's.
 	ErrWholeHost = errors.New("each cgroup of the host would be a container")
 	// ErrExcluded means that some other program is attached to a cgroup, or above it, in
@@ -95,10 +99,15 @@ type Filter struct {
 	fault func(step string) error
 }
 
-// New returns the filter that is or will be pinned at pinPath and polices
-// cgroups below root.
+// New returns the filter that is or will be pinned at pinPath, which must not be empty, and
+// polices cgroups below root.
 func New(pinPath string, root cgroup.Root) *Filter {
-	return &Filter{pins: filepath.Clean(pinPath), root: root}
+	pins, err := filepath.Abs(pinPath)
+	if err != nil {
+		// This process is in a directory that is gone: nothing is there.
+		pins = filepath.Clean(pinPath)
+	}
+	return &Filter{pins: pins, root: root}
 }
 
 // Pins is the pin path.
@@ -309,6 +318,31 @@ func (f *Filter) unknownPins() (unknown []string, err error) {
 	return unknown, err
 }
 
+// checkPins returns ErrForeignPins if there are pins and none of them is egressbpf's, of any
+// version: then the directory is somebody else's.
+func (f *Filter) checkPins() error {
+	pins, err := f.allPins()
+	if err != nil || len(pins) == 0 || slices.ContainsFunc(pins, madeByUs) {
+		return err
+	}
+	return fmt.Errorf("%s: %w: %s", f.pins, ErrForeignPins, pins[0])
+}
+
+// madeByUs says whether a pin is of a map of the state, or of a link whose program uses it.
+func madeByUs(pin string) bool {
+	if m, err := ebpf.LoadPinnedMap(pin, nil); err == nil {
+		defer m.Close()
+		info, err := m.Info()
+		return err == nil && info.Name == filepath.Base(pin) && (ofState(pin) || slices.Contains(formerMaps, info.Name))
+	}
+	info, err := pinnedInfo(pin)
+	if err != nil {
+		return false
+	}
+	state, err := stateOf(info.Program)
+	return err == nil && state != 0
+}
+
 // formerMaps are those that earlier versions have pinned, and that this one does without.
 var formerMaps = []string{"overflow"}
 
@@ -349,10 +383,13 @@ type policed struct {
 	// egress program.
 	familiesDoc   *document
 	familiesSince time.Time
-	// doc is read from the egress program; nil if that is missing.
+	// docs and since are of the hooks' programs, by their names: what they were made from,
+	// as far as the version that loaded them tells, and when they were loaded.
+	docs  map[string]*document
+	since map[string]time.Time
+	// doc is that of the first hook that has one, which is the egress hook's; nil if none
+	// has.
 	doc *document
-	// since is when the egress program was loaded.
-	since time.Time
 }
 
 // Close closes the links, which stay pinned.
@@ -430,25 +467,32 @@ func closeAll(all []*policed) {
 // errVanished means that a policed cgroup was detached while it was read.
 var errVanished = errors.New("detached meanwhile")
 
-// read returns what the kernel says of a link, and reads the document if its
-// program has one.
-func (p *policed) read(l link.Link, withDocument bool) (*link.Info, error) {
+// read returns what the kernel says of the link of a hook, and notes what its program tells.
+func (p *policed) read(name string, l link.Link) (*link.Info, error) {
 	for {
 		info, err := l.Info()
-		if err != nil || !withDocument {
-			return info, err
+		if err != nil {
+			return nil, err
 		}
-		p.doc, p.since, err = readDocument(info.Program)
-		if !errors.Is(err, fs.ErrNotExist) {
-			return info, err
+		doc, since, err := readDocument(info.Program)
+		if errors.Is(err, fs.ErrNotExist) {
+			// Who holds the lock has exchanged the program meanwhile. A link that was
+			// detached keeps its program.
+			continue
 		}
-		// Who holds the lock has exchanged the program meanwhile. A link that was
-		// detached keeps its program.
+		if err != nil {
+			return nil, err
+		}
+		p.docs[name], p.since[name] = doc, since
+		return info, nil
 	}
 }
 
 func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
-	p := &policed{id: id, dir: dir, links: map[string]link.Link{}, info: map[string]*link.Info{}}
+	p := &policed{
+		id: id, dir: dir, links: map[string]link.Link{}, info: map[string]*link.Info{},
+		docs: map[string]*document{}, since: map[string]time.Time{},
+	}
 	defer func() {
 		if err != nil {
 			p.Close()
@@ -482,7 +526,7 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("open pinned link %s: %w", filepath.Join(dir, name), err)
 		}
-		info, err := p.read(l, name == bpf.EgressProgEgress)
+		info, err := p.read(name, l)
 		if err != nil {
 			l.Close()
 			return nil, err
@@ -494,6 +538,11 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 		}
 		p.links[name] = l
 		p.info[name] = info
+	}
+	for _, h := range hooks {
+		if p.doc == nil {
+			p.doc = p.docs[h.name]
+		}
 	}
 	p.rel, err = f.root.Find(id)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -538,6 +587,16 @@ func (f *Filter) lock(ctx context.Context) (unlock func(), created bool, err err
 		}
 		dir.Close()
 	}
+}
+
+// locked says whether another process attaches or detaches now.
+func (f *Filter) locked() bool {
+	dir, err := os.Open(f.pins)
+	if err != nil {
+		return false
+	}
+	defer dir.Close()
+	return errors.Is(unix.Flock(int(dir.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
 }
 
 func flock(ctx context.Context, dir *os.File) error {
@@ -594,7 +653,7 @@ func (f *Filter) mount() error {
 // their pins there too.
 func isMount(path string) bool {
 	var here, above unix.Stat_t
-	return unix.Stat(path, &here) == nil && unix.Stat(filepath.Dir(path), &above) == nil && here.Dev != above.Dev
+	return unix.Stat(path, &here) == nil && unix.Stat(path+"/..", &above) == nil && (here.Dev != above.Dev || here.Ino == above.Ino)
 }
 
 func onBPFFS(path string) bool {

@@ -118,7 +118,7 @@ func (l *loaded) hostSide(state *statemaps.State, targets []*target, devices []p
 		}
 		return nil, fmt.Errorf("load programs of the host side: %w", err)
 	}
-	err = bindDocument(progs.Forward, document{Version: Version(), Policy: l.policy, Devices: devices, Network: netNamespace("self")})
+	err = bindDocument(document{Version: Version(), Policy: l.policy, Devices: devices, Network: netNamespace("self")}, progs.Forward)
 	if err != nil {
 		progs.Close()
 		return nil, err
@@ -128,7 +128,7 @@ func (l *loaded) hostSide(state *statemaps.State, targets []*target, devices []p
 
 // places returns the targets as the programs know them.
 func places(targets []*target) (all [8]bpf.HostPlace) { // MAX_PLACES
-	for i, t := range targets[:min(len(targets), len(all))] {
+	for i, t := range targets {
 		all[i] = bpf.HostPlace{Id: t.id, Level: cgroup.Level(t.rel)}
 		if t.recognises {
 			all[i].Recognises = 1
@@ -165,7 +165,7 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 	if err != nil {
 		return err
 	}
-	if err := f.attachTunnels(state, back); err != nil {
+	if err := f.attachTunnels(state, why, back); err != nil {
 		return err
 	}
 	devices := slices.Clone(shared.policy.HostDevices)
@@ -357,8 +357,11 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 		return d
 	}
 	d = f.olderHost(d, doc, s, all, programs)
-	if n := doc.Network; n != 0 && n != netNamespace("self") && n != hostsNetwork() {
+	if n, host := doc.Network, hostsNetwork(); n != 0 && host != 0 && n != host {
 		d.Active, d.Reason = false, "it judges what another network namespace than the host's forwards: attach from the host's"
+		return d
+	} else if n != 0 && host == 0 && n != netNamespace("self") {
+		d.Active, d.Reason = false, "not known: it judges what another network namespace forwards, and whether that is the host's cannot be seen from here"
 		return d
 	}
 	var targets []*target
@@ -367,7 +370,7 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 			targets = append(targets, &target{rel: p.rel, recognises: doc.Policy.Recognises(p.rel)})
 		}
 	}
-	f.tunnelsStatus(&d)
+	f.tunnelsStatus(&d, foundBy(all))
 	found, err := f.findDevices(targets, doc.Policy)
 	if err != nil {
 		d.Active, d.Reason = false, err.Error()

@@ -70,7 +70,7 @@ func (l *loaded) hostIngress(state *statemaps.State, targets []*target, devices 
 	if err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		return nil, fmt.Errorf("load program of the host side: %w", err)
 	}
-	if err := bindDocument(progs.Ingress, document{Version: Version(), Policy: l.policy, Devices: devices, Network: netNamespace("self")}); err != nil {
+	if err := bindDocument(document{Version: Version(), Policy: l.policy, Devices: devices, Network: netNamespace("self")}, progs.Ingress); err != nil {
 		progs.Ingress.Close()
 		return nil, err
 	}

@@ -368,13 +368,57 @@ func TestStateOfOtherVersion(t *testing.T) {
 			h.nothingLeft(o)
 		})
 	}
-	// Also where no cgroup is policed, the counters are not ours to remove.
-	t.Run("alone", func(t *testing.T) {
-		h := newHost(t)
-		check(t, os.Mkdir(h.pins, 0o700))
-		pinMap(t, filepath.Join(h.pins, bpf.EgressMapTotals), incompatible[bpf.EgressMapTotals])
-		h.otherVersion()
-	})
+}
+
+// Pins of others are neither taken for another version's nor removed, wherever the pin path
+// leads.
+func TestForeignPins(t *testing.T) {
+	h := newHost(t)
+	check(t, os.MkdirAll(filepath.Join(h.pins, "sub"), 0o700))
+	spec := ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1}
+	theirs := []string{filepath.Join(h.pins, "theirs"), filepath.Join(h.pins, "sub", "deep")}
+	for _, pin := range theirs {
+		pinMap(t, pin, spec)
+	}
+	_, err := h.Status()
+	for what, err := range map[string]error{"status": err, "attach": h.attach(withBurst(5), "a"), "detach": h.Detach(t.Context(), nil)} {
+		if !errors.Is(err, loader.ErrForeignPins) {
+			t.Errorf("%s: got %v, want %v", what, err, loader.ErrForeignPins)
+		}
+	}
+	for _, pin := range theirs {
+		check(t, os.Remove(pin)) // it is there
+	}
+	if _, err := os.Stat(h.paths("a")[0]); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("cgroup a: %v", err)
+	}
+	check(t, os.RemoveAll(h.pins))
+}
+
+// A pin path is where it was when the filter was named, and is never the filesystem's root.
+func TestRelativePinPath(t *testing.T) {
+	h := newHost(t)
+	h.mustAttach(withBurst(5), "a")
+	neighbour := filepath.Join(filepath.Dir(h.pins), "neighbour")
+	pinMap(t, neighbour, ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
+	t.Chdir(filepath.Dir(h.pins))
+	for _, path := range []string{".", "", filepath.Dir(h.pins)} {
+		f := loader.New(path, h.root)
+		_ = f.Detach(t.Context(), nil)
+		if _, err := os.Stat(neighbour); err != nil {
+			t.Fatalf("%q: %v", path, err)
+		}
+		if !h.status().Enforcing {
+			t.Fatalf("%q: the filter was taken off", path)
+		}
+	}
+	relative := loader.New(filepath.Base(h.pins), h.root)
+	t.Chdir("/")
+	s, err := relative.Status()
+	check(t, err)
+	if !s.Enforcing {
+		t.Error("the filter is not found any more from another directory")
+	}
 }
 
 // What is on its way is made anew where another version kept it in another form; after a

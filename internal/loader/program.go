@@ -4,6 +4,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	gomaps "maps"
+	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -28,6 +31,9 @@ type document struct {
 	Devices []policy.Device `json:"devices,omitempty"`
 	// Network is the number of the network namespace whose packets it judges.
 	Network uint64 `json:"network,omitempty"`
+	// Attach is the number of the attach that loaded the program; 0 if the version that did
+	// gave none.
+	Attach uint64 `json:"attach,omitempty"`
 	// Found is added once the attach is done; nil before.
 	Found *found `json:"found,omitempty"`
 }
@@ -35,7 +41,8 @@ type document struct {
 // documentMap is the name of the map that holds a document.
 const documentMap = "policy"
 
-func bindDocument(prog *ebpf.Program, doc document) error {
+// bindDocument binds one document to programs.
+func bindDocument(doc document, progs ...*ebpf.Program) error {
 	text, err := json.Marshal(doc)
 	if err != nil {
 		return err
@@ -52,7 +59,12 @@ func bindDocument(prog *ebpf.Program, doc document) error {
 		return fmt.Errorf("create map %s: %w", documentMap, err)
 	}
 	defer m.Close()
-	return prog.BindMap(m)
+	for _, prog := range progs {
+		if err := prog.BindMap(m); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // readDocument returns the document of a program and when that was loaded; no
@@ -150,6 +162,7 @@ func (p *Programs) Close() error {
 // loaded is a policy in the kernel: the maps that programs of every cgroup
 // share.
 type loaded struct {
+	attach uint64 // the number of the attach
 	policy policy.Policy
 	rules  *maps.Rules
 	maps   map[string]*ebpf.Map
@@ -167,7 +180,7 @@ func loadPolicy(p policy.Policy) (_ *loaded, err error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &loaded{policy: p, rules: maps.CompileRules(p.Metadata(), p.Block, p.Allowed(), p.SMTP.Exempt), maps: map[string]*ebpf.Map{}}
+	l := &loaded{attach: rand.Uint64(), policy: p, rules: maps.CompileRules(p.Metadata(), p.Block, p.Allowed(), p.SMTP.Exempt), maps: map[string]*ebpf.Map{}}
 	defer func() {
 		if err != nil {
 			l.close()
@@ -233,14 +246,14 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 	if err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
-	p := &Programs{doc: document{Version: Version(), Cgroup: rel, Policy: l.policy}, byHook: map[string]*ebpf.Program{
+	p := &Programs{doc: document{Version: Version(), Cgroup: rel, Policy: l.policy, Attach: l.attach}, byHook: map[string]*ebpf.Program{
 		bpf.EgressProgEgress:   progs.Egress,
 		bpf.EgressProgConnect4: progs.Connect4,
 		bpf.EgressProgConnect6: progs.Connect6,
 		bpf.EgressProgSendmsg4: progs.Sendmsg4,
 		bpf.EgressProgSendmsg6: progs.Sendmsg6,
 	}}
-	if err := bindDocument(p.Egress(), p.doc); err != nil {
+	if err := bindDocument(p.doc, slices.Collect(gomaps.Values(p.byHook))...); err != nil {
 		p.Close()
 		return nil, err
 	}

@@ -16,6 +16,8 @@ type found struct {
 	Missing map[string]string `json:"missing,omitempty"`
 	// Ingress is whether the host side is that of devices (host_tc.go).
 	Ingress bool `json:"ingress,omitempty"`
+	// Tunnels is whether the kernel tells where the host's tunnels end.
+	Tunnels bool `json:"tunnels,omitempty"`
 
 	// version is that of an attach that kept no reasons, since it is another one's.
 	version string
@@ -40,7 +42,7 @@ func (f *found) note(name string, err error) {
 }
 
 // interrupted is why something is missing that no attach has missed.
-const interrupted = "an attach was interrupted; attach again"
+const interrupted = "it was detached or unpinned, its cgroup was removed, or an attach was interrupted; attach again"
 
 // why returns why the last attach did without a hook or a defence; interrupted if it has
 // kept no reason.

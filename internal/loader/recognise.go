@@ -71,25 +71,17 @@ func scopesOf(p policy.Policy) (scopes [32]bpf.CgroupsScope, n uint32) { // MAX_
 	return scopes, uint32(len(p.Scopes))
 }
 
-// placesOf returns the policed cgroups, those first in which containers are told by their
-// names, and whether there are any of these. What there is no room for of the others does
-// without.
-func placesOf(targets []*target) (places [maxPlaces]bpf.CgroupsPlace, recognises bool, err error) {
-	var first, rest []bpf.CgroupsPlace
-	for _, t := range targets {
-		place := bpf.CgroupsPlace{Id: t.id, Level: cgroup.Level(t.rel)}
+// placesOf returns the policed cgroups, and whether containers are told by their names in
+// any of these.
+func placesOf(targets []*target) (places [maxPlaces]bpf.CgroupsPlace, recognises bool) {
+	for i, t := range targets {
+		places[i] = bpf.CgroupsPlace{Id: t.id, Level: cgroup.Level(t.rel)}
 		if t.recognises {
-			place.Recognises = 1
-			first = append(first, place)
-		} else {
-			rest = append(rest, place)
+			places[i].Recognises = 1
+			recognises = true
 		}
 	}
-	if len(first) > maxPlaces {
-		return places, false, fmt.Errorf("%d policed slices: want at most %d, or one above them", len(first), maxPlaces)
-	}
-	copy(places[:], append(first, rest...))
-	return places, len(first) > 0, nil
+	return places, recognises
 }
 
 func cgroupsConstants(places [maxPlaces]bpf.CgroupsPlace, p policy.Policy) map[string]any {
@@ -100,12 +92,12 @@ func cgroupsConstants(places [maxPlaces]bpf.CgroupsPlace, p policy.Policy) map[s
 // attachRecognise has the containers of the targets enrolled, those that exist and those
 // to come, where they are told by their names.
 func (f *Filter) attachRecognise(targets []*target, p policy.Policy, state *maps.State, back *undo) error {
-	places, recognises, err := placesOf(targets)
-	if err != nil || !recognises {
-		return err
+	places, recognises := placesOf(targets)
+	if !recognises {
+		return nil
 	}
 	// First the program, for what is made from now on; then what exists.
-	err = f.attachCgroups(bpf.CgroupsProgRecognise, cgroupsConstants(places, p), state, back)
+	err := f.attachCgroups(bpf.CgroupsProgRecognise, cgroupsConstants(places, p), state, back)
 	if err != nil {
 		return fmt.Errorf("%s: %w: %w", f.root.Path(targets[0].rel), ErrCannotRecognise, err)
 	}
@@ -115,17 +107,13 @@ func (f *Filter) attachRecognise(targets []*target, p policy.Policy, state *maps
 // followCgroups attaches the other programs that follow containers as they come and go.
 // The filter works without them: state of containers that are gone takes room, and what
 // is started again has a full bucket.
-func (f *Filter) followCgroups(targets []*target, p policy.Policy, state *maps.State, found *found, back *undo) error {
-	places, recognises, err := placesOf(targets)
-	if err != nil {
-		return err
-	}
+func (f *Filter) followCgroups(targets []*target, p policy.Policy, state *maps.State, found *found, back *undo) {
+	places, recognises := placesOf(targets)
 	for _, name := range cgroupsHooks {
 		if name != bpf.CgroupsProgRecognise || !recognises {
 			found.note(name, f.attachCgroups(name, cgroupsConstants(places, p), state, back))
 		}
 	}
-	return nil
 }
 
 func (f *Filter) attachCgroups(name string, constants map[string]any, state *maps.State, back *undo) error {

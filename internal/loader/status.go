@@ -82,7 +82,7 @@ type Hook struct {
 	Link uint32 `json:"link_id"`
 	// Since is when the program was loaded; zero if it is not attached.
 	Since time.Time `json:"since,omitzero"`
-	// Reason says why it is not attached.
+	// Reason says why it is not attached, or not with the policy that should be in force.
 	Reason string `json:"reason,omitempty"`
 }
 
@@ -173,7 +173,10 @@ func (f *Filter) addState(s *Status, state *maps.State) error {
 // Status reads back what is in force. The error can wrap ErrOtherVersion. That
 // nothing is attached is no error.
 func (f *Filter) Status() (*Status, error) {
-	all, err := f.installed()
+	if err := f.checkPins(); err != nil {
+		return nil, err
+	}
+	all, last, err := f.settled()
 	if err != nil {
 		return nil, err
 	}
@@ -189,7 +192,7 @@ func (f *Filter) Status() (*Status, error) {
 	}
 	s.Enforcing = true
 	for _, p := range all {
-		s.add(f, p)
+		s.add(f, p, last)
 	}
 	s.Enforcing = s.Enforcing && len(s.Cgroups) > 0
 	if len(s.Cgroups) > 0 {
@@ -227,7 +230,57 @@ const cgroupBoundary = "cgroup_boundary"
 // NoDelegation says what follows from a cgroup2 mount without nsdelegate.
 const NoDelegation = "cgroup2 is mounted without nsdelegate, as it is once a container had the host's cgroup namespace: a container that can write to the cgroup tree can move its processes to where they are not judged; mount -o remount,nsdelegate, and give containers neither --cgroupns=host nor that tree to write"
 
-func (s *Status) add(f *Filter, p *policed) {
+// settled reads all policed cgroups back, as an attach leaves them and not in its midst, and
+// returns the number of the last attach; 0 if one is at work. The caller closes them.
+func (f *Filter) settled() (all []*policed, last uint64, err error) {
+	for try := range 2 {
+		if all, err = f.installed(); err != nil {
+			return nil, 0, err
+		}
+		last = lastAttach(all)
+		if !slices.ContainsFunc(all, func(p *policed) bool { return p.isOlder(last) }) {
+			break
+		}
+		if f.locked() {
+			return all, 0, nil
+		}
+		if try == 0 {
+			// It may have ended meanwhile.
+			closeAll(all)
+		}
+	}
+	return all, last, nil
+}
+
+// older says whether a hook of the cgroup has a program of another attach than the last,
+// which is 0 if it gave no number.
+func (p *policed) older(hook string, last uint64) bool {
+	if last == 0 || p.info[hook] == nil {
+		return false
+	}
+	doc := p.docs[hook]
+	return doc == nil || doc.Attach != last
+}
+
+// isOlder says whether any of its hooks has.
+func (p *policed) isOlder(last uint64) bool {
+	return slices.ContainsFunc(hooks, func(h hook) bool { return p.older(h.name, last) })
+}
+
+// lastAttach returns the number of the attach that loaded the newest of the hooks' programs.
+func lastAttach(all []*policed) (attach uint64) {
+	var newest time.Time
+	for _, p := range all {
+		for name, doc := range p.docs {
+			if doc != nil && !p.since[name].Before(newest) {
+				newest, attach = p.since[name], doc.Attach
+			}
+		}
+	}
+	return attach
+}
+
+func (s *Status) add(f *Filter, p *policed, last uint64) {
 	if p.rel == "" {
 		// An attach was interrupted before anything was, and the cgroup is gone.
 		return
@@ -251,9 +304,12 @@ func (s *Status) add(f *Filter, p *policed) {
 		default:
 			row.Attached = true
 			row.Program, row.Link = uint32(info.Program), uint32(info.ID)
-			row.Since = p.since
+			row.Since = p.since[h.name]
+			if p.older(h.name, last) {
+				row.Reason = "with an older policy, since an attach was interrupted; attach again"
+			}
 		}
-		if !row.Attached {
+		if row.Reason != "" {
 			s.Enforcing = false
 		}
 		s.Hooks = append(s.Hooks, row)

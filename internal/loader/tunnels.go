@@ -30,7 +30,7 @@ var usualTunnels = []uint16{4789, 8472, 4790, 6081, 2152, 6080, 6635}
 
 // attachTunnels closes the ports of the tunnels that there are, in the network namespace of
 // this process. Kernels without BTF cannot tell them: there the usual ones are closed.
-func (f *Filter) attachTunnels(state *statemaps.State, back *undo) error {
+func (f *Filter) attachTunnels(state *statemaps.State, why *found, back *undo) error {
 	if prog, err := loadTunnels(); err == nil {
 		defer prog.Close()
 		err := f.replaceLink(filepath.Join(f.pins, tunnelsFile), back, func() (link.Link, error) {
@@ -39,6 +39,7 @@ func (f *Filter) attachTunnels(state *statemaps.State, back *undo) error {
 		if err != nil {
 			return fmt.Errorf("find tunnels: %w", err)
 		}
+		why.Tunnels = true
 	}
 	found, err := f.findTunnels()
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -120,11 +121,15 @@ func (f *Filter) findTunnels() ([]uint16, error) {
 }
 
 // tunnelsStatus tells of tunnels that are not closed to containers.
-func (f *Filter) tunnelsStatus(d *Defence) {
+func (f *Filter) tunnelsStatus(d *Defence, why *found) {
 	if !d.Active {
 		return
 	}
 	found, err := f.findTunnels()
+	if errors.Is(err, fs.ErrNotExist) && why != nil && why.Tunnels {
+		d.Active, d.Reason = false, "where the host's tunnels end cannot be read, since "+filepath.Join(f.pins, tunnelsFile)+" is gone; attach again"
+		return
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		if d.Reason == "" {
 			d.Reason = "this kernel does not tell where its tunnels end: only the usual UDP ports are closed to containers, and what is sent to others is read as far as it can be"

@@ -84,11 +84,15 @@ type SMTP struct {
 // Bucket is a container's SMTP with the state of its bucket.
 type Bucket struct {
 	SMTP
-	// Tokens are left; nil if the rate is unlimited.
+	// Tokens are left; nil if the rate is unlimited, or not known.
 	Tokens *float64    `json:"tokens"`
 	Rate   policy.Rate `json:"rate"`
-	Burst  uint32      `json:"burst"`
+	// Burst is 0 if the limit is not known, since no program tells the policy.
+	Burst uint32 `json:"burst"`
 }
+
+// Known says whether the container's limit is.
+func (b Bucket) Known() bool { return b.Burst > 0 }
 
 func total(c maps.Counters) Total {
 	dropped := func(r bpf.EgressReason) Traffic {
@@ -156,14 +160,15 @@ func (r *Reader) Read() (*Stats, error) {
 		return nil, err
 	}
 	s.Total = total(sum)
-	for _, path := range status.Cgroups {
-		if err := r.addIdle(known, path, status.Policy); err != nil {
-			return nil, err
+	var def *policy.Limit
+	if p := status.Policy; p != nil {
+		limit := p.SMTP.Limit()
+		def = &limit
+		for _, path := range status.Cgroups {
+			if err := r.addIdle(known, path, p); err != nil {
+				return nil, err
+			}
 		}
-	}
-	var def policy.Limit
-	if status.Policy != nil {
-		def = status.Policy.SMTP.Limit()
 	}
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
@@ -189,7 +194,7 @@ func (r *Reader) addIdle(known map[uint64]maps.Container, path string, p *policy
 	if err != nil {
 		return err
 	}
-	if p != nil && p.Recognises(parent) {
+	if p.Recognises(parent) {
 		return nil
 	}
 	entries, err := os.ReadDir(path)
@@ -214,7 +219,8 @@ func (r *Reader) addIdle(known map[uint64]maps.Container, path string, p *policy
 	return nil
 }
 
-func (r *Reader) row(id uint64, c maps.Container, def policy.Limit, now uint64) (Container, error) {
+// row returns a container's row. def is the policy's limit, nil if that is not known.
+func (r *Reader) row(id uint64, c maps.Container, def *policy.Limit, now uint64) (Container, error) {
 	row := Container{ID: fmt.Sprint("cgroup-", id), CgroupID: id}
 	if rel, err := r.root.Find(id); err == nil {
 		row.Cgroup = rel
@@ -224,13 +230,16 @@ func (r *Reader) row(id uint64, c maps.Container, def policy.Limit, now uint64) 
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return row, err
 	}
-	limit := c.Limit
-	if limit.Burst == 0 {
-		limit = maps.LimitOf(def)
-	}
 	t := total(c.Counters)
 	row.Blocked, row.Malformed, row.Families, row.HostSide = t.Blocked, t.Malformed, t.Families, t.HostSide
 	row.SMTP.SMTP = t.SMTP
+	limit := c.Limit
+	if limit.Burst == 0 && def == nil {
+		return row, nil
+	}
+	if limit.Burst == 0 {
+		limit = maps.LimitOf(*def)
+	}
 	effective := maps.PolicyLimit(limit)
 	row.SMTP.Rate, row.SMTP.Burst = effective.Rate, effective.Burst
 	if tokens := maps.Tokens(c.Bucket, limit, now); !math.IsInf(tokens, 1) {
