@@ -17,23 +17,28 @@ type detachOptions struct {
 	*globals
 	cgroups   []string
 	elsewhere bool
+	handOver  bool
 }
 
 func newDetach(g *globals) *cobra.Command {
 	o := detachOptions{globals: g}
 	cmd := &cobra.Command{
-		Use:   "detach [--cgroup PATH]... | --elsewhere",
+		Use:   "detach [--cgroup PATH]... | --elsewhere | --hand-over",
 		Short: "Take the filter off",
 		Long: `Takes the filter off the named cgroups, or off all of them, and removes its pins.
 Detaching the last cgroup also removes the counters. Detaching what is not attached
 is no error. Stop the service (egressbpf run) first: it restores the filter.
 
 A filter that is not pinned at --pin-path stays in force, and detach warns of it.
-With --elsewhere, detach takes off those filters instead.`,
+With --elsewhere, detach takes off those filters instead.
+
+To go back to an earlier version, use --hand-over: the filter stays in force, and only
+those pins are removed over which an earlier version would not attach. Then attach
+with that version.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if o.elsewhere && len(o.cgroups) > 0 {
-				return usageError{errors.New("--elsewhere takes off all that is pinned elsewhere: leave --cgroup out")}
+			if alone := len(o.cgroups) == 0; o.elsewhere && (!alone || o.handOver) || o.handOver && !alone {
+				return usageError{errors.New("--elsewhere and --hand-over stand alone")}
 			}
 			filter, root, err := o.filter()
 			if err != nil {
@@ -42,6 +47,9 @@ With --elsewhere, detach takes off those filters instead.`,
 			o.warnUnknown(cmd.ErrOrStderr(), filter, root)
 			ctx, cancel := context.WithTimeout(cmd.Context(), lockPatience)
 			defer cancel()
+			if o.handOver {
+				return filter.HandOver(ctx)
+			}
 			if o.elsewhere {
 				return filter.DetachElsewhere(ctx)
 			}
@@ -53,6 +61,7 @@ With --elsewhere, detach takes off those filters instead.`,
 	}
 	cmd.Flags().StringArrayVar(&o.cgroups, "cgroup", nil, "policed cgroup to take the filter off; may be repeated (default: all)")
 	cmd.Flags().BoolVar(&o.elsewhere, "elsewhere", false, "take off filters that are in force and not pinned at --pin-path")
+	cmd.Flags().BoolVar(&o.handOver, "hand-over", false, "leave the filter in force, and let an earlier version attach over it")
 	return cmd
 }
 

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -116,8 +117,9 @@ func TestExchangeOfPoliciesUnderTraffic(t *testing.T) {
 		}
 		time.AfterFunc(time.Duration(random.Int64N(int64(60*time.Millisecond))), func() { _ = cmd.Process.Kill() })
 		_ = cmd.Wait()
-		if status, _ := s.Status(t); !status.Enforcing {
-			t.Fatalf("after a killed attach, not enforcing: %+v", status.Hooks)
+		// It may be that not all have the new policy yet.
+		if status, _ := s.Status(t); slices.ContainsFunc(status.Hooks, func(h loader.Hook) bool { return !h.Attached }) {
+			t.Fatalf("after a killed attach, not attached: %+v", status.Hooks)
 		}
 	}
 	flooded := s.a.StopFlood()

@@ -1,0 +1,57 @@
+package loader
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/egressbpf/egressbpf/bpf"
+)
+
+// lasting are the pins, beside those of policed cgroups, that every version knows and can
+// take over.
+var lasting = []string{
+	bpf.EgressMapContainers, bpf.EgressMapTotals, bpf.EgressMapRetired,
+	bpf.CgroupsProgRecognise, bpf.CgroupsProgKeep, bpf.CgroupsProgRelease,
+	"host_forward4", "host_forward6", "host_deliver4", "host_deliver6",
+}
+
+// HandOver removes the pins over which an earlier version would not attach. The programs in
+// force keep the maps that they use, with all that is counted: nothing is unpoliced. What an
+// earlier version does not know, it does without. The error can wrap ErrBusy. That nothing
+// is attached is no error.
+func (f *Filter) HandOver(ctx context.Context) error {
+	if _, err := os.Stat(f.pins); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if err := f.checkPins(); err != nil {
+		return err
+	}
+	unlock, _, err := f.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	entries, err := os.ReadDir(f.pins)
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		if slices.Contains(lasting, entry.Name()) || strings.HasPrefix(entry.Name(), cgroupPrefix) {
+			continue
+		}
+		if err := f.step("unpin %s", entry.Name()); err != nil {
+			return err
+		}
+		if err := os.RemoveAll(filepath.Join(f.pins, entry.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
