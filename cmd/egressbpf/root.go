@@ -213,6 +213,7 @@ func remedyFor(err error) string {
 		{loader.ErrWholeHost, "name the cgroup whose children are containers, or tell with --scopes what containers' cgroups are called"},
 		{loader.ErrCannotRecognise, "let Docker put its containers into a cgroup of their own, and name that with --cgroup: /sys/fs/cgroup/docker with its cgroupfs driver, or with its systemd driver a slice (\"cgroup-parent\": \"docker.slice\" in /etc/docker/daemon.json) and --scopes any"},
 		{loader.ErrPrivateMount, "run it on the host; in a container, with --pid=host and the host's /sys/fs/bpf mounted (-v /sys/fs/bpf:/sys/fs/bpf)"},
+		{loader.ErrUnmounted, "on the host, mount one first: `mount -t bpf bpf /sys/fs/bpf`"},
 		{loader.ErrExcluded, "it was attached to that cgroup, or to one above it, without BPF_F_ALLOW_MULTI: see `bpftool cgroup tree`, and detach it, or have its owner attach it with that flag"},
 		{loader.ErrNested, "name only the outer one, which takes over from those inside of it"},
 		{loader.ErrPinPath, "use a directory in a bpf filesystem as --pin-path (`mount -t bpf bpf DIR`, then DIR/egressbpf), or leave --pin-path out"},

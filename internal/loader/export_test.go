@@ -10,7 +10,7 @@ import (
 func (f *Filter) SetFault(fault func(step string) error) { f.fault = fault }
 
 // MountForHost has mounts count as the host's.
-func MountForHost() { inHostsMounts = func() bool { return true } }
+func MountForHost() { inHostsMounts = func() (bool, error) { return true, nil } }
 
 // HookNames are the names of a policed cgroup's hooks, the boundary first.
 func HookNames() (names []string) {

@@ -636,7 +636,10 @@ func (f *Filter) mount() error {
 	if existing != usualMount || existing == f.pins {
 		return fmt.Errorf("%s: %w", f.pins, ErrPinPath)
 	}
-	if !inHostsMounts() {
+	switch in, err := inHostsMounts(); {
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%s: %w (%w)", usualMount, ErrUnmounted, err)
+	case !in:
 		return fmt.Errorf("%s: %w", usualMount, ErrPrivateMount)
 	}
 	if err := f.step("mount"); err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -13,6 +14,9 @@ import (
 var (
 	// ErrLockedDown means that the kernel lets no program read its memory, whoever asks.
 	ErrLockedDown = errors.New("the kernel is locked down (lockdown=confidentiality)")
+	// ErrUnmounted means that there is no bpf filesystem, and that whether this process could
+	// mount one for the host cannot be seen.
+	ErrUnmounted = errors.New("no bpf filesystem is mounted, and this process cannot see whether it is in the host's mount namespace")
 	// ErrPrivateMount means that the pins would be gone with this process's mount
 	// namespace, and the filter with them.
 	ErrPrivateMount = errors.New("not the host's bpf filesystem")
@@ -34,21 +38,25 @@ func seesInit() bool {
 }
 
 // inHostsMounts says whether what this process mounts is mounted for the host. Tests, which
-// mount nothing for the host, change it.
-var inHostsMounts = func() bool {
+// mount nothing for the host, change it. The error is one of permission if that cannot be
+// seen.
+var inHostsMounts = func() (bool, error) {
 	own, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil || !seesInit() {
-		return false
+		return false, err
 	}
 	init, err := os.Readlink("/proc/1/ns/mnt")
-	return err == nil && own == init
+	return err == nil && own == init, err
 }
 
 // CheckMount returns ErrPrivateMount if the filesystem of the pins is not the one that the
 // host has in their place, as far as this process can see the host: then the host sees
 // nothing of the filter, which ends with this process's mount namespace.
 func (f *Filter) CheckMount() error {
-	if !seesInit() || inHostsMounts() {
+	if !seesInit() {
+		return nil
+	}
+	if in, err := inHostsMounts(); in || errors.Is(err, fs.ErrPermission) {
 		return nil
 	}
 	dir := f.pins
