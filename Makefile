@@ -61,6 +61,12 @@ test: test-host test-kernels
 test-host: build test-tools
 	$(GO) test -count=1 -timeout 30m -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./...
 
+# The packages in which several goroutines share something; needs cgo.
+.PHONY: test-race
+test-race:
+	@$(INSTALL) gcc:gcc libc6-dev
+	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./internal/docker ./internal/daemon
+
 .PHONY: test-kernels
 test-kernels: test-tools
 	internal/vmtest/test.sh
