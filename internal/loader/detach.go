@@ -135,6 +135,9 @@ func removeLink(pin string) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	if err != nil && isNoLink(pin) {
+		return os.Remove(pin)
+	}
 	if err != nil {
 		return fmt.Errorf("open pinned link %s: %w", pin, err)
 	}

@@ -328,6 +328,19 @@ func (f *Filter) checkPins() error {
 	return fmt.Errorf("%s: %w: %s", f.pins, ErrForeignPins, pins[0])
 }
 
+// isNoLink says whether something else than a link is pinned.
+func isNoLink(pin string) bool {
+	if m, err := ebpf.LoadPinnedMap(pin, nil); err == nil {
+		m.Close()
+		return true
+	}
+	prog, err := ebpf.LoadPinnedProgram(pin, nil)
+	if err == nil {
+		prog.Close()
+	}
+	return err == nil
+}
+
 // madeByUs says whether a pin is of a map of the state, or of a link whose program uses it.
 func madeByUs(pin string) bool {
 	if m, err := ebpf.LoadPinnedMap(pin, nil); err == nil {
@@ -520,8 +533,8 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 			continue // of another version
 		}
 		l, err := link.LoadPinnedLink(filepath.Join(dir, name), nil)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // detached meanwhile, by who holds the lock
+		if errors.Is(err, fs.ErrNotExist) || err != nil && isNoLink(filepath.Join(dir, name)) {
+			continue // detached meanwhile, by who holds the lock, or in the place of a link
 		}
 		if err != nil {
 			return nil, fmt.Errorf("open pinned link %s: %w", filepath.Join(dir, name), err)

@@ -395,6 +395,28 @@ func TestForeignPins(t *testing.T) {
 	check(t, os.RemoveAll(h.pins))
 }
 
+// Something else in the place of a link is no link, and no obstacle.
+func TestNoLink(t *testing.T) {
+	h := newHost(t)
+	h.mustAttach(withBurst(5), "a")
+	pin := fmt.Sprintf("%s/cgroup-%d/%s", h.pins, h.id("a"), bpf.EgressProgConnect4)
+	occupy := func() {
+		t.Helper()
+		check(t, os.Remove(pin))
+		pinMap(t, pin, ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
+	}
+	occupy()
+	if s := h.status(); s.Enforcing {
+		t.Errorf("enforcing: %+v", s.Hooks)
+	}
+	h.mustAttach(withBurst(5))
+	occupy()
+	h.mustDetach()
+	if h.Attached() {
+		t.Error("something is left at the pin path")
+	}
+}
+
 // A pin path is where it was when the filter was named, and is never the filesystem's root.
 func TestRelativePinPath(t *testing.T) {
 	h := newHost(t)
