@@ -218,6 +218,7 @@ func remedyFor(err error) string {
 		{loader.ErrNested, "name only the outer one, which takes over from those inside of it"},
 		{loader.ErrPinPath, "use a directory in a bpf filesystem as --pin-path (`mount -t bpf bpf DIR`, then DIR/egressbpf), or leave --pin-path out"},
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},
+		{loader.ErrServed, "stop it first: `systemctl stop egressbpf`"},
 		{loader.ErrStillPinned, "it judges no packets any more; it is gone once its pins are: unmount what is mounted over their bpf filesystem, and remove them or `egressbpf detach` there"},
 		{loader.ErrBusy, "try again; if it persists, see who holds the directory with `fuser -v`"},
 		{loader.ErrOtherVersion, "run `egressbpf detach`, then attach again; counters and buckets start anew"},

@@ -69,3 +69,36 @@ func TestElsewhere(t *testing.T) {
 		t.Errorf("%s: %v", h.pins, err)
 	}
 }
+
+// What is handed over stays in force with all that is counted, and is not handed over while
+// somebody would restore it.
+func TestHandOver(t *testing.T) {
+	h := newHost(t)
+	check(t, h.HandOver(t.Context())) // of nothing
+	h.mustAttach(withBurst(5), "a")
+	service, err := h.Serve()
+	check(t, err)
+	before := h.snapshot()
+	if err := h.HandOver(t.Context()); !errors.Is(err, loader.ErrServed) {
+		t.Errorf("got %v, want %v", err, loader.ErrServed)
+	}
+	h.unchanged(before, "what was refused")
+	check(t, service.Close())
+	state, err := h.State()
+	check(t, err)
+	defer state.Close()
+	check(t, state.SetLimit(h.id("a"), policy.Limit{Burst: 9}))
+	check(t, h.HandOver(t.Context()))
+	if s := h.status(); !s.Enforcing {
+		t.Errorf("not in force: %+v", s.Hooks)
+	}
+	h.mustAttach(withBurst(7))
+	again, err := h.State()
+	check(t, err)
+	defer again.Close()
+	known, err := again.Containers()
+	check(t, err)
+	if got := known[h.id("a")].Limit.Burst; got != 9 {
+		t.Errorf("the limit set by hand is %d", got)
+	}
+}

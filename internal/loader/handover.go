@@ -3,6 +3,7 @@ package loader
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -20,18 +21,28 @@ var lasting = []string{
 	"host_forward4", "host_forward6", "host_deliver4", "host_deliver6",
 }
 
+// ErrServed means that a process keeps the filter as it wants it.
+var ErrServed = errors.New("egressbpf run is running, and would restore what is removed")
+
 // HandOver removes the pins over which an earlier version would not attach. The programs in
 // force keep the maps that they use, with all that is counted: nothing is unpoliced. What an
-// earlier version does not know, it does without. The error can wrap ErrBusy. That nothing
-// is attached is no error.
+// earlier version does not know, it does without. The error can wrap ErrBusy and ErrServed.
+// That nothing is attached is no error.
 func (f *Filter) HandOver(ctx context.Context) error {
 	if _, err := os.Stat(f.pins); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	} else if err != nil {
 		return err
 	}
+	// Elsewhere there can be no pins of ours.
+	if !onBPFFS(f.pins) || isMount(f.pins) {
+		return nil
+	}
 	if err := f.checkPins(); err != nil {
 		return err
+	}
+	if f.Served() {
+		return fmt.Errorf("%s: %w", f.pins, ErrServed)
 	}
 	unlock, _, err := f.lock(ctx)
 	if err != nil {
