@@ -47,7 +47,17 @@ func measureBeside(root cgroup.Root, policed string) (_ []*beside, err error) {
 	}
 	defer send.close()
 
-	filter := loader.New(filepath.Join(filepath.Dir(loader.DefaultPinPath), fmt.Sprint("egressbpf-bench-", os.Getpid())), root)
+	// A bpf filesystem of its own, since not every machine has one mounted.
+	dir, err := os.MkdirTemp("", "egressbpf-bench")
+	if err != nil {
+		return nil, err
+	}
+	defer os.Remove(dir)
+	if err := unix.Mount("bpf", dir, "bpf", 0, "mode=0700"); err != nil {
+		return nil, fmt.Errorf("mount a bpf filesystem: %w", err)
+	}
+	defer func() { err = errors.Join(err, unix.Unmount(dir, 0)) }()
+	filter := loader.New(filepath.Join(dir, "egressbpf"), root)
 	defer func() { err = errors.Join(err, filter.Detach(context.Background(), nil)) }()
 	all := []*beside{
 		{name: "udp4 from a bridge", defence: "host_side", do: send.datagrams, n: 5_000},
