@@ -88,6 +88,7 @@ type match struct {
 	// Filled in by [site.resolve].
 	conditions []condition
 	except     []netip.Prefix // destinations behind the device that it excludes
+	assumed    bool           // except is what is usual
 	never      string         // why no packet of a container matches
 }
 

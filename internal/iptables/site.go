@@ -13,12 +13,17 @@ type site struct {
 	bridges  []string
 	networks []netip.Prefix
 	behind   map[string][]netip.Prefix // networks, by their bridges
+	nat      bool                      // there is a table that tells these
 }
+
+// docker0 is the network that Docker's own bridge has unless it is told otherwise.
+var docker0 = netip.MustParsePrefix("172.17.0.0/16")
 
 // learn reads it off the rules that Docker makes.
 func learn(tables []*table) *site {
 	s := site{behind: map[string][]netip.Prefix{}}
 	for _, t := range tables {
+		s.nat = s.nat || t.name == "nat"
 		for _, c := range t.order {
 			for _, r := range c.rules {
 				masquerade := t.name == "nat" && r.target == "MASQUERADE" && r.match.out.not
@@ -111,6 +116,8 @@ func (s *site) resolve(m *match, v6 bool) {
 				m.never = "it is about what goes to containers on " + d.value
 			case len(behind) > 0:
 				m.except = behind
+			case d.value == "docker0" && !s.nat && !v6:
+				m.except, m.assumed = []netip.Prefix{docker0}, true
 			default:
 				m.conditions = append(m.conditions, condition{"-o " + d.value, true})
 			}

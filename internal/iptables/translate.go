@@ -777,6 +777,9 @@ func (tr *translator) block() {
 		if c := s.conditions(); c != "" {
 			tr.note(s.rule, Stricter, "the policy holds for every container, whatever is true of %s", c)
 		}
+		if s.assumes(add) {
+			tr.note(s.rule, Weaker, "docker0 is taken to have its usual network, %s, which the rule leaves open (! -o docker0): import the table nat too, which tells it", docker0)
+		}
 		for _, e := range add {
 			if tr.origins[e] == nil {
 				cfg.Block = append(cfg.Block, e)
@@ -886,6 +889,12 @@ func (f *family) letsAnswer(e policy.Rule) (lets bool) {
 		return !lets
 	})
 	return lets
+}
+
+// assumes reports whether a step leaves the usual network of docker0 out of what it is about.
+func (s *step) assumes(about []policy.Rule) bool {
+	return slices.ContainsFunc(s.when, func(m *match) bool { return m.assumed }) &&
+		slices.ContainsFunc(about, func(e policy.Rule) bool { return e.Prefix.Overlaps(docker0) && e.Prefix.Bits() > 0 })
 }
 
 // sparesBridge reports whether a step is not about what stays on a bridge of containers,
