@@ -96,7 +96,7 @@ func (n *names) addTo(ctx context.Context, s *stats.Stats) {
 // addToStatus names the containers that are not covered, and adds those of which only
 // the daemon knows that they are containers.
 func (n *names) addToStatus(ctx context.Context, filter *loader.Filter, s *loader.Status) {
-	if len(s.Uncovered)+len(s.MetadataAllowed)+len(s.FamiliesAllowed) == 0 && !n.asked && !docker.Running() {
+	if len(s.Uncovered)+len(s.MetadataAllowed)+len(s.FamiliesAllowed)+len(s.Exposed) == 0 && !n.asked && !docker.Running() {
 		return
 	}
 	n.refresh(ctx)
@@ -105,6 +105,9 @@ func (n *names) addToStatus(ctx context.Context, filter *loader.Filter, s *loade
 	}
 	for i := range s.MetadataAllowed {
 		s.MetadataAllowed[i].Name = n.byID[s.MetadataAllowed[i].ID]
+	}
+	for i := range s.Exposed {
+		s.Exposed[i].Name = n.byID[s.Exposed[i].ID]
 	}
 	for i := range s.FamiliesAllowed {
 		s.FamiliesAllowed[i].Name = n.byID[s.FamiliesAllowed[i].ID]

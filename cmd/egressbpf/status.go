@@ -127,6 +127,20 @@ func printStatus(w io.Writer, s *loader.Status) error {
 		}
 		row("%s\t%s\t%s", title(c.Name, c.ID), printable(c.Cgroup), c.Families)
 	}
+	for i, c := range s.Exposed {
+		if i == 0 {
+			row("")
+			row("EXPOSED CGROUPS\tCGROUP\tWHAT THE CONTAINER HAS")
+		}
+		var has []string
+		if c.Namespace {
+			has = append(has, "the host's cgroup namespace (--cgroupns=host)")
+		}
+		if c.Writable {
+			has = append(has, "the host's cgroup tree to write")
+		}
+		row("%s\t%s\t%s", title(c.Name, c.ID), printable(c.Cgroup), strings.Join(has, ", "))
+	}
 	for i, c := range s.Systems {
 		if i == 0 {
 			row("")

@@ -405,3 +405,57 @@ func (r Root) Processes(rel string, fn func(pid int)) error {
 		return nil
 	})
 }
+
+// Exposure is what a container has of the host's hierarchy, beyond its own cgroup.
+type Exposure struct {
+	// Namespace is the host's: it sees and names the cgroups of others, and what it starts
+	// can be beside it.
+	Namespace bool `json:"host_namespace"`
+	// Writable is whether the whole tree is mounted for writing.
+	Writable bool `json:"writable"`
+}
+
+// Exposure looks at a process of the cgroup rel. A cgroup without any has none, and so has
+// one whose processes may not be looked at.
+func (r Root) Exposure(rel string) (e Exposure, err error) {
+	pid := 0
+	err = walk(r.Path(rel), func(path string) error {
+		pids, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+		if err != nil {
+			return nil // threaded, or gone
+		}
+		for field := range strings.FieldsSeq(string(pids)) {
+			if pid, _ = strconv.Atoi(field); pid > 0 {
+				return fs.SkipAll
+			}
+		}
+		return nil
+	})
+	if err != nil || pid == 0 {
+		return e, err
+	}
+	if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/cgroup", pid)); err == nil {
+		e.Namespace = ns == initialNamespace
+	}
+	if mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid)); err == nil {
+		e.Writable = wholeTreeWritable(string(mounts))
+	}
+	return e, nil
+}
+
+// wholeTreeWritable says whether a mountinfo, as the host reads it, has the hierarchy's root
+// mounted for writing.
+func wholeTreeWritable(mountinfo string) bool {
+	for line := range strings.Lines(mountinfo) {
+		mount, super, _ := strings.Cut(line, " - ")
+		fields := strings.Fields(mount)
+		if len(fields) < 6 || !strings.HasPrefix(super, "cgroup2 ") || fields[3] != "/" {
+			continue
+		}
+		tail := strings.Fields(super)
+		if slices.Contains(strings.Split(fields[5], ","), "rw") && (len(tail) < 3 || slices.Contains(strings.Split(tail[2], ","), "rw")) {
+			return true
+		}
+	}
+	return false
+}

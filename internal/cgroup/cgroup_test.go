@@ -448,3 +448,52 @@ func TestSystemContainers(t *testing.T) {
 		t.Errorf("got %+v, want %+v", systems, want)
 	}
 }
+
+// What a container has of the host's cgroups is read off one of its processes.
+func TestExposure(t *testing.T) {
+	root, path := testenv.Root(t), testenv.Cgroup(t)
+	of := func(name string, command ...string) cgroup.Exposure {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Join(path, name, "nested"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		cmd := testenv.Command(t, filepath.Join(path, name, "nested"), command[0], command[1:]...)
+		out, err := cmd.StdoutPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		}()
+		if _, err := out.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		rel, err := root.Rel(filepath.Join(path, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		e, err := root.Exposure(rel)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return e
+	}
+	const wait = "echo; read line"
+	if got := of("host", "sh", "-c", wait+" </dev/zero"); !got.Namespace || !got.Writable {
+		t.Errorf("of the host: %+v", got)
+	}
+	if got := of("own", "unshare", "--cgroup", "sh", "-c", wait+" </dev/zero"); got.Namespace || !got.Writable {
+		t.Errorf("with a cgroup namespace of its own: %+v", got)
+	}
+	readOnly := "mount -o remount,bind,ro " + string(root) + " && " + wait + " </dev/zero"
+	if got := of("read-only", "unshare", "--cgroup", "--mount", "sh", "-c", readOnly); got.Namespace || got.Writable {
+		t.Errorf("with the tree to read: %+v", got)
+	}
+	if got, err := root.Exposure("/none"); err != nil || got != (cgroup.Exposure{}) {
+		t.Errorf("of none: %+v, %v", got, err)
+	}
+}

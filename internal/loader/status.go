@@ -53,6 +53,8 @@ type Status struct {
 	// Systems are those that run and are not policed, of engines whose containers no scope
 	// stands for by default. An operator may want it so: they count as nothing's failure.
 	Systems []cgroup.System `json:"system_containers,omitempty"`
+	// Exposed are running containers that have more of the host's cgroups than their own.
+	Exposed []Exposed `json:"exposed_containers,omitempty"`
 	// MetadataAllowed are containers that a rule lets reach what the presets block.
 	MetadataAllowed []Uncovered `json:"metadata_allowed,omitempty"`
 	// FamiliesAllowed are those that a rule lets make sockets which the policy refuses.
@@ -115,6 +117,12 @@ type Uncovered struct {
 	ID     string `json:"id"`
 	Name   string `json:"name"`
 	Cgroup string `json:"cgroup"`
+}
+
+// Exposed is a container that may leave its cgroup, or start others beside it.
+type Exposed struct {
+	Uncovered
+	cgroup.Exposure
 }
 
 // WithFamilies is a container and families of sockets.
@@ -221,7 +229,13 @@ func (f *Filter) Status() (*Status, error) {
 	} else if !delegates {
 		s.Defences = append(s.Defences, Defence{Name: cgroupBoundary, Reason: NoDelegation})
 	}
-	return s, s.findUncovered(f, all)
+	if err := s.findUncovered(f, all); err != nil {
+		return nil, err
+	}
+	if len(s.Exposed) > 0 && !slices.ContainsFunc(s.Defences, func(d Defence) bool { return d.Name == cgroupBoundary }) {
+		s.Defences = append(s.Defences, Defence{Name: cgroupBoundary, Reason: "containers have the host's cgroup namespace or tree, as shown below: they can move to where they are not judged, or start containers beside them, each with a bucket of its own"})
+	}
+	return s, nil
 }
 
 // cgroupBoundary is what keeps containers in their cgroups.
@@ -369,6 +383,13 @@ func (s *Status) findUncovered(f *Filter, all []*policed) error {
 	for _, rel := range containers {
 		id := cgroup.ContainerID(rel)
 		s.Named[id] = true
+		e, err := f.root.Exposure(rel)
+		if err != nil {
+			return fmt.Errorf("look at container %s: %w", id, err)
+		}
+		if e != (cgroup.Exposure{}) {
+			s.Exposed = append(s.Exposed, Exposed{Uncovered{ID: id, Cgroup: rel}, e})
+		}
 		if leftOut(s.Policy, rel) {
 			continue
 		}

@@ -307,21 +307,27 @@ func (h Host) covered(r *Report) {
 		r.add("containers", Warn, "%v", err)
 		return
 	}
-	var missed []string
+	var missed, exposed []string
 	for _, rel := range running {
+		if e, err := h.Root.Exposure(rel); err == nil && e != (cgroup.Exposure{}) {
+			exposed = append(exposed, strconv.Quote(rel))
+		}
 		if !h.polices(rel) {
 			missed = append(missed, strconv.Quote(rel))
 		}
+	}
+	if len(missed) > 0 {
+		r.add("containers", Warn, "%d of %d would not be policed, such as %s", len(missed), len(running), missed[0])
+	} else {
+		r.add("containers", OK, "%d run, and all would be policed", len(running))
 	}
 	systems = slices.DeleteFunc(systems, func(s cgroup.System) bool { return h.polices(s.Cgroup) })
 	if len(systems) > 0 {
 		r.add("containers", Warn, "%d system containers would not be policed, such as %q of %s: if you do not trust them, add names such as lxc.payload.*, systemd-nspawn@* or machine-*.scope to --scopes, after default", len(systems), systems[0].Name, systems[0].Engine)
 	}
-	if len(missed) > 0 {
-		r.add("containers", Warn, "%d of %d would not be policed, such as %s", len(missed), len(running), missed[0])
-		return
+	if len(exposed) > 0 {
+		r.add("cgroup_boundary", Warn, "%d containers have the host's cgroup namespace or tree, such as %s: they may leave their cgroups, or start containers beside them", len(exposed), exposed[0])
 	}
-	r.add("containers", OK, "%d run, and all would be policed", len(running))
 }
 
 // polices says whether the config has a container's cgroup policed.

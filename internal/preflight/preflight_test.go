@@ -231,5 +231,9 @@ func TestCovered(t *testing.T) {
 		if h.covered(r); r.Checks[0].Result != tt.want {
 			t.Errorf("%v: %+v", tt.cgroups, r.Checks)
 		}
+		// The process in there is the host's.
+		if last := r.Checks[len(r.Checks)-1]; last.Name != "cgroup_boundary" || last.Result != Warn {
+			t.Errorf("%v: %+v", tt.cgroups, r.Checks)
+		}
 	}
 }
