@@ -85,6 +85,9 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err := filter.AddState(status); err != nil {
 		return err
 	}
+	if err := filter.AddExposed(status); err != nil {
+		return err
+	}
 	names.addToStatus(ctx, filter, status)
 	if err := warnElsewhere(stderr, filter); err != nil {
 		return err

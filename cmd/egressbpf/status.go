@@ -42,6 +42,9 @@ Podman, containerd and CRI-O.`,
 		if err := filter.AddState(status); err != nil {
 			return err
 		}
+		if err := filter.AddExposed(status); err != nil {
+			return err
+		}
 		if status.Elsewhere, err = filter.Elsewhere(); err != nil {
 			return err
 		}

@@ -53,7 +53,8 @@ type Status struct {
 	// Systems are those that run and are not policed, of engines whose containers no scope
 	// stands for by default. An operator may want it so: they count as nothing's failure.
 	Systems []cgroup.System `json:"system_containers,omitempty"`
-	// Exposed are running containers that have more of the host's cgroups than their own.
+	// Exposed are running containers that have more of the host's cgroups than their own;
+	// empty if nobody asked (AddExposed).
 	Exposed []Exposed `json:"exposed_containers,omitempty"`
 	// MetadataAllowed are containers that a rule lets reach what the presets block.
 	MetadataAllowed []Uncovered `json:"metadata_allowed,omitempty"`
@@ -68,6 +69,9 @@ type Status struct {
 	// Unpinned are the maps of the state whose pins somebody has removed: another attach
 	// pins them again.
 	Unpinned []string `json:"-"`
+
+	// running are the cgroups that are named like containers', of those that run.
+	running []string
 }
 
 // Hook is a place in the kernel where a program of the filter should run.
@@ -229,13 +233,25 @@ func (f *Filter) Status() (*Status, error) {
 	} else if !delegates {
 		s.Defences = append(s.Defences, Defence{Name: cgroupBoundary, Reason: NoDelegation})
 	}
-	if err := s.findUncovered(f, all); err != nil {
-		return nil, err
+	return s, s.findUncovered(f, all)
+}
+
+// AddExposed adds the containers that have more of the host's cgroups than their own. It
+// looks at a process of each container.
+func (f *Filter) AddExposed(s *Status) error {
+	for _, rel := range s.running {
+		e, err := f.root.Exposure(rel)
+		if err != nil {
+			return fmt.Errorf("look at the container in %s: %w", rel, err)
+		}
+		if e != (cgroup.Exposure{}) {
+			s.Exposed = append(s.Exposed, Exposed{Uncovered{ID: cgroup.ContainerID(rel), Cgroup: rel}, e})
+		}
 	}
 	if len(s.Exposed) > 0 && !slices.ContainsFunc(s.Defences, func(d Defence) bool { return d.Name == cgroupBoundary }) {
 		s.Defences = append(s.Defences, Defence{Name: cgroupBoundary, Reason: "containers have the host's cgroup namespace or tree, as shown below: they can move to where they are not judged, or start containers beside them, each with a bucket of its own"})
 	}
-	return s, nil
+	return nil
 }
 
 // cgroupBoundary is what keeps containers in their cgroups.
@@ -379,17 +395,11 @@ func (s *Status) findUncovered(f *Filter, all []*policed) error {
 		return fmt.Errorf("look for containers: %w", err)
 	}
 	s.Named = map[string]bool{}
+	s.running = containers
 	var found []Uncovered
 	for _, rel := range containers {
 		id := cgroup.ContainerID(rel)
 		s.Named[id] = true
-		e, err := f.root.Exposure(rel)
-		if err != nil {
-			return fmt.Errorf("look at container %s: %w", id, err)
-		}
-		if e != (cgroup.Exposure{}) {
-			s.Exposed = append(s.Exposed, Exposed{Uncovered{ID: id, Cgroup: rel}, e})
-		}
 		if leftOut(s.Policy, rel) {
 			continue
 		}
