@@ -357,10 +357,16 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 		return d
 	}
 	d = f.olderHost(d, doc, s, all, programs)
-	if n, host := doc.Network, hostsNetwork(); n != 0 && host != 0 && n != host {
+	switch n, host := doc.Network, hostsNetwork(); {
+	case n == 0 || n == host:
+	case n == netNamespace("self"):
+		if host != 0 && d.Reason == "" {
+			d.Reason = "in this network namespace alone, which is not the host's"
+		}
+	case host != 0:
 		d.Active, d.Reason = false, "it judges what another network namespace than the host's forwards: attach from the host's"
 		return d
-	} else if n != 0 && host == 0 && n != netNamespace("self") {
+	default:
 		d.Active, d.Reason = false, "not known: it judges what another network namespace forwards, and whether that is the host's cannot be seen from here"
 		return d
 	}
