@@ -177,8 +177,13 @@ func TestEachConnectionOfASocketPays(t *testing.T) {
 				s.attach("--smtp-rate", scarce, "--smtp-burst", fmt.Sprint(burst))
 				s.a.Sequence(s.a.steps(mail, 2001, test.mptcp, test.ops...))
 				s.expectPaid(s.a, mail, seen)
-				if n := s.accepted(s.a, mail); n < burst {
-					t.Errorf("%d connections were accepted, want %d", n, burst)
+				least := burst
+				if slices.Contains(test.ops, lab.OpFastOpen) {
+					// One that was lost with its data has paid, and pays again.
+					least = 1
+				}
+				if n := s.accepted(s.a, mail); n < least {
+					t.Errorf("%d connections were accepted, want %d or more", n, least)
 				}
 			})
 		}
