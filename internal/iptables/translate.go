@@ -1130,6 +1130,7 @@ func (tr *translator) account() {
 			tr.note(r, Unknown, "%s", r.garbled)
 		}
 		for _, c := range t.order {
+			ofHost, toHost := t.reached("OUTPUT", c.name), t.reached("INPUT", c.name)
 			for _, r := range c.rules {
 				if walked[r] || dockers(c.name) {
 					continue
@@ -1141,9 +1142,9 @@ func (tr *translator) account() {
 				case r.garbled != "":
 					tr.note(r, Unknown, "%s", r.garbled)
 				case !s.about(t.v6):
-				case t.reached("OUTPUT", c.name):
+				case ofHost:
 					tr.note(r, NotCarried, "it is about the host's own processes, and containers with --network=host: the policy is about all containers, and no others")
-				case t.reached("INPUT", c.name):
+				case toHost:
 					tr.note(r, NotCarried, "it is about what is sent to the host itself: a policy does not know the host's own addresses")
 				case t.name == "nat" && c.name != "POSTROUTING":
 					tr.note(r, NotCarried, "it is address translation: a policy blocks, and does not send elsewhere")

@@ -33,11 +33,7 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
 	} else if err != nil {
 		return err
 	}
-	// Elsewhere there can be no pins of ours, and nothing for us to remove.
-	if !onBPFFS(f.pins) || isMount(f.pins) {
-		return nil
-	}
-	if err := f.checkPins(); err != nil {
+	if ours, err := f.hasPins(); !ours {
 		return err
 	}
 	unlock, _, err := f.lock(ctx)

@@ -328,6 +328,21 @@ func (f *Filter) checkPins() error {
 	return fmt.Errorf("%s: %w: %s", f.pins, ErrForeignPins, pins[0])
 }
 
+// hasPins says whether there can be pins of ours at the pin path, and so something to remove.
+// It returns ErrForeignPins as checkPins does.
+func (f *Filter) hasPins() (bool, error) {
+	if _, err := os.Stat(f.pins); errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	if !onBPFFS(f.pins) || isMount(f.pins) {
+		return false, nil
+	}
+	err := f.checkPins()
+	return err == nil, err
+}
+
 // isNoLink says whether something else than a link is pinned.
 func isNoLink(pin string) bool {
 	if m, err := ebpf.LoadPinnedMap(pin, nil); err == nil {

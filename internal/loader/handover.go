@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -29,16 +28,7 @@ var ErrServed = errors.New("egressbpf run is running, and would restore what is 
 // earlier version does not know, it does without. The error can wrap ErrBusy and ErrServed.
 // That nothing is attached is no error.
 func (f *Filter) HandOver(ctx context.Context) error {
-	if _, err := os.Stat(f.pins); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	// Elsewhere there can be no pins of ours.
-	if !onBPFFS(f.pins) || isMount(f.pins) {
-		return nil
-	}
-	if err := f.checkPins(); err != nil {
+	if ours, err := f.hasPins(); !ours {
 		return err
 	}
 	if f.Served() {

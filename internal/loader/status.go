@@ -158,8 +158,7 @@ func (f *Filter) addState(s *Status, state *maps.State) error {
 	}
 	s.Room = &room
 	for id, c := range known {
-		families := maps.FamiliesOf(c.Flags)
-		if c.Flags&maps.MayReachMetadata == 0 && families == policy.Restrict {
+		if c.Flags&(maps.MayReachMetadata|maps.AnyFamily) == 0 {
 			continue
 		}
 		rel, err := f.root.Find(id)
@@ -173,8 +172,8 @@ func (f *Filter) addState(s *Status, state *maps.State) error {
 		if c.Flags&maps.MayReachMetadata != 0 {
 			s.MetadataAllowed = append(s.MetadataAllowed, container)
 		}
-		if families != policy.Restrict {
-			s.FamiliesAllowed = append(s.FamiliesAllowed, WithFamilies{container, families})
+		if c.Flags&maps.AnyFamily != 0 {
+			s.FamiliesAllowed = append(s.FamiliesAllowed, WithFamilies{container, maps.FamiliesOf(c.Flags)})
 		}
 	}
 	slices.SortFunc(s.MetadataAllowed, func(a, b Uncovered) int { return strings.Compare(a.Cgroup, b.Cgroup) })
