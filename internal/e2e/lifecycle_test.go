@@ -125,26 +125,33 @@ func TestExchangeOfPoliciesUnderTraffic(t *testing.T) {
 	flooded := s.a.StopFlood()
 	elapsed := time.Since(begin).Seconds()
 
-	packets := seen.Settle(t)
+	s.expectFlood(flooded, seen, rate, burst, elapsed)
+}
+
+// expectFlood checks what came of a flood by container a that went on for so long: what
+// arrived, and that all of it is counted.
+func (s *scene) expectFlood(flooded lab.Flooded, seen *lab.Capture, rate, burst, seconds float64) {
+	s.t.Helper()
+	packets := seen.Settle(s.t)
 	if n := lab.Count(packets, func(p lab.Packet) bool {
 		return p.Dst.Addr() == lab.Metadata4 || p.Dst.Addr() == lab.Metadata6
 	}); n > 0 {
-		t.Errorf("%d packets reached the metadata service", n)
+		s.t.Errorf("%d packets reached the metadata service", n)
 	}
 	if flooded.Sent > 0 || flooded.Other != "" || flooded.Refused < 1000 || flooded.Denied < 1000 {
-		t.Errorf("flood: %+v, want each attempt refused or denied", flooded)
+		s.t.Errorf("flood: %+v, want each attempt refused or denied", flooded)
 	}
 	mails := uint64(connections(packets, 25, netip.Addr{}))
-	if most := burst + rate*elapsed; float64(mails) > most || float64(mails) < 0.8*most {
-		t.Errorf("%d mail SYNs of %d arrived in %.1f s, want at most and almost %.1f", mails, flooded.Mails, elapsed, most)
+	if most := burst + rate*seconds; float64(mails) > most || float64(mails) < 0.8*most {
+		s.t.Errorf("%d mail SYNs of %d arrived in %.1f s, want at most and almost %.1f", mails, flooded.Mails, seconds, most)
 	}
 	got := s.row(s.a)
 	if got.SMTP.Allowed != mails || flooded.MailsSent != mails || got.SMTP.RateLimited != flooded.Mails-mails {
-		t.Errorf("%d mail SYNs arrived, %d of %d sent, but counted %+v", mails, flooded.MailsSent, flooded.Mails, got.SMTP.SMTP)
+		s.t.Errorf("%d mail SYNs arrived, %d of %d sent, but counted %+v", mails, flooded.MailsSent, flooded.Mails, got.SMTP.SMTP)
 	}
 	// Each attempt once: at the socket hook, or as a packet.
 	if got.Blocked.Connects != flooded.Refused || got.Blocked.Packets != flooded.Denied {
-		t.Errorf("%d attempts refused and %d denied, but counted %+v", flooded.Refused, flooded.Denied, got.Blocked)
+		s.t.Errorf("%d attempts refused and %d denied, but counted %+v", flooded.Refused, flooded.Denied, got.Blocked)
 	}
 }
 

@@ -83,27 +83,7 @@ func TestEarlierVersion(t *testing.T) {
 	run(lab.Binary(t), attach...)
 	flooded := s.a.StopFlood()
 	elapsed := time.Since(begin).Seconds()
-
-	packets := seen.Settle(t)
-	if n := lab.Count(packets, func(p lab.Packet) bool {
-		return p.Dst.Addr() == lab.Metadata4 || p.Dst.Addr() == lab.Metadata6
-	}); n > 0 {
-		t.Errorf("%d packets reached the metadata service", n)
-	}
-	if flooded.Sent > 0 || flooded.Other != "" || flooded.Refused < 1000 || flooded.Denied < 1000 {
-		t.Errorf("flood: %+v, want each attempt refused or denied", flooded)
-	}
-	mails := uint64(connections(packets, 25, netip.Addr{}))
-	if most := burst + rate*elapsed; float64(mails) > most || float64(mails) < 0.8*most {
-		t.Errorf("%d mail SYNs of %d arrived in %.1f s, want at most and almost %.1f", mails, flooded.Mails, elapsed, most)
-	}
-	got := s.row(s.a)
-	if got.SMTP.Allowed != mails || got.SMTP.RateLimited != flooded.Mails-mails {
-		t.Errorf("%d mail SYNs of %d arrived, but counted %+v", mails, flooded.Mails, got.SMTP.SMTP)
-	}
-	if got.Blocked.Connects != flooded.Refused || got.Blocked.Packets != flooded.Denied {
-		t.Errorf("%d attempts refused and %d denied, but counted %+v", flooded.Refused, flooded.Denied, got.Blocked)
-	}
+	s.expectFlood(flooded, seen, rate, burst, elapsed)
 	if limit := s.row(s.b).SMTP; limit.Rate.String() != "7/hour" || limit.Burst != 3 {
 		t.Errorf("the limit set by hand became %s, burst %d", limit.Rate, limit.Burst)
 	}
