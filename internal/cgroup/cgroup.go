@@ -391,6 +391,11 @@ func OfProcess(pid int) (string, error) {
 // Processes calls fn for each process in the cgroup rel or below it. Those that come
 // and go meanwhile may be missed, or have ended.
 func (r Root) Processes(rel string, fn func(pid int)) error {
+	return r.untilProcess(rel, func(pid int) bool { fn(pid); return false })
+}
+
+// untilProcess is Processes until fn returns true.
+func (r Root) untilProcess(rel string, fn func(pid int) bool) error {
 	return walk(r.Path(rel), func(path string) error {
 		// A threaded cgroup has no processes of its own (EOPNOTSUPP).
 		pids, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
@@ -398,8 +403,8 @@ func (r Root) Processes(rel string, fn func(pid int)) error {
 			return nil
 		}
 		for field := range strings.FieldsSeq(string(pids)) {
-			if pid, err := strconv.Atoi(field); err == nil && pid > 0 {
-				fn(pid)
+			if pid, err := strconv.Atoi(field); err == nil && pid > 0 && fn(pid) {
+				return fs.SkipAll
 			}
 		}
 		return nil
@@ -419,18 +424,7 @@ type Exposure struct {
 // one whose processes may not be looked at.
 func (r Root) Exposure(rel string) (e Exposure, err error) {
 	pid := 0
-	err = walk(r.Path(rel), func(path string) error {
-		pids, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
-		if err != nil {
-			return nil // threaded, or gone
-		}
-		for field := range strings.FieldsSeq(string(pids)) {
-			if pid, _ = strconv.Atoi(field); pid > 0 {
-				return fs.SkipAll
-			}
-		}
-		return nil
-	})
+	err = r.untilProcess(rel, func(found int) bool { pid = found; return true })
 	if err != nil || pid == 0 {
 		return e, err
 	}
