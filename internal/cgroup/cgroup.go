@@ -3,11 +3,11 @@
 package cgroup
 
 import (
-	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -39,35 +39,17 @@ type Root string
 // FindRoot returns the cgroup2 mount of this mount namespace, that of the
 // hybrid layout included. The error wraps ErrNoCgroup2 if there is none.
 func FindRoot() (Root, error) {
-	f, err := os.Open("/proc/self/mountinfo")
+	mountinfo, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return "", err
 	}
-	defer f.Close()
-
-	// 36 35 98:0 ROOT MOUNTPOINT OPTIONS [TAGS]... - TYPE SOURCE SUPER, proc(5).
-	var found Root
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		mount, super, _ := strings.Cut(lines.Text(), " - ")
-		fields := strings.Fields(mount)
-		if len(fields) < 5 || !strings.HasPrefix(super, "cgroup2 ") || fields[3] != "/" {
-			continue
-		}
-		point := unescape(fields[4])
+	for m := range mounts(string(mountinfo)) {
 		// A later mount may hide an earlier one.
-		if OnCgroup2(point) {
-			found = Root(point)
-			break
+		if m.fstype == "cgroup2" && m.root == "/" && OnCgroup2(m.point) {
+			return Root(m.point), nil
 		}
 	}
-	if err := lines.Err(); err != nil {
-		return "", err
-	}
-	if found == "" {
-		return "", ErrNoCgroup2
-	}
-	return found, nil
+	return "", ErrNoCgroup2
 }
 
 // NetV1 says whether a cgroup v1 hierarchy with net_cls or net_prio is mounted.
@@ -79,19 +61,38 @@ func NetV1() (bool, error) {
 }
 
 func netV1(mountinfo string) bool {
-	for line := range strings.Lines(mountinfo) {
-		_, super, _ := strings.Cut(line, " - ")
-		fields := strings.Fields(super)
-		if len(fields) < 3 || fields[0] != "cgroup" {
-			continue
-		}
-		for option := range strings.SplitSeq(fields[2], ",") {
-			if option == "net_cls" || option == "net_prio" {
-				return true
-			}
+	for m := range mounts(mountinfo) {
+		if m.fstype == "cgroup" && (slices.Contains(m.super, "net_cls") || slices.Contains(m.super, "net_prio")) {
+			return true
 		}
 	}
 	return false
+}
+
+// mount is a line of mountinfo, proc(5).
+type mount struct {
+	root, point string
+	fstype      string
+	// options are the mount's, super are its filesystem's.
+	options, super []string
+}
+
+// mounts returns the lines of a mountinfo that can be read:
+// 36 35 98:0 ROOT MOUNTPOINT OPTIONS [TAGS]... - TYPE SOURCE SUPER.
+func mounts(mountinfo string) iter.Seq[mount] {
+	return func(yield func(mount) bool) {
+		for line := range strings.Lines(mountinfo) {
+			head, tail, _ := strings.Cut(line, " - ")
+			own, of := strings.Fields(head), strings.Fields(tail)
+			if len(own) < 6 || len(of) < 3 {
+				continue
+			}
+			m := mount{root: own[3], point: unescape(own[4]), fstype: of[0], options: strings.Split(own[5], ","), super: strings.Split(of[2], ",")}
+			if !yield(m) {
+				return
+			}
+		}
+	}
 }
 
 // Delegates says whether this mount of the hierarchy holds processes in the part of it that
@@ -102,11 +103,9 @@ func (r Root) Delegates() (bool, error) {
 }
 
 func delegates(mountinfo, point string) bool {
-	for line := range strings.Lines(mountinfo) {
-		mount, super, _ := strings.Cut(line, " - ")
-		fields, tail := strings.Fields(mount), strings.Fields(super)
-		if len(fields) >= 5 && len(tail) >= 3 && tail[0] == "cgroup2" && unescape(fields[4]) == point {
-			return slices.Contains(strings.Split(tail[2], ","), "nsdelegate")
+	for m := range mounts(mountinfo) {
+		if m.fstype == "cgroup2" && m.point == point {
+			return slices.Contains(m.super, "nsdelegate")
 		}
 	}
 	return false
@@ -440,14 +439,8 @@ func (r Root) Exposure(rel string) (e Exposure, err error) {
 // wholeTreeWritable says whether a mountinfo, as the host reads it, has the hierarchy's root
 // mounted for writing.
 func wholeTreeWritable(mountinfo string) bool {
-	for line := range strings.Lines(mountinfo) {
-		mount, super, _ := strings.Cut(line, " - ")
-		fields := strings.Fields(mount)
-		if len(fields) < 6 || !strings.HasPrefix(super, "cgroup2 ") || fields[3] != "/" {
-			continue
-		}
-		tail := strings.Fields(super)
-		if slices.Contains(strings.Split(fields[5], ","), "rw") && (len(tail) < 3 || slices.Contains(strings.Split(tail[2], ","), "rw")) {
+	for m := range mounts(mountinfo) {
+		if m.fstype == "cgroup2" && m.root == "/" && slices.Contains(m.options, "rw") && slices.Contains(m.super, "rw") {
 			return true
 		}
 	}
