@@ -10,7 +10,7 @@ SHELL := /bin/bash
 GO ?= go
 SUDO ?= $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
-INSTALL := internal/testenv/install.sh
+INSTALL := internal/test/testenv/install.sh
 PREFIX ?= /usr/local
 DESTDIR ?=
 LDFLAGS := -s -w -X github.com/egressbpf/egressbpf/internal/loader.version=$(VERSION)
@@ -45,11 +45,11 @@ uninstall:
 .PHONY: demo
 demo: build
 	@$(INSTALL) ip:iproute2 busybox:busybox-static
-	@$(SUDO) internal/demo/demo.sh bin/egressbpf
+	@$(SUDO) internal/test/demo/demo.sh bin/egressbpf
 
 .PHONY: bench
 bench: build
-	$(GO) build -o bin/bench ./internal/bench
+	$(GO) build -o bin/bench ./internal/test/bench
 	$(SUDO) bin/bench
 
 # Packages run one after the other: some compare what the whole kernel holds
@@ -69,15 +69,15 @@ test-race:
 
 .PHONY: test-kernels
 test-kernels: test-tools
-	internal/vmtest/test.sh
+	internal/test/vmtest/test.sh
 
 .PHONY: test-debian
 test-debian: test-tools
-	internal/vmtest/test.sh debian
+	internal/test/vmtest/test.sh debian
 
 .PHONY: test-tools
 test-tools:
-	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io $$(internal/vmtest/run.sh --packages)
+	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io $$(internal/test/vmtest/run.sh --packages)
 	@$(INSTALL) docker:docker-cli # apart from docker.io on newer releases
 
 # The committed objects, from the sources: see gen.go. Another compiler makes
@@ -93,7 +93,7 @@ lint:
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	@$(INSTALL) shellcheck:shellcheck
-	shellcheck --severity=warning internal/*/*.sh internal/vmtest/debian/run .ci/run
+	shellcheck --severity=warning internal/test/*/*.sh internal/test/vmtest/debian/run .ci/run
 
 .PHONY: clean
 clean:

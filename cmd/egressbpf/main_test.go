@@ -20,7 +20,7 @@ import (
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
-	"github.com/egressbpf/egressbpf/internal/testenv"
+	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
 // commands can be run from scripts, each as a process of its own.

@@ -27,7 +27,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/stats"
-	"github.com/egressbpf/egressbpf/internal/testenv"
+	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
 // execute is the command line in this process.

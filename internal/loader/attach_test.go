@@ -22,7 +22,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/loader"
 	statemaps "github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
-	"github.com/egressbpf/egressbpf/internal/testenv"
+	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
 func TestAttach(t *testing.T) {

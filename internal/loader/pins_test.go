@@ -25,7 +25,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/loader"
 	statemaps "github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
-	"github.com/egressbpf/egressbpf/internal/testenv"
+	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
 // What is refused changes nothing, whether a filter is in force or not.

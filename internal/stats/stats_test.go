@@ -21,7 +21,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
 	"github.com/egressbpf/egressbpf/internal/stats"
-	"github.com/egressbpf/egressbpf/internal/testenv"
+	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
 func check(t *testing.T, err error) {

@@ -1,0 +1,79 @@
+package dockertest
+
+import (
+	"archive/tar"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/egressbpf/egressbpf/internal/stats"
+	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
+)
+
+// testNested has an engine in a container, as CI jobs have: whatever its containers do,
+// the outer one does.
+func testNested(t *testing.T, e *engine) {
+	inner := e.nested(t, "nested")
+	bridged, onHost := inner.run(t, "inner"), inner.run(t, "inner-host", "--network=host")
+	seen := e.Capture(t)
+	expectMetadataRefused(t, bridged.Agent)
+	expectMetadataRefused(t, onHost.Agent)
+	for _, c := range []*lab.Agent{bridged.Agent, onHost.Agent, e.exec(t, "nested")} {
+		c.ConnectAtOnce(at(lab.Mail4, 25), 60)
+	}
+	expectBurst(t, seen.Settle(t), 180)
+	// One that is named like a container of the host's is none.
+	got := row(t, e.Network, e.id(t, "nested"))
+	if got.Blocked.Connects != 6 || got.Blocked.Packets != 4 || got.SMTP.Allowed != 5 {
+		t.Errorf("counted %+v, %+v, want 6 connects, 4 packets, 5 mails", got.Blocked, got.SMTP)
+	}
+	if rows := e.Stats(t).Containers; slices.ContainsFunc(rows, func(c stats.Container) bool { return c.ID == bridged.id || c.ID == onHost.id }) {
+		t.Errorf("a container within a container has a row of its own: %+v", rows)
+	}
+	expectStatus(t, e.Network, 0)
+}
+
+// nested starts an engine in a privileged container, with this machine's programs.
+func (e *engine) nested(t *testing.T, name string) *engine {
+	t.Helper()
+	const host = image + "-host"
+	var files []file
+	for _, dir := range []string{"bin", "sbin", "lib", "lib64"} {
+		files = append(files, file{Header: tar.Header{Name: dir, Linkname: "usr/" + dir, Typeflag: tar.TypeSymlink}})
+	}
+	e.importImage(t, host, append(files, executable(t, program[1:], e.program(t)))...)
+
+	inner := &engine{Network: e.Network, outer: e, name: name}
+	if err := os.Mkdir(e.path(name), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	ready := listenNotify(t, e.path(name+"/notify"))
+	e.removeAfter(t, name)
+	// What --privileged gives, but for a capability that virtual machines can be without.
+	// As in any cgroup that is to have others below it, processes have to leave the root.
+	e.docker(t, "run", "-d", "--name", name, "--cap-add=ALL", "--cap-drop=SYS_RESOURCE", "--security-opt=seccomp=unconfined",
+		"--security-opt=apparmor=unconfined", "--security-opt=systempaths=unconfined", "-v", "/usr:/usr:ro", "-v", "/etc/alternatives:/etc/alternatives:ro",
+		"-v", "/var/lib/docker", "-v", e.path(name)+":/run/outer", "-e", "NOTIFY_SOCKET=/run/outer/notify", host, "/bin/sh", "-ec",
+		"mount -o remount,rw /sys/fs/cgroup; mkdir /sys/fs/cgroup/engine; echo 0 >/sys/fs/cgroup/engine/cgroup.procs; "+
+			"exec dockerd -H unix://"+innerSocket+" --exec-opt native.cgroupdriver=cgroupfs --bip 172.31.0.1/24 --ipv6 --fixed-cidr-v6 fd00:d1c::/64")
+	if err := awaitReady(ready); err != nil {
+		t.Fatalf("the dockerd in %s is not ready: %v\n%s", name, err, e.docker(t, "logs", name))
+	}
+	save, load := e.command("save", image), inner.command("load")
+	var err error
+	if load.Stdin, err = save.StdoutPipe(); err != nil {
+		t.Fatal(err)
+	}
+	if err := save.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if exit := lab.Run(t, load); exit.Code != 0 {
+		t.Fatalf("docker load: %s", exit.Stderr)
+	}
+	if err := save.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	return inner
+}
+
+const innerSocket = "/run/docker.sock"

@@ -1,0 +1,115 @@
+package e2e
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
+)
+
+// serve starts the service, which ends with the test, and waits until it is in force.
+func (s *scene) serve() {
+	s.t.Helper()
+	service := exec.Command(lab.Binary(s.t), "run", "--cgroup", s.policed, "--docker-host", "unix:///nowhere")
+	stderr, err := service.StderrPipe()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.Host.Do(func() { err = service.Start() })
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	lines := bufio.NewScanner(stderr)
+	s.t.Cleanup(func() {
+		if err := service.Process.Signal(unix.SIGTERM); err != nil {
+			s.t.Error(err)
+		}
+		if err := service.Wait(); err != nil {
+			s.t.Error(err)
+		}
+		s.Egressbpf(s.t, "detach")
+	})
+	for lines.Scan() && !strings.Contains(lines.Text(), "in force") {
+	}
+	go io.Copy(io.Discard, stderr)
+}
+
+// soon waits for what nothing tells of. It takes a moment, but under emulation, where an
+// attach alone takes half a minute.
+func soon(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	const patience = 3 * time.Minute
+	for deadline := time.Now().Add(patience); !ok(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not after %v", what, patience)
+		}
+	}
+}
+
+// TestNewTunnel makes a tunnel while the service runs: it is closed to containers soon,
+// whatever is sent there.
+func TestNewTunnel(t *testing.T) {
+	s := newScene(t)
+	s.serve()
+	const port = 7999
+	arrives := func() bool {
+		if err := s.a.SendUDP(at(lab.Gateway4, port), []byte("innocent")); err != nil {
+			t.Fatal(err)
+		}
+		before := s.Stats(t).Total.HostSide.Packets
+		if err := s.a.SendUDP(at(lab.Gateway4, port), []byte("innocent")); err != nil {
+			t.Fatal(err)
+		}
+		return s.Stats(t).Total.HostSide.Packets == before
+	}
+	if !arrives() {
+		t.Fatal("a port without a tunnel is closed")
+	}
+	s.Host.IP(t, fmt.Sprintf("link add v0 type vxlan id 7 dstport %d", port), "link set v0 up")
+	soon(t, "the tunnel's port is closed", func() bool { return !arrives() })
+	s.Host.IP(t, "link del v0")
+	s.Host.IP(t, fmt.Sprintf("link add v1 type vxlan id 8 dstport %d", port+1), "link set v1 up")
+	soon(t, "the port is open again", arrives)
+}
+
+// TestNewBridge makes bridges as Docker does, while the service runs: what comes from them
+// is judged soon, also where the kernel judges devices one by one.
+func TestNewBridge(t *testing.T) {
+	s := newScene(t)
+	s.serve()
+
+	bridges := []string{"docker0", "br-0123456789ab", "br-0123456789ac"}
+	judged := func() (_ loader.Defence, all bool) {
+		status, _ := s.Status(t)
+		n := 0
+		for _, h := range status.Hooks {
+			if h.Attached && h.Name == "host_forward4" {
+				all = true
+			}
+			if h.Attached && h.Name == "host_ingress" && slices.Contains(bridges, h.Device) {
+				n++
+			}
+		}
+		i := slices.IndexFunc(status.Defences, func(d loader.Defence) bool { return d.Name == "host_side" })
+		return status.Defences[i], all || n == len(bridges)
+	}
+	if d, _ := judged(); !d.Active {
+		t.Fatalf("without a bridge of Docker's: %+v", d)
+	}
+	for _, name := range bridges {
+		s.Host.IP(t, "link add "+name+" type bridge")
+	}
+	soon(t, "all bridges are judged", func() bool {
+		d, ok := judged()
+		return ok && d.Active
+	})
+}

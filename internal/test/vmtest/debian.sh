@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+#
+# Boots a whole Debian, with systemd and Docker, in QEMU, and runs a script in it as
+# root. See usage.
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+
+readonly suite=trixie
+readonly packages=systemd-sysv,dbus,docker.io,docker-cli,docker-buildx,podman,crun,netavark,rootlesskit,slirp4netns,passt,uidmap,dbus-user-session,linux-image-cloud-amd64,initramfs-tools,iproute2,iptables,nftables,busybox-static,procps
+readonly needed=(mmdebstrap:mmdebstrap qemu-system-x86_64:qemu-system-x86 mke2fs:e2fsprogs debian-archive-keyring python-apt-common)
+
+# What exits with this code is the harness, not the script.
+readonly harness_failed=125
+# A script that exits with this one is run again after a reboot.
+readonly reboot=42
+
+usage() {
+    cat <<'END'
+usage: debian.sh [--timeout SECONDS] FOLDER
+
+Boots Debian under emulation (KVM is not needed) with FOLDER, a copy of it, at
+/mnt/test, and runs /mnt/test/run N there after multi-user.target and docker.service,
+where N is the number of the boot, from 1. Prints what it writes, and exits with its
+exit code. If that is 42 the machine is booted again first, with its disk as it was left.
+An exit code of 125 means that no result came back. There is no network.
+
+The image is made once, by apt and with its signature checks, in VMTEST_CACHE (default:
+egressbpf-vmtest in the user's cache folder). VMTEST_MIRROR is as for run.sh.
+END
+}
+
+die() {
+    printf 'debian.sh: %s\n' "$*" >&2
+    exit "$harness_failed"
+}
+
+# The script is baked into the image, and stands for what the image is made of.
+make_image() {
+    local dir=$1 root=$1/root url keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    url=$(internal/test/vmtest/run.sh --mirror) && [ -n "$url" ] || die 'no Debian archive found in the apt sources: set VMTEST_MIRROR'
+    echo "debian.sh: making Debian $suite from $url" >&2
+    { apt-config dump | grep '^Acquire::' | grep -Ev '^Acquire::(Allow|IndexTargets)'; echo 'Acquire::Languages "none";'; } >"$dir/apt.conf"
+    mmdebstrap --quiet --mode=root --variant=minbase --include="$packages" --aptopt="$dir/apt.conf" \
+        "$suite" "$root" "deb [signed-by=$keyring] $url $suite main" >"$dir/log" 2>&1 || { tail -30 "$dir/log" >&2; die 'mmdebstrap failed'; }
+    cp "$root"/boot/vmlinuz-* "$dir/vmlinuz"
+    cp "$root"/boot/initrd.img-* "$dir/initrd"
+    rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/boot/initrd.img-*
+    echo vmtest >"$root/etc/hostname"
+    mkdir -p "$root/mnt/test"
+    cat >"$root/etc/systemd/system/vmtest.service" <<'END'
+[Unit]
+After=docker.service multi-user.target
+[Service]
+Type=oneshot
+TimeoutStartSec=infinity
+ExecStart=/bin/sh -c 'mount -o ro /dev/vdb /mnt/test; /mnt/test/run $(sed "s/.*vmtest.boot=//; s/ .*//" /proc/cmdline) >/dev/ttyS1 2>&1 </dev/null; echo "vmtest exit code $?" >/dev/ttyS1; sync; systemctl poweroff --force --force'
+[Install]
+WantedBy=default.target
+END
+    SYSTEMD_IGNORE_CHROOT=1 chroot "$root" systemctl --quiet enable vmtest.service
+    SYSTEMD_IGNORE_CHROOT=1 chroot "$root" systemctl --quiet mask serial-getty@ttyS0.service serial-getty@ttyS1.service getty@tty1.service systemd-networkd-wait-online.service apt-daily.timer apt-daily-upgrade.timer
+    mke2fs -q -F -t ext4 -L root -d "$root" "$dir/disk" 4G >/dev/null
+    rm -rf "$root" "$dir/log" "$dir/apt.conf"
+}
+
+# cached prints the folder of the image. In a subshell of its own: an error ends it.
+cached() {
+    set -e
+    local cache=${VMTEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/egressbpf-vmtest} key making
+    key=$(sha256sum internal/test/vmtest/debian.sh | cut -c1-16)
+    mkdir -p "$cache"
+    exec {lock}>"$cache/debian.lock"
+    flock "$lock"
+    if [ ! -e "$cache/debian-$key" ]; then
+        rm -rf "$cache"/debian-*
+        making=$(mktemp -d "$cache/debian-making.XXXXXX")
+        trap 'rm -rf "$making"' EXIT
+        make_image "$making" >&2
+        mv -T "$making" "$cache/debian-$key"
+        trap - EXIT
+    fi
+    exec {lock}>&-
+    echo "$cache/debian-$key"
+}
+
+timeout=600
+while [ $# -gt 0 ]; do
+    case $1 in
+    --timeout) timeout=$2 && shift 2 ;;
+    --help) usage && exit ;;
+    -*) usage >&2 && exit "$harness_failed" ;;
+    *) break ;;
+    esac
+done
+[ $# = 1 ] && [ -x "$1/run" ] || { usage >&2 && exit "$harness_failed"; }
+
+[ "$(id -u)" = 0 ] || die 'this needs root, to make the image'
+internal/test/testenv/install.sh "${needed[@]}"
+image=$(cached) || exit "$harness_failed"
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+cp --sparse=always "$image/disk" "$dir/disk"
+mke2fs -q -F -t ext4 -d "$1" "$dir/files" 256M >/dev/null
+
+code=$reboot
+failures=0
+for ((boot = 1; code == reboot; boot++)); do
+    rm -f "$dir/out"
+    timeout --kill-after=10 "$timeout" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 2G \
+        -nodefaults -display none -no-reboot -nic none -serial "file:$dir/console" -serial "file:$dir/out" \
+        -kernel "$image/vmlinuz" -initrd "$image/initrd" \
+        -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 systemd.show_status=no vmtest.boot=$boot" \
+        -drive "file=$dir/disk,if=virtio,format=raw,cache=unsafe" -drive "file=$dir/files,if=virtio,format=raw,readonly=on" \
+        </dev/null >"$dir/qemu" 2>&1 || true
+    [ -e "$dir/out" ] || { cat "$dir/qemu" >&2 && die "boot $boot: the emulator did not start"; }
+    tr -d '\r' <"$dir/out" | grep -v '^vmtest exit code ' || true
+    code=$(tr -d '\r' <"$dir/out" | sed -n 's/^vmtest exit code //p')
+    # Emulation can fail by itself: once more, if the script had not begun.
+    if [ -z "$code" ] && [ ! -s "$dir/out" ] && ((++failures < 3)); then
+        code=$reboot
+        ((boot--)) || true
+        continue
+    fi
+    if [ -z "$code" ]; then
+        tail -n 20 "$dir/console" "$dir/qemu" >&2
+        die "boot $boot: no result after at most $timeout s"
+    fi
+done
+exit "$code"

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+#
+# Runs the tests whose answer can differ from kernel to kernel on each of Debian's
+# kernels, and egressbpf's life on a whole Debian. Emulation is some ten times slower: what
+# is only arithmetic stays out.
+# Usage: test.sh [KERNEL|debian]...   (default: all that run.sh knows, and debian)
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+
+# What compilers and verifiers see in another way: on the oldest.
+oldest='^(TestVerdict|TestOwner|TestRecognised|TestPermitted|TestContention|TestHostIngress.+)$'
+loader='^(TestAttach|TestRecognise|TestRemovedContainers|TestRefusedSocketsOfRecognised|TestHostSideBefore64)$'
+on_some='^(TestSwap|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestKeptFamiliesRefuse)$'
+
+machines=("$@")
+if [ ${#machines[@]} = 0 ]; then
+    mapfile -t machines < <(internal/test/vmtest/run.sh --kernels)
+    machines+=(debian)
+fi
+
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+for package in internal/loader internal/test/{verdict,dockertest,e2e}; do
+    CGO_ENABLED=0 go test -c -o "$dir/${package##*/}" "./$package"
+done
+CGO_ENABLED=0 go build -buildvcs=false -o "$dir/egressbpf" ./cmd/egressbpf
+
+# guest NAME MACHINE COMMAND... once more if no result came back: emulation can fail by
+# itself.
+guest() {
+    local name=$1 machine=$2 from=$SECONDS code=0
+    shift 2
+    for _ in 1 2; do
+        code=0
+        "$@" >"$dir/out-$machine" 2>&1 || code=$?
+        [ "$code" = 125 ] || break
+    done
+    if [ "$code" != 0 ]; then
+        cat "$dir/out-$machine"
+        echo "$machine: $name failed"
+        return "$code"
+    fi
+    echo "ok   $name on $machine, $((SECONDS - from)) s"
+}
+
+# alone KERNEL PACKAGE TESTS [OPTION]..., with nothing else on the machine.
+alone() {
+    guest "$2" "$1" internal/test/vmtest/run.sh --timeout 1500 "${@:4}" "$1" "$dir/$2" -test.short -test.run "$3"
+}
+
+# in_root KERNEL PACKAGE TESTS, with this machine's root and Docker.
+in_root() {
+    guest "$2" "$1" internal/test/vmtest/run.sh --root --timeout 1500 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
+        "$1" "$dir/$2" -test.run "$3"
+}
+
+# With real packets and containers goes what this machine's own kernel may not be able to,
+# to refuse sockets, or does in another way: before 6.4 the host side is another one.
+on_kernel() {
+    local failed=0
+    case $1 in
+    5.10) alone "$1" verdict "$oldest" || failed=1 ;;
+    6.1)
+        in_root "$1" e2e '^(TestNewBridge|TestMetadataForOneContainer)$' || failed=1
+        ;;
+    esac
+    alone "$1" loader "$loader" || failed=1
+    [ "$1" = 6.1 ] || alone "$1" loader "$on_some" || failed=1
+    [ "$1" != 6.12 ] || alone "$1" loader '^TestLockedDown$' --root --append lockdown=confidentiality || failed=1
+    # What connect() says differs on 5.10.
+    case $1 in
+    5.10) ;;
+    6.1) in_root "$1" dockertest '^TestAttacks$/^host_side$' || failed=1 ;;
+    *) in_root "$1" dockertest '^TestAttacks$/^all$' || failed=1 ;;
+    esac
+    return "$failed"
+}
+
+# on_debian installs what `make install` does, on a whole Debian.
+on_debian() {
+    mkdir "$dir/debian"
+    cp internal/test/vmtest/debian/run "$dir/debian"
+    make --no-print-directory install DESTDIR="$dir/debian/root" SUDO= >"$dir/out-debian" 2>&1 || { cat "$dir/out-debian"; return 1; }
+    # The image needs root.
+    local sudo=()
+    [ "$(id -u)" = 0 ] || sudo=(sudo)
+    guest 'all of egressbpf' debian "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1500 "$dir/debian"
+}
+
+# As many at once as there are processors, the longest first.
+failed=0
+for machine in $(printf '%s\n' "${machines[@]}" | sort -rV); do
+    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do
+        wait -n || failed=1
+    done
+    case $machine in
+    debian) on_debian & ;;
+    *) on_kernel "$machine" & ;;
+    esac
+done
+for job in $(jobs -p); do
+    wait "$job" || failed=1
+done
+exit "$failed"
