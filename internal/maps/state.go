@@ -49,7 +49,9 @@ func Kept(name string) bool {
 	return false
 }
 
-// NewState wraps the maps of StateNames, which it then owns.
+// NewState wraps the maps of StateNames, which it then owns. Some may be missing, for who
+// only reads: they are taken to be empty, and what is removed from them is gone already. The
+// containers are not among those.
 func NewState(byName map[string]*ebpf.Map) *State {
 	return &State{byName[bpf.EgressMapContainers], byName[bpf.EgressMapTotals], byName}
 }
@@ -174,6 +176,9 @@ func eachBatch[V any](m *ebpf.Map, fn func(ids []uint64, values []V)) error {
 // Totals returns the sum over all containers since the first attach, those
 // that are gone included.
 func (s *State) Totals() (Counters, error) {
+	if s.totals == nil {
+		return Counters{}, nil
+	}
 	var perCPU []Counters
 	if err := s.totals.Lookup(uint32(0), &perCPU); err != nil {
 		return Counters{}, fmt.Errorf("read map totals: %w", err)
@@ -329,14 +334,21 @@ func (s *State) Enrol(id uint64) (bool, error) {
 
 // doWithout has the container with a cgroup id judged without state.
 func (s *State) doWithout(id uint64, why bpf.EgressWithoutState) error {
-	if err := s.byName[bpf.EgressMapStateless].Put(id, why); err != nil {
+	stateless := s.byName[bpf.EgressMapStateless]
+	if stateless == nil {
+		return nil
+	}
+	if err := stateless.Put(id, why); err != nil {
 		return fmt.Errorf("write map %s: %w", bpf.EgressMapStateless, err)
 	}
 	return nil
 }
 
-// remove deletes an entry that there may be.
+// remove deletes an entry that there may be, of a map that there may be.
 func remove(m *ebpf.Map, id uint64) error {
+	if m == nil {
+		return nil
+	}
 	if err := m.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("write map %v: %w", m, err)
 	}
@@ -351,8 +363,8 @@ func (s *State) Recognised(id uint64) (bool, error) {
 		why bpf.EgressWithoutState
 	)
 	err := s.containers.Lookup(id, &c)
-	if errors.Is(err, ebpf.ErrKeyNotExist) {
-		err = s.byName[bpf.EgressMapStateless].Lookup(id, &why)
+	if stateless := s.byName[bpf.EgressMapStateless]; stateless != nil && errors.Is(err, ebpf.ErrKeyNotExist) {
+		err = stateless.Lookup(id, &why)
 	}
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		return false, nil
@@ -384,7 +396,11 @@ func (r Room) Short() bool {
 // without state, which it counts, in some milliseconds for 100,000.
 func (s *State) Room(known map[uint64]Container) (Room, error) {
 	stateless := s.byName[bpf.EgressMapStateless]
-	r := Room{Containers: len(known), Of: int(s.containers.MaxEntries()), OfStateless: int(stateless.MaxEntries())}
+	r := Room{Containers: len(known), Of: int(s.containers.MaxEntries())}
+	if stateless == nil {
+		return r, nil
+	}
+	r.OfStateless = int(stateless.MaxEntries())
 	err := eachBatch(stateless, func(_ []uint64, reasons []bpf.EgressWithoutState) {
 		for _, why := range reasons {
 			if why == bpf.EgressWithoutStateHAS_NO_ROOM {
@@ -399,11 +415,15 @@ func (s *State) Room(known map[uint64]Container) (Room, error) {
 
 // Devices returns the indexes of the network devices that have a bucket.
 func (s *State) Devices() (indexes []uint32, err error) {
+	m := s.byName[bpf.EgressMapDevices]
+	if m == nil {
+		return nil, nil
+	}
 	var (
 		index uint32
 		d     bpf.EgressDevice
 	)
-	all := s.byName[bpf.EgressMapDevices].Iterate()
+	all := m.Iterate()
 	for all.Next(&index, &d) {
 		indexes = append(indexes, index)
 	}
@@ -429,7 +449,11 @@ func (s *State) Tunnels() (map[uint16]bool, error) {
 		port  uint16 // in network byte order
 		found uint8
 	)
-	all := s.byName[bpf.EgressMapTunnels].Iterate()
+	m := s.byName[bpf.EgressMapTunnels]
+	if m == nil {
+		return closed, nil
+	}
+	all := m.Iterate()
 	for all.Next(&port, &found) {
 		closed[bits.ReverseBytes16(port)] = found != 0
 	}
@@ -441,11 +465,14 @@ func (s *State) Tunnels() (map[uint16]bool, error) {
 
 // SetTunnels closes those ports to containers, as Tunnels returns them, and opens all others.
 func (s *State) SetTunnels(ports map[uint16]bool) error {
+	m := s.byName[bpf.EgressMapTunnels]
+	if m == nil {
+		return nil
+	}
 	before, err := s.Tunnels()
 	if err != nil {
 		return err
 	}
-	m := s.byName[bpf.EgressMapTunnels]
 	for port, found := range ports {
 		value := uint8(0)
 		if found {
