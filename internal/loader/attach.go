@@ -4,43 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
-
-// undo are the steps back to what was in force before, and what they hold.
-type undo struct {
-	steps []func() error
-	held  []io.Closer
-}
-
-func (u *undo) add(back func() error) { u.steps = append(u.steps, back) }
-
-func (u *undo) run() error {
-	var errs []error
-	for _, back := range slices.Backward(u.steps) {
-		errs = append(errs, back())
-	}
-	return errors.Join(errs...)
-}
-
-func (u *undo) close() {
-	for _, c := range u.held {
-		c.Close()
-	}
-}
 
 // Attach puts the policy in force for the cgroups, given by path, and for those
 // that are policed already; for the root, if there are none of either. Directories
@@ -79,38 +56,24 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	if err := f.checkNested(wanted); err != nil {
 		return err
 	}
-	if err := f.mount(); err != nil {
+	if err := f.pins.Mount(f.fault, inHostsMounts); err != nil {
 		return err
 	}
 
-	unlock, created, err := f.lock(ctx)
+	unlock, created, err := f.pins.Lock(ctx)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	var back undo
-	defer back.close()
-	defer func() {
-		if err == nil {
-			return
-		}
-		if undoErr := back.run(); undoErr != nil {
-			err = fmt.Errorf("%w; and to restore what was in force before: %w", err, undoErr)
-		}
-	}()
+	change := pins.NewChange(f.fault)
+	defer func() { err = change.End(err) }()
 	if created {
-		back.add(func() error {
-			// Another process may have had the lock, and pinned, before.
-			if err := os.Remove(f.pins); !errors.Is(err, unix.ENOTEMPTY) {
-				return err
-			}
-			return nil
-		})
+		change.Back(f.pins.RemoveEmpty)
 	}
-	if err := f.checkPins(); err != nil {
+	if err := f.pins.Check(); err != nil {
 		return err
 	}
-	if unknown, err := f.unknownPins(); err != nil {
+	if unknown, err := f.pins.Unknown(); err != nil {
 		return err
 	} else if len(unknown) > 0 {
 		return fmt.Errorf("%s: %w", unknown[0], ErrOtherVersion)
@@ -123,7 +86,7 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	named := slices.Clone(wanted)
 	var inner []*policed
 	for _, o := range old {
-		back.held = append(back.held, o)
+		change.Keep(o)
 		if o.rel == "" {
 			continue
 		}
@@ -151,11 +114,11 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	if len(wanted) > maxPlaces {
 		return fmt.Errorf("%d cgroups: %w: at most %d", len(wanted), ErrTooMany, maxPlaces)
 	}
-	state, err := f.openState(&back)
+	state, err := f.openState(change)
 	if err != nil {
 		return err
 	}
-	back.held = append(back.held, state)
+	change.Keep(state)
 	shared, err := loadPolicy(p)
 	if err != nil {
 		return err
@@ -170,20 +133,20 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 		}
 	}()
 	for _, rel := range wanted {
-		t, err := f.prepare(rel, shared, state, &back)
+		t, err := f.prepare(rel, shared, state, change)
 		if err != nil {
 			return err
 		}
 		targets = append(targets, t)
 	}
-	if err := f.attachRecognise(targets, p, state, &back); err != nil {
+	if err := f.attachRecognise(targets, p, state, change); err != nil {
 		return err
 	}
 	// What is missing, the filter works without. Status tells, and why.
 	var found found
 	var refuser *refuser
 	if p.Families != policy.AnyFamily {
-		refuser, err = f.findRefuser()
+		refuser, err = findRefuser(change)
 		found.note(SocketFamilies, err)
 	}
 	gap, err := socketIdentityGap()
@@ -194,27 +157,27 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 		found.note(socketIdentity, errors.New(gap))
 	}
 	for _, t := range targets {
-		was := &policed{id: t.id, dir: filepath.Join(f.pins, fmt.Sprint(cgroupPrefix, t.id))}
+		was := &policed{id: t.id, dir: f.pins.Cgroup(t.id)}
 		if i := slices.IndexFunc(old, func(o *policed) bool { return o.id == t.id }); i >= 0 {
 			was = old[i]
 		}
-		if err := f.attachTarget(t, was, &back); err != nil {
+		if err := f.attachTarget(t, was, change); err != nil {
 			return fmt.Errorf("attach to %s: %w", f.root.Path(t.rel), err)
 		}
 	}
 	for _, t := range targets {
-		dir := filepath.Join(f.pins, fmt.Sprint(cgroupPrefix, t.id))
-		if err := f.attachFamilies(refuser, t, dir, p, state, &back); err != nil {
+		dir := f.pins.Cgroup(t.id)
+		if err := f.attachFamilies(refuser, t, dir, p, state, change); err != nil {
 			return fmt.Errorf("refuse sockets of %s: %w", f.root.Path(t.rel), err)
 		}
 	}
-	if err := f.attachHost(shared, state, targets, &found, &back); err != nil {
+	if err := f.attachHost(shared, state, targets, &found, change); err != nil {
 		return err
 	}
 	if err := forgetDevices(state); err != nil {
 		return err
 	}
-	f.followCgroups(targets, p, state, &found, &back)
+	f.followCgroups(targets, p, state, &found, change)
 	if err := f.forgetOthers(targets, p, state); err != nil {
 		return err
 	}
@@ -223,20 +186,18 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 			return fmt.Errorf("note what was found: %w", err)
 		}
 	}
-	for _, name := range formerMaps {
-		if err := removePin(filepath.Join(f.pins, name)); err != nil {
-			return err
-		}
+	if err := f.pins.RemoveFormer(); err != nil {
+		return err
 	}
 	for _, o := range inner {
-		if err := f.removePoliced(o); err != nil {
+		if err := f.removePoliced(o, change); err != nil {
 			return err
 		}
 	}
 	for _, o := range old {
 		if o.gone && !slices.Contains(inner, o) {
 			// Nothing can be in force there.
-			if err := f.removePoliced(o); err != nil {
+			if err := f.removePoliced(o, change); err != nil {
 				return err
 			}
 		}
@@ -273,15 +234,15 @@ func (t *target) close() {
 }
 
 // prepare makes and opens the directory of a cgroup and loads its programs.
-func (f *Filter) prepare(rel string, shared *loaded, state *maps.State, back *undo) (_ *target, err error) {
-	if err := f.makeCgroup(rel, back); err != nil {
+func (f *Filter) prepare(rel string, shared *loaded, state *maps.State, change *pins.Change) (_ *target, err error) {
+	if err := f.makeCgroup(rel, change); err != nil {
 		return nil, err
 	}
 	t := &target{rel: rel, recognises: shared.policy.Recognises(rel)}
 	if t.dir, t.id, err = f.root.Open(rel); err != nil {
 		return nil, err
 	}
-	if err := f.step("load %s", rel); err != nil {
+	if err := change.Step("load %s", rel); err != nil {
 		t.close()
 		return nil, err
 	}
@@ -293,43 +254,41 @@ func (f *Filter) prepare(rel string, shared *loaded, state *maps.State, back *un
 }
 
 // makeCgroup makes the directories of a cgroup that do not exist.
-func (f *Filter) makeCgroup(rel string, back *undo) error {
+func (f *Filter) makeCgroup(rel string, change *pins.Change) error {
 	path := f.root.Path(rel)
 	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if parent := filepath.Dir(rel); parent != "/" {
-		if err := f.makeCgroup(parent, back); err != nil {
+		if err := f.makeCgroup(parent, change); err != nil {
 			return err
 		}
 	}
-	if err := f.step("make %s", rel); err != nil {
+	if err := change.Step("make %s", rel); err != nil {
 		return err
 	}
 	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
 	// Whoever moved in meanwhile keeps it.
-	back.add(func() error { os.Remove(path); return nil })
+	change.Back(func() error { os.Remove(path); return nil })
 	return nil
 }
 
 // attachTarget brings the hooks of one cgroup to the target's programs.
-func (f *Filter) attachTarget(t *target, was *policed, back *undo) error {
-	if err := os.Mkdir(was.dir, 0o700); err == nil {
-		back.add(func() error { return os.Remove(was.dir) })
-	} else if !errors.Is(err, fs.ErrExist) {
+func (f *Filter) attachTarget(t *target, was *policed, change *pins.Change) error {
+	if err := change.Mkdir(was.dir); err != nil {
 		return err
 	}
 	for _, h := range hooks {
-		if err := f.step("%s of %s", h.name, t.rel); err != nil {
+		if err := change.Step("%s of %s", h.name, t.rel); err != nil {
 			return err
 		}
 		var err error
 		if l := was.links[h.name]; l != nil {
-			err = exchange(l, was.info[h.name].Program, t.progs.byHook[h.name], back)
+			err = change.UpdateLink(l, was.info[h.name].Program, t.progs.byHook[h.name])
 		} else {
-			err = attachHook(h, t, filepath.Join(was.dir, h.name), back)
+			err = attachHook(h, t, filepath.Join(was.dir, h.name), change)
 		}
 		if err != nil {
 			return fmt.Errorf("hook %s: %w", h.name, err)
@@ -338,42 +297,18 @@ func (f *Filter) attachTarget(t *target, was *policed, back *undo) error {
 	return nil
 }
 
-func exchange(l link.Link, old ebpf.ProgramID, prog *ebpf.Program, back *undo) error {
-	before, err := ebpf.NewProgramFromID(old)
-	if err != nil {
-		return fmt.Errorf("open program %d: %w", old, err)
-	}
-	back.held = append(back.held, before)
-	if err := l.Update(prog); err != nil {
-		return err
-	}
-	back.add(func() error { return l.Update(before) })
-	return nil
-}
-
-func attachHook(h hook, t *target, pin string, back *undo) error {
-	// A pin that is still here holds a link that some other program has
-	// detached, and that cannot be attached again.
-	if err := os.Remove(pin); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	// AttachRawLink: AttachCgroup would fall back to an attachment that cannot
-	// be pinned and that any cgroup below could override.
-	l, err := link.AttachRawLink(link.RawLinkOptions{
-		Target:  int(t.dir.Fd()),
-		Program: t.progs.byHook[h.name],
-		Attach:  h.attach,
+func attachHook(h hook, t *target, pin string, change *pins.Change) error {
+	return change.PinLink(pin, func() (link.Link, error) {
+		// AttachCgroup would fall back to an attachment that cannot be pinned and that any
+		// cgroup below could override.
+		l, err := link.AttachRawLink(link.RawLinkOptions{
+			Target:  int(t.dir.Fd()),
+			Program: t.progs.byHook[h.name],
+			Attach:  h.attach,
+		})
+		if errors.Is(err, unix.EPERM) {
+			return nil, fmt.Errorf("%w: %w", ErrExcluded, err)
+		}
+		return l, err
 	})
-	if errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("%w: %w", ErrExcluded, err)
-	}
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	if err := l.Pin(pin); err != nil {
-		return fmt.Errorf("pin link %s: %w", pin, err)
-	}
-	back.add(func() error { return removeLink(pin) })
-	return nil
 }

@@ -3,22 +3,20 @@ package loader
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 
-	"github.com/cilium/ebpf/link"
-
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
 // Detach takes the filter off the cgroups, given by path, or off all of them if
 // none is given. With the last one, state and pin path go too. Taking off what
 // is not attached is no error. The error can wrap ErrBusy.
-func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
+func (f *Filter) Detach(ctx context.Context, cgroups []string) (err error) {
 	var unwanted []string
 	for _, path := range cgroups {
 		rel, err := f.root.Rel(path)
@@ -27,16 +25,18 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
 		}
 		unwanted = append(unwanted, rel)
 	}
-	if _, err := os.Stat(f.pins); errors.Is(err, fs.ErrNotExist) {
+	change := pins.OneWay(f.fault)
+	defer func() { err = change.End(err) }()
+	if _, err := os.Stat(string(f.pins)); errors.Is(err, fs.ErrNotExist) {
 		// Filters of devices need no pins.
-		return f.dropFilters(nil, nil)
+		return f.dropFilters(nil, change)
 	} else if err != nil {
 		return err
 	}
-	if ours, err := f.hasPins(); !ours {
+	if ours, err := f.pins.Ours(); !ours {
 		return err
 	}
-	unlock, _, err := f.lock(ctx)
+	unlock, _, err := f.pins.Lock(ctx)
 	if err != nil {
 		return err
 	}
@@ -52,12 +52,12 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) error {
 			left++
 			continue
 		}
-		if err := f.removePoliced(p); err != nil {
+		if err := f.removePoliced(p, change); err != nil {
 			return err
 		}
 	}
 	if left == 0 {
-		return f.removeState()
+		return f.removeState(change)
 	}
 	return f.forgetBelow(unwanted)
 }
@@ -80,7 +80,7 @@ func (f *Filter) forgetBelow(rels []string) error {
 }
 
 // removePoliced takes the filter off one cgroup.
-func (f *Filter) removePoliced(p *policed) error {
+func (f *Filter) removePoliced(p *policed, change *pins.Change) error {
 	// What refuses sockets, and what another version has pinned.
 	entries, err := os.ReadDir(p.dir)
 	if err != nil {
@@ -90,16 +90,16 @@ func (f *Filter) removePoliced(p *policed) error {
 		if isHook(entry.Name()) {
 			continue
 		}
-		if err := removePin(filepath.Join(p.dir, entry.Name())); err != nil {
+		if err := pins.Remove(filepath.Join(p.dir, entry.Name())); err != nil {
 			return err
 		}
 	}
 	// The boundary goes last, as it came first.
 	for _, h := range slices.Backward(hooks) {
-		if err := f.step("detach %s of %s", h.name, p.rel); err != nil {
+		if err := change.Step("detach %s of %s", h.name, p.rel); err != nil {
 			return err
 		}
-		if err := removeLink(filepath.Join(p.dir, h.name)); err != nil {
+		if err := pins.Detach(filepath.Join(p.dir, h.name)); err != nil {
 			return err
 		}
 	}
@@ -108,38 +108,9 @@ func (f *Filter) removePoliced(p *policed) error {
 
 // removeState removes everything but policed cgroups, what another version has pinned
 // included.
-func (f *Filter) removeState() error {
-	if err := f.dropFilters(nil, nil); err != nil {
+func (f *Filter) removeState(change *pins.Change) error {
+	if err := f.dropFilters(nil, change); err != nil {
 		return err
 	}
-	pins, err := os.ReadDir(f.pins)
-	if err != nil {
-		return err
-	}
-	for _, pin := range pins {
-		if err := os.RemoveAll(filepath.Join(f.pins, pin.Name())); err != nil {
-			return err
-		}
-	}
-	return os.Remove(f.pins)
-}
-
-// removeLink detaches the pinned link of a cgroup at once, and removes the pin.
-// That there is none is no error.
-func removeLink(pin string) error {
-	l, err := link.LoadPinnedLink(pin, nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil && isNoLink(pin) {
-		return os.Remove(pin)
-	}
-	if err != nil {
-		return fmt.Errorf("open pinned link %s: %w", pin, err)
-	}
-	defer l.Close()
-	if err := l.Detach(); err != nil {
-		return fmt.Errorf("detach link %s: %w", pin, err)
-	}
-	return os.Remove(pin)
+	return f.pins.RemoveAll()
 }

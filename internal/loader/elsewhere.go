@@ -11,7 +11,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
-	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
 // Elsewhere is a filter in force on a cgroup that is not pinned below this pin path: it has
@@ -50,12 +50,12 @@ func (f *Filter) foreignLinks() (found map[*link.Info]link.Link, err error) {
 		return nil, err
 	}
 	// The pins are read last, since what is pinned meanwhile is no stranger.
-	pins, err := f.linkPins()
+	linked, err := f.pins.Links()
 	if err != nil {
 		return nil, err
 	}
-	for _, pin := range pins {
-		own, err := pinnedInfo(pin)
+	for _, pin := range linked {
+		own, err := pins.Info(pin)
 		if err != nil {
 			continue // no link, or gone meanwhile
 		}
@@ -98,29 +98,13 @@ func (f *Filter) elsewhere(links map[*link.Info]link.Link) ([]Elsewhere, error) 
 		if doc != nil {
 			e.Version = doc.Version
 		}
-		if e.containers, err = stateOf(info.Program); err != nil {
+		if e.containers, err = pins.StateOf(info.Program); err != nil {
 			return nil, err
 		}
 		found = append(found, e)
 	}
 	slices.SortFunc(found, func(a, b Elsewhere) int { return strings.Compare(a.Cgroup, b.Cgroup) })
 	return found, nil
-}
-
-// stateOf returns the id of the map that tells programs of one filter from all others; 0 if
-// the program has none.
-func stateOf(id ebpf.ProgramID) (ebpf.MapID, error) {
-	m, err := mapOf(id, bpf.EgressMapContainers)
-	if m == nil || err != nil {
-		return 0, err
-	}
-	defer m.Close()
-	info, err := m.Info()
-	if err != nil {
-		return 0, err
-	}
-	mapID, _ := info.ID()
-	return mapID, nil
 }
 
 // Elsewhere returns the filters that are in force and not pinned below the pin path.
@@ -140,9 +124,9 @@ var ErrStillPinned = errors.New("it goes with its pin alone")
 // cannot be detached without their pins: the error wraps ErrStillPinned if some are left.
 // They judge nothing any more, but for those that refuse sockets. It can wrap ErrBusy too.
 func (f *Filter) DetachElsewhere(ctx context.Context) error {
-	if onBPFFS(f.pins) && !isMount(f.pins) {
+	if f.pins.OnBPFFS() {
 		// Else there can be nobody who attaches and has not pinned yet.
-		unlock, _, err := f.lock(ctx)
+		unlock, _, err := f.pins.Lock(ctx)
 		if err != nil {
 			return err
 		}
@@ -159,14 +143,14 @@ func (f *Filter) DetachElsewhere(ctx context.Context) error {
 	}
 	var errs []error
 	for info, l := range links {
-		state, err := stateOf(info.Program)
+		state, err := pins.StateOf(info.Program)
 		if err != nil {
 			return err
 		}
 		if state == 0 || !slices.ContainsFunc(filters, func(e Elsewhere) bool { return e.containers == state }) {
 			continue
 		}
-		if err := f.step("detach link %d", info.ID); err != nil {
+		if err := f.fault.Step("detach link %d", info.ID); err != nil {
 			return err
 		}
 		if err := l.Detach(); errors.Is(err, ebpf.ErrNotSupported) {

@@ -4,6 +4,8 @@ import (
 	"os"
 
 	"github.com/cilium/ebpf"
+
+	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
 // SetFault has fault run before each step that changes anything.
@@ -21,7 +23,7 @@ func HookNames() (names []string) {
 }
 
 // FamiliesHook is the name of the hook that refuses sockets.
-const FamiliesHook = familiesHook
+const FamiliesHook = pins.Families
 
 // CgroupsHooks are the names of the hooks that follow cgroups.
 var CgroupsHooks = cgroupsHooks
@@ -59,6 +61,6 @@ func ProgramBurst(id ebpf.ProgramID) uint32 {
 
 // Attached says whether there is a pin path.
 func (f *Filter) Attached() bool {
-	_, err := os.Stat(f.pins)
+	_, err := os.Stat(string(f.pins))
 	return err == nil
 }

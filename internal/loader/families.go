@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -22,12 +21,9 @@ import (
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
-
-// familiesHook is the pin, in the directory of a policed cgroup, of the link that
-// refuses sockets. Which kind of link it is depends on the kernel.
-const familiesHook = "socket_create"
 
 // A refuser is a way of refusing sockets.
 type refuser struct {
@@ -50,8 +46,8 @@ var refusers = []refuser{
 // can be attached without an error and never be asked, where bpf is missing from the
 // kernel's list of security modules. So each is tried with a socket of this process's
 // own that no other would make.
-func (f *Filter) findRefuser() (*refuser, error) {
-	if err := f.step(tryStep + SocketFamilies); err != nil {
+func findRefuser(change *pins.Change) (*refuser, error) {
+	if err := change.Step(tryStep + SocketFamilies); err != nil {
 		return nil, err
 	}
 	state, err := maps.CreateState()
@@ -259,10 +255,10 @@ func progLoad(code []byte, spec *ebpf.ProgramSpec, target btf.TypeID) (*ebpf.Pro
 
 // attachFamilies has the sockets of a policed cgroup refused as the policy says.
 // Without a way to, an earlier attach's link stays: see kept.
-func (f *Filter) attachFamilies(r *refuser, t *target, dir string, p policy.Policy, state *maps.State, back *undo) error {
-	pin := filepath.Join(dir, familiesHook)
+func (f *Filter) attachFamilies(r *refuser, t *target, dir string, p policy.Policy, state *maps.State, change *pins.Change) error {
+	pin := filepath.Join(dir, pins.Families)
 	if p.Families == policy.AnyFamily {
-		return f.dropLink(pin, back)
+		return change.DropLink(pin)
 	}
 	if r == nil {
 		return nil
@@ -282,84 +278,5 @@ func (f *Filter) attachFamilies(r *refuser, t *target, dir string, p policy.Poli
 	if err := bindDocument(document{Version: Version(), Cgroup: t.rel, Policy: p}, prog); err != nil {
 		return err
 	}
-	return f.replaceLink(pin, back, func() (link.Link, error) { return r.attach(prog, t.dir) })
-}
-
-// replaceLink pins a new link in the place of one that cannot be updated. For a
-// moment both are in force.
-func (f *Filter) replaceLink(pin string, back *undo, attach func() (link.Link, error)) error {
-	next := pin + nextSuffix
-	if err := removePin(next); err != nil {
-		return err
-	}
-	if err := f.step("pin %s", filepath.Base(pin)); err != nil {
-		return err
-	}
-	old, err := heldLink(pin)
-	if err != nil {
-		return err
-	}
-	l, err := attach()
-	if err != nil {
-		if old != nil {
-			old.Close()
-		}
-		return err
-	}
-	defer l.Close()
-	if err := l.Pin(next); err != nil {
-		return fmt.Errorf("pin link %s: %w", next, err)
-	}
-	if err := os.Rename(next, pin); err != nil {
-		return err
-	}
-	back.add(func() error {
-		if err := removePin(pin); err != nil || old == nil {
-			return err
-		}
-		return old.Pin(pin)
-	})
-	if old != nil {
-		back.held = append(back.held, old)
-	}
-	return nil
-}
-
-// dropLink ends a pinned link. That there is none is no error.
-func (f *Filter) dropLink(pin string, back *undo) error {
-	old, err := heldLink(pin)
-	if err != nil || old == nil {
-		return err
-	}
-	back.held = append(back.held, old)
-	if err := f.step("unpin %s", filepath.Base(pin)); err != nil {
-		return err
-	}
-	if err := removePin(pin); err != nil {
-		return err
-	}
-	back.add(func() error { return old.Pin(pin) })
-	return nil
-}
-
-// heldLink returns a pinned link that does not know of its pin, so that it can be
-// pinned there again; nil if there is none.
-func heldLink(pin string) (link.Link, error) {
-	info, err := pinnedInfo(pin)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("open pinned link %s: %w", pin, err)
-	}
-	return link.NewFromID(info.ID)
-}
-
-// removePin removes the pin of a link that ends with it. That there is none is no
-// error.
-func removePin(pin string) error {
-	if err := os.Remove(pin); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return change.ReplaceLink(pin, func() (link.Link, error) { return r.attach(prog, t.dir) })
 }

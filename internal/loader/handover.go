@@ -5,20 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"slices"
-	"strings"
 
-	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/pins"
 )
-
-// lasting are the pins, beside those of policed cgroups, that every version knows and can
-// take over.
-var lasting = []string{
-	bpf.EgressMapContainers, bpf.EgressMapTotals, bpf.EgressMapRetired,
-	bpf.CgroupsProgRecognise, bpf.CgroupsProgKeep, bpf.CgroupsProgRelease,
-	"host_forward4", "host_forward6", "host_deliver4", "host_deliver6",
-}
 
 // ErrServed means that a process keeps the filter as it wants it.
 var ErrServed = errors.New("egressbpf run is running, and would restore what is removed")
@@ -28,29 +17,29 @@ var ErrServed = errors.New("egressbpf run is running, and would restore what is 
 // earlier version does not know, it does without. The error can wrap ErrBusy and ErrServed.
 // That nothing is attached is no error.
 func (f *Filter) HandOver(ctx context.Context) error {
-	if ours, err := f.hasPins(); !ours {
+	if ours, err := f.pins.Ours(); !ours {
 		return err
 	}
 	if f.Served() {
 		return fmt.Errorf("%s: %w", f.pins, ErrServed)
 	}
-	unlock, _, err := f.lock(ctx)
+	unlock, _, err := f.pins.Lock(ctx)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	entries, err := os.ReadDir(f.pins)
+	entries, err := os.ReadDir(string(f.pins))
 	if err != nil {
 		return err
 	}
 	for _, entry := range entries {
-		if slices.Contains(lasting, entry.Name()) || strings.HasPrefix(entry.Name(), cgroupPrefix) {
+		if pins.Lasting(entry.Name()) {
 			continue
 		}
-		if err := f.step("unpin %s", entry.Name()); err != nil {
+		if err := f.fault.Step("unpin %s", entry.Name()); err != nil {
 			return err
 		}
-		if err := os.RemoveAll(filepath.Join(f.pins, entry.Name())); err != nil {
+		if err := os.RemoveAll(f.pins.Pin(entry.Name())); err != nil {
 			return err
 		}
 	}

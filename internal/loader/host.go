@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -20,6 +19,7 @@ import (
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	statemaps "github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
@@ -33,11 +33,11 @@ type hostHook struct {
 }
 
 var hostHooks = []hostHook{
-	{"host_forward4", bpf.HostProgHostForward, link.NetfilterProtoIPv4, link.NetfilterInetPreRouting},
-	{"host_forward6", bpf.HostProgHostForward, link.NetfilterProtoIPv6, link.NetfilterInetPreRouting},
-	{"host_deliver4", bpf.HostProgHostDeliver, link.NetfilterProtoIPv4, link.NetfilterInetLocalIn},
-	{"host_deliver6", bpf.HostProgHostDeliver, link.NetfilterProtoIPv6, link.NetfilterInetLocalIn},
-	{"host_answer6", bpf.HostProgHostAnswer, link.NetfilterProtoIPv6, link.NetfilterInetLocalOut},
+	{pins.HostForward4, bpf.HostProgHostForward, link.NetfilterProtoIPv4, link.NetfilterInetPreRouting},
+	{pins.HostForward6, bpf.HostProgHostForward, link.NetfilterProtoIPv6, link.NetfilterInetPreRouting},
+	{pins.HostDeliver4, bpf.HostProgHostDeliver, link.NetfilterProtoIPv4, link.NetfilterInetLocalIn},
+	{pins.HostDeliver6, bpf.HostProgHostDeliver, link.NetfilterProtoIPv6, link.NetfilterInetLocalIn},
+	{pins.HostAnswer6, bpf.HostProgHostAnswer, link.NetfilterProtoIPv6, link.NetfilterInetLocalOut},
 }
 
 // hostPriority is before the kernel puts fragments together and tracks connections
@@ -154,18 +154,18 @@ func deviceName(d policy.Device) bpf.HostDeviceName {
 // attachHost puts the host side in force in the network namespace of this process.
 // Where the kernel cannot have its programs, the filter works without it, and what an
 // earlier attach has put in force stays.
-func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*target, why *found, back *undo) error {
+func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*target, why *found, change *pins.Change) error {
 	if shared.policy.HostSide == policy.Off {
-		if err := f.setTunnels(state, nil, back); err != nil {
+		if err := f.setTunnels(state, nil, change); err != nil {
 			return err
 		}
-		return f.detachHost(back)
+		return f.detachHost(change)
 	}
 	names, err := f.findDevices(targets, shared.policy)
 	if err != nil {
 		return err
 	}
-	if err := f.attachTunnels(state, why, back); err != nil {
+	if err := f.attachTunnels(state, why, change); err != nil {
 		return err
 	}
 	devices := slices.Clone(shared.policy.HostDevices)
@@ -174,13 +174,13 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 			devices = append(devices, d)
 		}
 	}
-	if err := f.step(tryStep + HostSide); err != nil {
+	if err := change.Step(tryStep + HostSide); err != nil {
 		why.note(HostSide, err)
 		return nil
 	}
-	progs, err := f.loadHost(shared, state, targets, devices)
+	progs, err := f.loadHost(shared, state, targets, devices, change)
 	if errors.Is(err, ebpf.ErrNotSupported) {
-		return f.attachIngress(shared, state, targets, devices, why, back)
+		return f.attachIngress(shared, state, targets, devices, why, change)
 	}
 	if err != nil {
 		why.note(HostSide, errors.New(firstLine(err)))
@@ -188,7 +188,7 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 	}
 	defer progs.Close()
 	for _, h := range hostHooks {
-		if err := f.attachHostHook(h, progs, back); err != nil {
+		if err := f.attachHostHook(h, progs, change); err != nil {
 			return fmt.Errorf("hook %s: %w", h.name, err)
 		}
 	}
@@ -196,16 +196,16 @@ func (f *Filter) attachHost(shared *loaded, state *statemaps.State, targets []*t
 }
 
 // loadHost loads the host side of kernels since 6.4.
-func (f *Filter) loadHost(shared *loaded, state *statemaps.State, targets []*target, devices []policy.Device) (*HostPrograms, error) {
-	if err := f.step(tryStep + "netfilter"); err != nil {
+func (f *Filter) loadHost(shared *loaded, state *statemaps.State, targets []*target, devices []policy.Device, change *pins.Change) (*HostPrograms, error) {
+	if err := change.Step(tryStep + "netfilter"); err != nil {
 		return nil, err
 	}
 	return shared.hostSide(state, targets, devices)
 }
 
-func (f *Filter) attachHostHook(h hostHook, progs *HostPrograms, back *undo) error {
-	pin := filepath.Join(f.pins, h.name)
-	return f.replaceLink(pin, back, func() (link.Link, error) {
+func (f *Filter) attachHostHook(h hostHook, progs *HostPrograms, change *pins.Change) error {
+	pin := f.pins.Pin(h.name)
+	return change.ReplaceLink(pin, func() (link.Link, error) {
 		prog := progs.byName(h.program)
 		var l link.Link
 		err := error(unix.EBUSY)
@@ -218,25 +218,16 @@ func (f *Filter) attachHostHook(h hostHook, progs *HostPrograms, back *undo) err
 	})
 }
 
-func (f *Filter) detachHost(back *undo) error {
+func (f *Filter) detachHost(change *pins.Change) error {
 	for _, h := range hostHooks {
-		if err := f.dropLink(filepath.Join(f.pins, h.name), back); err != nil {
+		if err := change.DropLink(f.pins.Pin(h.name)); err != nil {
 			return err
 		}
 	}
-	if err := f.dropLink(filepath.Join(f.pins, tunnelsFile), back); err != nil {
+	if err := change.DropLink(f.pins.Pin(pins.Tunnels)); err != nil {
 		return err
 	}
-	return f.dropFilters(nil, back)
-}
-
-func pinnedInfo(pin string) (*link.Info, error) {
-	l, err := link.LoadPinnedLink(pin, nil)
-	if err != nil {
-		return nil, err
-	}
-	defer l.Close()
-	return l.Info()
+	return f.dropFilters(nil, change)
 }
 
 // dockerDevice matches what the programs take for a bridge of Docker's without being
@@ -320,7 +311,7 @@ func (f *Filter) hostStatus(s *Status, all []*policed) Defence {
 	var programs []ebpf.ProgramID
 	for _, h := range hostHooks {
 		row := Hook{Name: h.name}
-		info, err := pinnedInfo(filepath.Join(f.pins, h.name))
+		info, err := pins.Info(f.pins.Pin(h.name))
 		if err == nil {
 			row.Attached, row.Program, row.Link = true, uint32(info.Program), uint32(info.ID)
 			programs = append(programs, info.Program)
@@ -430,7 +421,7 @@ func (f *Filter) familiesStatus(s *Status, all []*policed) Defence {
 			continue
 		}
 		s.Hooks = append(s.Hooks, Hook{
-			Name: familiesHook, Attached: true, Cgroup: f.root.Path(p.rel),
+			Name: pins.Families, Attached: true, Cgroup: f.root.Path(p.rel),
 			Program: uint32(p.families.Program), Link: uint32(p.families.ID), Since: p.familiesSince,
 		})
 	}

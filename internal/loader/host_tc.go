@@ -13,6 +13,7 @@ import (
 
 	"github.com/egressbpf/egressbpf/bpf"
 	statemaps "github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
@@ -84,7 +85,7 @@ type filter struct {
 }
 
 // filterName is what the kernel calls them, and whose they are.
-func (f *Filter) filterName() string { return "egressbpf " + f.pins }
+func (f *Filter) filterName() string { return "egressbpf " + string(f.pins) }
 
 // filters returns those that are there, in no order.
 func (f *Filter) filters() (found []filter, err error) {
@@ -154,7 +155,7 @@ func retry[T any](list func() ([]T, error)) (all []T, err error) {
 }
 
 // attachIngress has what the devices receive judged, and nothing else.
-func (f *Filter) attachIngress(shared *loaded, state *statemaps.State, targets []*target, devices []policy.Device, why *found, back *undo) error {
+func (f *Filter) attachIngress(shared *loaded, state *statemaps.State, targets []*target, devices []policy.Device, why *found, change *pins.Change) error {
 	why.Ingress = true
 	links, err := links()
 	if err != nil {
@@ -178,17 +179,17 @@ func (f *Filter) attachIngress(shared *loaded, state *statemaps.State, targets [
 		}
 	}
 	for _, device := range wanted {
-		if err := f.addFilter(device, progs[linkHeader(device)], back); err != nil {
+		if err := f.addFilter(device, progs[linkHeader(device)], change); err != nil {
 			return fmt.Errorf("judge what %s receives: %w", strconv.Quote(device.Attrs().Name), err)
 		}
 	}
-	return f.dropFilters(wanted, back)
+	return f.dropFilters(wanted, change)
 }
 
 // addFilter has the program judge what a device receives. What the kernel has against that,
 // perhaps for what others have there, is for Status to tell.
-func (f *Filter) addFilter(device netlink.Link, prog *ebpf.Program, back *undo) error {
-	if err := f.step("judge %s", device.Attrs().Name); err != nil {
+func (f *Filter) addFilter(device netlink.Link, prog *ebpf.Program, change *pins.Change) error {
+	if err := change.Step("judge %s", device.Attrs().Name); err != nil {
 		return err
 	}
 	old, err := f.filterOf(device)
@@ -211,21 +212,20 @@ func (f *Filter) addFilter(device netlink.Link, prog *ebpf.Program, back *undo) 
 			f.cannotJudge(device, err)
 			return f.removeFilter(device)
 		}
-		back.add(func() error { return f.removeFilter(device) })
+		change.Back(func() error { return f.removeFilter(device) })
 		return nil
 	}
-	before, err := ebpf.NewProgramFromID(ebpf.ProgramID(old.Id))
+	before, err := change.Program(ebpf.ProgramID(old.Id))
 	if err != nil {
-		return fmt.Errorf("open program %d: %w", old.Id, err)
+		return err
 	}
-	back.held = append(back.held, before)
 	next.Handle, next.Priority = old.Handle, old.Priority
 	// In place: there is no moment without one.
 	if err := netlink.FilterReplace(next); err != nil {
 		f.cannotJudge(device, err)
 		return nil
 	}
-	back.add(func() error {
+	change.Back(func() error {
 		next.Fd = before.FD()
 		if err := netlink.FilterReplace(next); !gone(err) {
 			return err
@@ -253,7 +253,7 @@ func clsact(device netlink.Link) *netlink.Clsact {
 }
 
 // dropFilters takes off those of all devices but some.
-func (f *Filter) dropFilters(but []netlink.Link, back *undo) error {
+func (f *Filter) dropFilters(but []netlink.Link, change *pins.Change) error {
 	all, err := f.filters()
 	if err != nil {
 		return err
@@ -262,17 +262,14 @@ func (f *Filter) dropFilters(but []netlink.Link, back *undo) error {
 		if slices.ContainsFunc(but, func(l netlink.Link) bool { return l.Attrs().Index == at.device.Attrs().Index }) {
 			continue
 		}
-		if err := f.step("judge %s no more", at.device.Attrs().Name); err != nil {
+		if err := change.Step("judge %s no more", at.device.Attrs().Name); err != nil {
 			return err
 		}
-		if back != nil {
-			prog, err := ebpf.NewProgramFromID(ebpf.ProgramID(at.Id))
-			if err != nil {
-				return fmt.Errorf("open program %d: %w", at.Id, err)
-			}
-			back.held = append(back.held, prog)
-			back.add(func() error { return f.addFilter(at.device, prog, new(undo)) })
+		prog, err := change.Program(ebpf.ProgramID(at.Id))
+		if err != nil {
+			return err
 		}
+		change.Back(func() error { return f.addFilter(at.device, prog, pins.OneWay(f.fault)) })
 		if err := f.removeFilter(at.device); err != nil {
 			return err
 		}

@@ -12,12 +12,13 @@ import (
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
 // ProbeFamilies says why this kernel refuses no sockets for the filter, or nil if it
 // does. It makes a socket that must be refused.
 func (f *Filter) ProbeFamilies() error {
-	_, err := f.findRefuser()
+	_, err := findRefuser(pins.OneWay(f.fault))
 	return err
 }
 

@@ -1,6 +1,9 @@
 package loader_test
 
 import (
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -8,7 +11,9 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 
+	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/loader"
+	statemaps "github.com/egressbpf/egressbpf/internal/maps"
 )
 
 // lastIDs makes a program, a map and a link, and returns their ids: each kind is numbered in
@@ -67,4 +72,42 @@ func TestStatusMakesNothing(t *testing.T) {
 		}
 	}
 	h.SetFault(nil)
+}
+
+// Nor do readers of the state make a map in the place of one that is missing, or that
+// another version has made: they do without.
+func TestReadingMakesNoMap(t *testing.T) {
+	lockHost(t)
+	for name, replace := range map[string]func(t *testing.T, pin string){
+		"missing": func(*testing.T, string) {},
+		"incompatible": func(t *testing.T, pin string) {
+			pinMap(t, pin, ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			h.mustAttach(withDefences(5), "a")
+			// Those of the state that no pinned program keeps in reach are gone with their pins.
+			kept := []string{bpf.EgressMapContainers, bpf.EgressMapStateless, bpf.EgressMapRetired, bpf.EgressMapTotals}
+			for _, pin := range h.pinned() {
+				if !strings.HasSuffix(pin, "/") && pin != h.pins && !slices.Contains(kept, pin) && !strings.HasSuffix(pin, "/"+bpf.EgressProgConnect4) {
+					check(t, os.Remove(filepath.Join(h.pins, pin)))
+				}
+			}
+			for _, m := range statemaps.StateNames() {
+				if !slices.Contains(kept, m) {
+					replace(t, filepath.Join(h.pins, m))
+				}
+			}
+			before := lastIDs(t, h)
+			check(t, h.AddState(h.status()))
+			h.counters()
+			check(t, h.ForgetDevices())
+			check(t, h.CloseTunnels())
+			after := lastIDs(t, h)
+			if n := after[1] - before[1] - 1; n != 0 {
+				t.Errorf("%d maps were made", n)
+			}
+		})
+	}
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path/filepath"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -13,6 +12,7 @@ import (
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
@@ -91,39 +91,39 @@ func cgroupsConstants(places [maxPlaces]bpf.CgroupsPlace, p policy.Policy) map[s
 
 // attachRecognise has the containers of the targets enrolled, those that exist and those
 // to come, where they are told by their names.
-func (f *Filter) attachRecognise(targets []*target, p policy.Policy, state *maps.State, back *undo) error {
+func (f *Filter) attachRecognise(targets []*target, p policy.Policy, state *maps.State, change *pins.Change) error {
 	places, recognises := placesOf(targets)
 	if !recognises {
 		return nil
 	}
 	// First the program, for what is made from now on; then what exists.
-	err := f.attachCgroups(bpf.CgroupsProgRecognise, cgroupsConstants(places, p), state, back)
+	err := f.attachCgroups(bpf.CgroupsProgRecognise, cgroupsConstants(places, p), state, change)
 	if err != nil {
 		return fmt.Errorf("%s: %w: %w", f.root.Path(targets[0].rel), ErrCannotRecognise, err)
 	}
-	return f.enrol(targets, p, state, back)
+	return f.enrol(targets, p, state, change)
 }
 
 // followCgroups attaches the other programs that follow containers as they come and go.
 // The filter works without them: state of containers that are gone takes room, and what
 // is started again has a full bucket.
-func (f *Filter) followCgroups(targets []*target, p policy.Policy, state *maps.State, found *found, back *undo) {
+func (f *Filter) followCgroups(targets []*target, p policy.Policy, state *maps.State, found *found, change *pins.Change) {
 	places, recognises := placesOf(targets)
 	for _, name := range cgroupsHooks {
 		if name != bpf.CgroupsProgRecognise || !recognises {
-			found.note(name, f.attachCgroups(name, cgroupsConstants(places, p), state, back))
+			found.note(name, f.attachCgroups(name, cgroupsConstants(places, p), state, change))
 		}
 	}
 }
 
-func (f *Filter) attachCgroups(name string, constants map[string]any, state *maps.State, back *undo) error {
+func (f *Filter) attachCgroups(name string, constants map[string]any, state *maps.State, change *pins.Change) error {
 	prog, err := loadCgroups(name, state, constants)
 	if err != nil {
 		return err
 	}
 	defer prog.Close()
 	// Links of tracing programs cannot be updated. For a moment two programs do the same.
-	return f.replaceLink(filepath.Join(f.pins, name), back, func() (link.Link, error) {
+	return change.ReplaceLink(f.pins.Pin(name), func() (link.Link, error) {
 		return link.AttachTracing(link.TracingOptions{Program: prog})
 	})
 }
@@ -151,7 +151,7 @@ func (f *Filter) containersIn(policed string, p policy.Policy) ([]string, error)
 }
 
 // enrol gives state to the containers that exist.
-func (f *Filter) enrol(targets []*target, p policy.Policy, state *maps.State, back *undo) error {
+func (f *Filter) enrol(targets []*target, p policy.Policy, state *maps.State, change *pins.Change) error {
 	for _, t := range targets {
 		if !t.recognises {
 			continue
@@ -185,7 +185,7 @@ func (f *Filter) enrol(targets []*target, p policy.Policy, state *maps.State, ba
 				}
 				continue
 			}
-			back.add(func() error { return state.Forget(id) })
+			change.Back(func() error { return state.Forget(id) })
 		}
 	}
 	return nil

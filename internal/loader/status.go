@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -18,6 +16,7 @@ import (
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
@@ -184,7 +183,7 @@ func (f *Filter) addState(s *Status, state *maps.State) error {
 // Status reads back what is in force. The error can wrap ErrOtherVersion. That
 // nothing is attached is no error.
 func (f *Filter) Status() (*Status, error) {
-	if err := f.checkPins(); err != nil {
+	if err := f.pins.Check(); err != nil {
 		return nil, err
 	}
 	all, last, err := f.settled()
@@ -198,7 +197,7 @@ func (f *Filter) Status() (*Status, error) {
 		Defences:  []Defence{},
 		Uncovered: []Uncovered{},
 	}
-	if s.Unknown, err = f.unknownPins(); err != nil {
+	if s.Unknown, err = f.pins.Unknown(); err != nil {
 		return nil, err
 	}
 	s.Enforcing = true
@@ -207,11 +206,7 @@ func (f *Filter) Status() (*Status, error) {
 	}
 	s.Enforcing = s.Enforcing && len(s.Cgroups) > 0
 	if len(s.Cgroups) > 0 {
-		for _, name := range maps.StateNames() {
-			if _, err := os.Lstat(filepath.Join(f.pins, name)); errors.Is(err, fs.ErrNotExist) {
-				s.Unpinned = append(s.Unpinned, name)
-			}
-		}
+		s.Unpinned = f.pins.Unpinned()
 		for _, name := range cgroupsHooks {
 			s.Hooks = append(s.Hooks, f.cgroupsHook(name, foundBy(all)))
 		}
@@ -270,7 +265,7 @@ func (f *Filter) settled() (all []*policed, last uint64, err error) {
 		if !slices.ContainsFunc(all, func(p *policed) bool { return p.isOlder(last) }) {
 			break
 		}
-		if f.locked() {
+		if f.pins.Locked() {
 			return all, 0, nil
 		}
 		if try == 0 {
@@ -370,7 +365,7 @@ func (s *Status) attached(name string) bool {
 // cgroupsHook describes a hook that follows containers as they come and go.
 func (f *Filter) cgroupsHook(name string, why *found) Hook {
 	row := Hook{Name: name}
-	info, err := pinnedInfo(filepath.Join(f.pins, name))
+	info, err := pins.Info(f.pins.Pin(name))
 	if errors.Is(err, fs.ErrNotExist) {
 		row.Reason = why.why(name)
 		return row

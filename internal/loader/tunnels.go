@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,13 +15,11 @@ import (
 
 	"github.com/egressbpf/egressbpf/bpf"
 	statemaps "github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
 // Where the host itself unpacks packets from others, a container could hide what is not to
 // pass in an innocent one. So the UDP ports of the host's tunnels are closed to containers.
-
-// tunnelsFile is the pin that tells them when it is read (bpf/tunnels.bpf.c).
-const tunnelsFile = "udp_tunnels"
 
 // usualTunnels are closed whether or not there is a tunnel yet: VXLAN (IANA's port and that
 // of Linux), VXLAN-GPE, GENEVE, GTP, GUE and MPLS.
@@ -30,10 +27,10 @@ var usualTunnels = []uint16{4789, 8472, 4790, 6081, 2152, 6080, 6635}
 
 // attachTunnels closes the ports of the tunnels that there are, in the network namespace of
 // this process. Kernels without BTF cannot tell them: there the usual ones are closed.
-func (f *Filter) attachTunnels(state *statemaps.State, why *found, back *undo) error {
+func (f *Filter) attachTunnels(state *statemaps.State, why *found, change *pins.Change) error {
 	if prog, err := loadTunnels(); err == nil {
 		defer prog.Close()
-		err := f.replaceLink(filepath.Join(f.pins, tunnelsFile), back, func() (link.Link, error) {
+		err := change.ReplaceLink(f.pins.Pin(pins.Tunnels), func() (link.Link, error) {
 			return link.AttachIter(link.IterOptions{Program: prog})
 		})
 		if err != nil {
@@ -45,19 +42,19 @@ func (f *Filter) attachTunnels(state *statemaps.State, why *found, back *undo) e
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return f.setTunnels(state, withUsual(found), back)
+	return f.setTunnels(state, withUsual(found), change)
 }
 
 // setTunnels closes those ports to containers and opens all others.
-func (f *Filter) setTunnels(state *statemaps.State, ports map[uint16]bool, back *undo) error {
+func (f *Filter) setTunnels(state *statemaps.State, ports map[uint16]bool, change *pins.Change) error {
 	before, err := state.Tunnels()
 	if err != nil {
 		return err
 	}
-	if err := f.step("close tunnels"); err != nil {
+	if err := change.Step("close tunnels"); err != nil {
 		return err
 	}
-	back.add(func() error { return state.SetTunnels(before) })
+	change.Back(func() error { return state.SetTunnels(before) })
 	return state.SetTunnels(ports)
 }
 
@@ -103,7 +100,7 @@ func (f *Filter) CloseTunnels() error {
 // findTunnels returns the UDP ports at which this network namespace unpacks packets. The
 // error wraps fs.ErrNotExist if the kernel cannot tell.
 func (f *Filter) findTunnels() ([]uint16, error) {
-	text, err := os.ReadFile(filepath.Join(f.pins, tunnelsFile))
+	text, err := os.ReadFile(f.pins.Pin(pins.Tunnels))
 	if err != nil {
 		return nil, fmt.Errorf("find tunnels: %w", err)
 	}
@@ -127,7 +124,7 @@ func (f *Filter) tunnelsStatus(d *Defence, why *found) {
 	}
 	found, err := f.findTunnels()
 	if errors.Is(err, fs.ErrNotExist) && why != nil && why.Tunnels {
-		d.Active, d.Reason = false, "where the host's tunnels end cannot be read, since "+filepath.Join(f.pins, tunnelsFile)+" is gone; attach again"
+		d.Active, d.Reason = false, "where the host's tunnels end cannot be read, since "+f.pins.Pin(pins.Tunnels)+" is gone; attach again"
 		return
 	}
 	if errors.Is(err, fs.ErrNotExist) {

@@ -1,31 +1,27 @@
 package loader
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
 // Fingerprint changes whenever something of the filter is attached, exchanged, detached or
 // unpinned, by whomever. It costs some system calls for each pin.
 func (f *Filter) Fingerprint() string {
 	var b strings.Builder
-	pins, err := f.allPins()
-	for _, pin := range pins {
+	all, err := f.pins.All()
+	for _, pin := range all {
 		fmt.Fprintln(&b, pin)
-		if ofState(pin) {
+		if pins.OfState(pin) {
 			continue
 		}
-		info, err := pinnedInfo(pin)
+		info, err := pins.Info(pin)
 		if err != nil {
 			fmt.Fprintln(&b, err)
 			continue
@@ -36,37 +32,6 @@ func (f *Filter) Fingerprint() string {
 		}
 	}
 	return fmt.Sprint(b.String(), err)
-}
-
-// serviceDir is a directory beside the pins that a service keeps locked.
-const serviceDir = "service"
-
-// Serve tells others that a process keeps the filter as it wants it, until that closes the
-// file.
-func (f *Filter) Serve() (*os.File, error) {
-	path := filepath.Join(f.pins, serviceDir)
-	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return nil, err
-	}
-	dir, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(dir.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
-		dir.Close()
-		return nil, fmt.Errorf("lock %s: %w", path, err)
-	}
-	return dir, nil
-}
-
-// Served says whether some process keeps the filter as it wants it.
-func (f *Filter) Served() bool {
-	dir, err := os.Open(filepath.Join(f.pins, serviceDir))
-	if err != nil {
-		return false
-	}
-	defer dir.Close()
-	return errors.Is(unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB), unix.EWOULDBLOCK)
 }
 
 // ForgetDevices removes the buckets of network devices that are no more. Who watches

@@ -1,0 +1,116 @@
+package pins
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrBusy means that another process attaches or detaches and does not finish.
+var ErrBusy = errors.New("another egressbpf is attaching or detaching")
+
+// Lock excludes other processes until unlock is called. It creates the pin path,
+// and says whether it did. The error wraps ErrBusy when ctx ends before.
+func (p Path) Lock(ctx context.Context) (unlock func(), created bool, err error) {
+	path := string(p)
+	for {
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			return nil, false, err
+		}
+		err := os.Mkdir(path, 0o700)
+		created := err == nil
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, false, err
+		}
+		dir, err := os.Open(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, false, err
+		}
+		if err := flock(ctx, dir); err != nil {
+			dir.Close()
+			return nil, false, err
+		}
+		// A detach that held the lock before may have removed the directory.
+		ours, err := dir.Stat()
+		if err == nil {
+			if current, err := os.Stat(path); err == nil && os.SameFile(ours, current) {
+				return func() { dir.Close() }, created, nil
+			}
+		}
+		dir.Close()
+	}
+}
+
+// RemoveEmpty removes the pin path that Lock has created, unless another process had the
+// lock before, and has pinned.
+func (p Path) RemoveEmpty() error {
+	if err := os.Remove(string(p)); !errors.Is(err, unix.ENOTEMPTY) {
+		return err
+	}
+	return nil
+}
+
+// Locked says whether another process attaches or detaches now.
+func (p Path) Locked() bool { return locked(string(p), unix.LOCK_SH) }
+
+// locked says whether others keep a directory locked, so that it cannot be locked in this
+// way.
+func locked(path string, how int) bool {
+	dir, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer dir.Close()
+	return errors.Is(unix.Flock(int(dir.Fd()), how|unix.LOCK_NB), unix.EWOULDBLOCK)
+}
+
+func flock(ctx context.Context, dir *os.File) error {
+	const retry = 5 * time.Millisecond
+	for {
+		err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("lock %s: %w", dir.Name(), err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("lock %s: %w: %w", dir.Name(), ErrBusy, context.Cause(ctx))
+		case <-time.After(retry):
+		}
+	}
+}
+
+// service is a directory beside the pins that a service keeps locked.
+const service = "service"
+
+// Serve tells others that a process keeps the filter as it wants it, until that closes the
+// file.
+func (p Path) Serve() (*os.File, error) {
+	path := p.Pin(service)
+	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	dir, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	return dir, nil
+}
+
+// Served says whether some process keeps the filter as it wants it.
+func (p Path) Served() bool { return locked(p.Pin(service), unix.LOCK_EX) }

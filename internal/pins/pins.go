@@ -1,0 +1,241 @@
+// Package pins knows what is pinned for the filter, and changes it.
+//
+// Below the pin path:
+//
+//	containers stateless totals the state, kept from version to version
+//	retired
+//	tickets admitted permitted mails devices tunnels
+//	                            what is on its way, made anew where a version changes it
+//	udp_tunnels                 a file that tells where the host unpacks packets
+//	recognise keep release      the links that follow containers as they come and go
+//	host_*                      the links of the host side
+//	cgroup-<id>/<hook>          the links of a policed cgroup
+//	service                     a directory that a service keeps locked
+//
+// The policy is not pinned: it is loaded with the programs and gone with them.
+//
+// A link that cannot be updated is replaced by another one, which is pinned with the suffix
+// -next until it takes the place of the one before. All that an attach changes goes through
+// a [Change], which takes it back after an error.
+package pins
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/maps"
+)
+
+// ErrForeignPins means that what is at the pin path is not egressbpf's.
+var ErrForeignPins = errors.New("it holds pins, and none that egressbpf has made")
+
+// Path is the directory below which everything is pinned.
+type Path string
+
+// At returns the Path that a user has named, wherever this process goes.
+func At(path string) Path {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		// This process is in a directory that is gone: nothing is there.
+		abs = filepath.Clean(path)
+	}
+	return Path(abs)
+}
+
+// Pin returns where something is pinned that belongs to the whole host.
+func (p Path) Pin(name string) string { return filepath.Join(string(p), name) }
+
+const (
+	cgroupPrefix = "cgroup-"
+	nextSuffix   = "-next"
+)
+
+// Cgroup returns the directory of the links of a policed cgroup.
+func (p Path) Cgroup(id uint64) string { return p.Pin(fmt.Sprint(cgroupPrefix, id)) }
+
+// Families is the link, in the directory of a policed cgroup, that refuses sockets. Which
+// kind of link it is depends on the kernel.
+const Families = "socket_create"
+
+// Tunnels tells the UDP ports of the host's tunnels when it is read (bpf/tunnels.bpf.c).
+const Tunnels = "udp_tunnels"
+
+// The links of the host side.
+const (
+	HostForward4 = "host_forward4"
+	HostForward6 = "host_forward6"
+	HostDeliver4 = "host_deliver4"
+	HostDeliver6 = "host_deliver6"
+	HostAnswer6  = "host_answer6"
+)
+
+// cgroupLinks are pinned in the directory of each policed cgroup and updated in place.
+var cgroupLinks = []string{
+	bpf.EgressProgEgress, bpf.EgressProgConnect4, bpf.EgressProgConnect6, bpf.EgressProgSendmsg4, bpf.EgressProgSendmsg6,
+}
+
+// hostLinks are pinned at the pin path itself and replaced by others.
+var hostLinks = []string{
+	bpf.CgroupsProgRecognise, bpf.CgroupsProgKeep, bpf.CgroupsProgRelease,
+	HostForward4, HostForward6, HostDeliver4, HostDeliver6, HostAnswer6,
+	Tunnels,
+}
+
+// formerMaps are those that earlier versions have pinned, and that this one does without.
+var formerMaps = []string{"overflow"}
+
+// lasting are the pins, beside those of policed cgroups, that every version knows and can
+// take over.
+var lasting = []string{
+	bpf.EgressMapContainers, bpf.EgressMapTotals, bpf.EgressMapRetired,
+	bpf.CgroupsProgRecognise, bpf.CgroupsProgKeep, bpf.CgroupsProgRelease,
+	HostForward4, HostForward6, HostDeliver4, HostDeliver6,
+}
+
+// IsNext says whether a name is that of the link that is about to take the place of one.
+func IsNext(name, of string) bool { return name == of+nextSuffix }
+
+// Lasting says whether every version knows what has this name at the pin path.
+func Lasting(name string) bool {
+	return slices.Contains(lasting, name) || strings.HasPrefix(name, cgroupPrefix)
+}
+
+// OfState says whether a pin is that of a map of the state.
+func OfState(pin string) bool { return slices.Contains(maps.StateNames(), filepath.Base(pin)) }
+
+// known says whether this version may have pinned something, at rel below the pin path.
+func known(rel string) bool {
+	dir, name := filepath.Split(rel)
+	if digits, ok := strings.CutPrefix(dir, cgroupPrefix); ok {
+		_, err := strconv.ParseUint(strings.TrimSuffix(digits, "/"), 10, 64)
+		return err == nil && (name == Families || IsNext(name, Families) || slices.Contains(cgroupLinks, name))
+	}
+	return slices.Contains(formerMaps, rel) || slices.Contains(hostLinks, strings.TrimSuffix(rel, nextSuffix))
+}
+
+// All returns all that is pinned.
+func (p Path) All() (pins []string, err error) {
+	err = filepath.WalkDir(string(p), func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err == nil && !d.IsDir() {
+			pins = append(pins, path)
+		}
+		return err
+	})
+	return pins, err
+}
+
+// Links returns all that is pinned but the maps of the state.
+func (p Path) Links() ([]string, error) {
+	pins, err := p.All()
+	return slices.DeleteFunc(pins, OfState), err
+}
+
+// Unknown returns what is pinned that this version does not know.
+func (p Path) Unknown() (unknown []string, err error) {
+	pins, err := p.Links()
+	for _, pin := range pins {
+		rel, err := filepath.Rel(string(p), pin)
+		if err != nil {
+			return nil, err
+		}
+		if !known(rel) {
+			unknown = append(unknown, pin)
+		}
+	}
+	return unknown, err
+}
+
+// Unpinned returns the names of the state's maps that are not pinned.
+func (p Path) Unpinned() (names []string) {
+	for _, name := range maps.StateNames() {
+		if _, err := os.Lstat(p.Pin(name)); errors.Is(err, fs.ErrNotExist) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// Cgroups returns the ids of the policed cgroups, those of other versions included; none if
+// there is nothing at the pin path.
+func (p Path) Cgroups() (ids []uint64, err error) {
+	entries, err := os.ReadDir(string(p))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	for _, entry := range entries {
+		digits, ok := strings.CutPrefix(entry.Name(), cgroupPrefix)
+		id, err := strconv.ParseUint(digits, 10, 64)
+		if ok && err == nil {
+			ids = append(ids, id)
+		}
+	}
+	return ids, err
+}
+
+// Check returns ErrForeignPins if there are pins and none of them is egressbpf's, of any
+// version: then the directory is somebody else's.
+func (p Path) Check() error {
+	pins, err := p.All()
+	for {
+		if err != nil || len(pins) == 0 || slices.ContainsFunc(pins, madeByUs) {
+			return err
+		}
+		// Who detaches meanwhile may have removed them before they were looked at.
+		var again []string
+		if again, err = p.All(); err == nil && slices.Equal(pins, again) {
+			return fmt.Errorf("%s: %w: %s", p, ErrForeignPins, pins[0])
+		}
+		pins = again
+	}
+}
+
+// Ours says whether there can be pins of ours at the pin path, and so something to remove.
+// It returns ErrForeignPins as Check does.
+func (p Path) Ours() (bool, error) {
+	if _, err := os.Stat(string(p)); errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	if !p.OnBPFFS() {
+		return false, nil
+	}
+	err := p.Check()
+	return err == nil, err
+}
+
+// RemoveAll removes what is left at the pin path, what another version has pinned included,
+// and the directory.
+func (p Path) RemoveAll() error {
+	pins, err := os.ReadDir(string(p))
+	if err != nil {
+		return err
+	}
+	for _, pin := range pins {
+		if err := os.RemoveAll(p.Pin(pin.Name())); err != nil {
+			return err
+		}
+	}
+	return os.Remove(string(p))
+}
+
+// RemoveFormer removes the maps that earlier versions have pinned, and that this one does
+// without.
+func (p Path) RemoveFormer() error {
+	for _, name := range formerMaps {
+		if err := Remove(p.Pin(name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
