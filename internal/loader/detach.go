@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
@@ -29,7 +28,7 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) (err error) {
 	defer func() { err = change.End(err) }()
 	if _, err := os.Stat(string(f.pins)); errors.Is(err, fs.ErrNotExist) {
 		// Filters of devices need no pins.
-		return f.dropFilters(nil, change)
+		return f.host.ingress.detach(change)
 	} else if err != nil {
 		return err
 	}
@@ -52,7 +51,7 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) (err error) {
 			left++
 			continue
 		}
-		if err := f.removePoliced(p, change); err != nil {
+		if err := f.egress.detach(change, p); err != nil {
 			return err
 		}
 	}
@@ -79,37 +78,10 @@ func (f *Filter) forgetBelow(rels []string) error {
 	return err
 }
 
-// removePoliced takes the filter off one cgroup.
-func (f *Filter) removePoliced(p *policed, change *pins.Change) error {
-	// What refuses sockets, and what another version has pinned.
-	entries, err := os.ReadDir(p.dir)
-	if err != nil {
-		return err
-	}
-	for _, entry := range entries {
-		if isHook(entry.Name()) {
-			continue
-		}
-		if err := pins.Remove(filepath.Join(p.dir, entry.Name())); err != nil {
-			return err
-		}
-	}
-	// The boundary goes last, as it came first.
-	for _, h := range slices.Backward(hooks) {
-		if err := change.Step("detach %s of %s", h.name, p.rel); err != nil {
-			return err
-		}
-		if err := pins.Detach(filepath.Join(p.dir, h.name)); err != nil {
-			return err
-		}
-	}
-	return os.Remove(p.dir)
-}
-
 // removeState removes everything but policed cgroups, what another version has pinned
 // included.
 func (f *Filter) removeState(change *pins.Change) error {
-	if err := f.dropFilters(nil, change); err != nil {
+	if err := f.host.ingress.detach(change); err != nil {
 		return err
 	}
 	return f.pins.RemoveAll()

@@ -1,18 +1,13 @@
 package loader
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
-	gomaps "maps"
 	"math/rand/v2"
-	"slices"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/features"
-	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
@@ -20,131 +15,12 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// document is what the policy was made from. It travels with the programs, in a
-// map that is bound to the egress program, so that what the kernel runs and what
-// status shows cannot differ.
-type document struct {
-	Version string        `json:"version"`
-	Cgroup  string        `json:"cgroup"`
-	Policy  policy.Policy `json:"policy"`
-	// Devices are those whose packets the host side judges, beside Docker's.
-	Devices []policy.Device `json:"devices,omitempty"`
-	// Network is the number of the network namespace whose packets it judges.
-	Network uint64 `json:"network,omitempty"`
-	// Attach is the number of the attach that loaded the program; 0 if the version that did
-	// gave none.
-	Attach uint64 `json:"attach,omitempty"`
-	// Found is added once the attach is done; nil before.
-	Found *found `json:"found,omitempty"`
-}
-
-// documentMap is the name of the map that holds a document.
-const documentMap = "policy"
-
-// bindDocument binds one document to programs.
-func bindDocument(doc document, progs ...*ebpf.Program) error {
-	text, err := json.Marshal(doc)
-	if err != nil {
-		return err
-	}
-	m, err := ebpf.NewMap(&ebpf.MapSpec{
-		Name:       documentMap,
-		Type:       ebpf.Array,
-		KeySize:    4,
-		ValueSize:  uint32(len(text) + documentSpare),
-		MaxEntries: 1,
-		Contents:   []ebpf.MapKV{{Key: uint32(0), Value: padded(text, len(text)+documentSpare)}},
-	})
-	if err != nil {
-		return fmt.Errorf("create map %s: %w", documentMap, err)
-	}
-	defer m.Close()
-	for _, prog := range progs {
-		if err := prog.BindMap(m); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// readDocument returns the document of a program and when that was loaded; no
-// document if the program has none.
-func readDocument(id ebpf.ProgramID) (*document, time.Time, error) {
-	prog, err := ebpf.NewProgramFromID(id)
-	if err != nil {
-		return nil, time.Time{}, fmt.Errorf("open program %d: %w", id, err)
-	}
-	defer prog.Close()
-	info, err := prog.Info()
-	if err != nil {
-		return nil, time.Time{}, err
-	}
-	var since time.Time
-	if age, ok := info.LoadTime(); ok {
-		since = bootTime().Add(age)
-	}
-	ids, _ := info.MapIDs()
-	for _, id := range ids {
-		doc, err := readDocumentMap(id)
-		if doc != nil || err != nil {
-			return doc, since, err
-		}
-	}
-	return nil, since, nil
-}
-
-// loadTime returns when a program was loaded, in nanoseconds since boot.
-func loadTime(id ebpf.ProgramID) (time.Duration, error) {
-	prog, err := ebpf.NewProgramFromID(id)
-	if err != nil {
-		return 0, err
-	}
-	defer prog.Close()
-	info, err := prog.Info()
-	if err != nil {
-		return 0, err
-	}
-	age, ok := info.LoadTime()
-	if !ok {
-		return 0, ebpf.ErrNotSupported
-	}
-	return age, nil
-}
-
-func readDocumentMap(id ebpf.MapID) (*document, error) {
-	m, err := ebpf.NewMapFromID(id)
-	if err != nil {
-		return nil, fmt.Errorf("open map %d: %w", id, err)
-	}
-	defer m.Close()
-	info, err := m.Info()
-	if err != nil || info.Name != documentMap {
-		return nil, err
-	}
-	var text []byte
-	if err := m.Lookup(uint32(0), &text); err != nil {
-		return nil, fmt.Errorf("read map %s: %w", documentMap, err)
-	}
-	doc := new(document)
-	if err := json.Unmarshal(text, doc); err != nil {
-		return nil, fmt.Errorf("%w: policy: %w", ErrOtherVersion, err)
-	}
-	return doc, nil
-}
-
-// bootTime is the zero of the kernel's load times.
-func bootTime() time.Time {
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		return time.Time{}
-	}
-	return time.Now().Add(-time.Duration(ts.Nano()))
-}
-
 // Programs are the filter's programs for one cgroup, loaded and not attached.
 type Programs struct {
 	byHook map[string]*ebpf.Program
 	doc    document
+	// docMap holds the document, and is bound to all of them.
+	docMap *ebpf.Map
 }
 
 // Egress returns the program of the packet hook. It stays the Programs'.
@@ -152,11 +28,30 @@ func (p *Programs) Egress() *ebpf.Program { return p.byHook[bpf.EgressProgEgress
 
 // Close closes the programs; the kernel keeps them while they are attached.
 func (p *Programs) Close() error {
-	var errs []error
+	errs := []error{p.docMap.Close()}
 	for _, prog := range p.byHook {
 		errs = append(errs, prog.Close())
 	}
 	return errors.Join(errs...)
+}
+
+// bind binds the document to the programs.
+func (p *Programs) bind() (err error) {
+	if p.docMap, err = p.doc.newMap(); err != nil {
+		return err
+	}
+	for _, prog := range p.byHook {
+		if err := prog.BindMap(p.docMap); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// note adds what an attach has found to the document.
+func (p *Programs) note(f *found) error {
+	p.doc.Found = f
+	return p.doc.write(p.docMap)
 }
 
 // loaded is a policy in the kernel: the maps that programs of every cgroup
@@ -253,7 +148,7 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 		bpf.EgressProgSendmsg4: progs.Sendmsg4,
 		bpf.EgressProgSendmsg6: progs.Sendmsg6,
 	}}
-	if err := bindDocument(p.doc, slices.Collect(gomaps.Values(p.byHook))...); err != nil {
+	if err := p.bind(); err != nil {
 		p.Close()
 		return nil, err
 	}

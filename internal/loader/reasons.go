@@ -1,20 +1,21 @@
 package loader
 
 import (
-	"encoding/json"
-	"errors"
 	"fmt"
 	"strings"
-
-	"github.com/cilium/ebpf"
 )
+
+// tryStep begins the name of a step in which an attach finds out whether the kernel
+// can have a defence. It goes on where that fails, with what an earlier attach has
+// put in force, if there is any.
+const tryStep = "try "
 
 // found is what an attach has found out about the kernel. It is kept with the programs: to
 // find it out again, Status would have to load and attach what the kernel has refused.
 type found struct {
 	// Missing says why the attach did without hooks and defences, by their names.
 	Missing map[string]string `json:"missing,omitempty"`
-	// Ingress is whether the host side is that of devices (host_tc.go).
+	// Ingress is whether the host side is that of devices (ingress.go).
 	Ingress bool `json:"ingress,omitempty"`
 	// Tunnels is whether the kernel tells where the host's tunnels end.
 	Tunnels bool `json:"tunnels,omitempty"`
@@ -72,52 +73,7 @@ func foundBy(all []*policed) *found {
 	return nil
 }
 
-// keep adds what was found to the document of a program that is loaded.
-func (f *found) keep(prog *ebpf.Program, doc document) error {
-	doc.Found = f
-	info, err := prog.Info()
-	if err != nil {
-		return err
-	}
-	ids, _ := info.MapIDs()
-	for _, id := range ids {
-		m, err := ebpf.NewMapFromID(id)
-		if err != nil {
-			return fmt.Errorf("open map %d: %w", id, err)
-		}
-		err = doc.write(m)
-		m.Close()
-		if !errors.Is(err, errNoDocument) {
-			return err
-		}
-	}
-	return errNoDocument
-}
+// cannot is why the kernel cannot have something that the filter works without.
+type cannot struct{ error }
 
-var errNoDocument = errors.New("no document")
-
-// documentSpare is what a document may grow by, in bytes.
-const documentSpare = 8 << 10
-
-// write replaces the document in a map, which is filled up with spaces.
-func (d *document) write(m *ebpf.Map) error {
-	info, err := m.Info()
-	if err != nil {
-		return err
-	}
-	if info.Name != documentMap {
-		return errNoDocument
-	}
-	text, err := json.Marshal(d)
-	if err != nil {
-		return err
-	}
-	if len(text) > int(info.ValueSize) {
-		return fmt.Errorf("document of %d bytes, in %d", len(text), info.ValueSize)
-	}
-	return m.Put(uint32(0), padded(text, int(info.ValueSize)))
-}
-
-func padded(text []byte, size int) []byte {
-	return append(text, strings.Repeat(" ", size-len(text))...)
-}
+func (c cannot) Unwrap() error { return c.error }

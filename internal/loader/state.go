@@ -16,8 +16,10 @@ import (
 // that the programs in force use; who only reads does without one that this version cannot
 // use, or that there is none of. The caller closes it. The error wraps ErrNotAttached or
 // ErrOtherVersion.
-func (f *Filter) State() (*maps.State, error) {
-	state, err := f.withMaps(func(found *stateMap) (*ebpf.Map, error) {
+func (f *Filter) State() (*maps.State, error) { return f.state() }
+
+func (s site) state() (*maps.State, error) {
+	state, err := s.withMaps(func(found *stateMap) (*ebpf.Map, error) {
 		if found.m == nil && found.name == bpf.EgressMapContainers {
 			return nil, fmt.Errorf("map %s: %w", found.name, fs.ErrNotExist)
 		}
@@ -28,7 +30,7 @@ func (f *Filter) State() (*maps.State, error) {
 		return found.take(), nil
 	})
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w (no pins at %s)", ErrNotAttached, f.pins)
+		return nil, fmt.Errorf("%w (no pins at %s)", ErrNotAttached, s.pins)
 	}
 	return state, err
 }
@@ -47,8 +49,8 @@ func (f *Filter) withState(do func(*maps.State) error) error {
 }
 
 // openState opens the maps of the state for an attach: each is there and pinned then.
-func (f *Filter) openState(change *pins.Change) (*maps.State, error) {
-	return f.withMaps(func(found *stateMap) (*ebpf.Map, error) {
+func (s site) openState(change *pins.Change) (*maps.State, error) {
+	return s.withMaps(func(found *stateMap) (*ebpf.Map, error) {
 		use, err := found.use()
 		if err != nil {
 			return nil, err
@@ -77,7 +79,7 @@ func (f *Filter) openState(change *pins.Change) (*maps.State, error) {
 }
 
 // withMaps makes a State of what open returns for each map that is found; nil is none.
-func (f *Filter) withMaps(open func(*stateMap) (*ebpf.Map, error)) (_ *maps.State, err error) {
+func (s site) withMaps(open func(*stateMap) (*ebpf.Map, error)) (_ *maps.State, err error) {
 	specs, err := maps.StateSpec()
 	if err != nil {
 		return nil, err
@@ -91,7 +93,7 @@ func (f *Filter) withMaps(open func(*stateMap) (*ebpf.Map, error)) (_ *maps.Stat
 		}
 	}()
 	for _, name := range maps.StateNames() {
-		found, err := f.findMap(name, specs[name])
+		found, err := s.findMap(name, specs[name])
 		if err != nil {
 			return nil, err
 		}
@@ -118,13 +120,13 @@ type stateMap struct {
 
 // findMap finds a map of the state by its pin, or else by the programs in force. The caller
 // closes it.
-func (f *Filter) findMap(name string, spec *ebpf.MapSpec) (*stateMap, error) {
-	s := &stateMap{name: name, pin: f.pins.Pin(name), spec: spec}
+func (s site) findMap(name string, spec *ebpf.MapSpec) (*stateMap, error) {
+	found := &stateMap{name: name, pin: s.pins.Pin(name), spec: spec}
 	var err error
-	if s.m, s.pinned, err = f.pins.Map(name); err != nil {
-		return nil, fmt.Errorf("open pinned map %s: %w", s.pin, err)
+	if found.m, found.pinned, err = s.pins.Map(name); err != nil {
+		return nil, fmt.Errorf("open pinned map %s: %w", found.pin, err)
 	}
-	return s, nil
+	return found, nil
 }
 
 // take returns the map, which close spares then.

@@ -4,7 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
+	gomaps "maps"
 	"os"
 	"slices"
 	"strconv"
@@ -14,49 +14,54 @@ import (
 	"github.com/cilium/ebpf/link"
 
 	"github.com/egressbpf/egressbpf/bpf"
-	statemaps "github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
-// Where the host itself unpacks packets from others, a container could hide what is not to
-// pass in an innocent one. So the UDP ports of the host's tunnels are closed to containers.
+// tunnels is the part of the host side that closes the UDP ports of the host's tunnels to
+// containers: where the host itself unpacks packets from others, a container could hide what
+// is not to pass in an innocent one.
+type tunnels struct{ site }
 
 // usualTunnels are closed whether or not there is a tunnel yet: VXLAN (IANA's port and that
 // of Linux), VXLAN-GPE, GENEVE, GTP, GUE and MPLS.
 var usualTunnels = []uint16{4789, 8472, 4790, 6081, 2152, 6080, 6635}
 
-// attachTunnels closes the ports of the tunnels that there are, in the network namespace of
-// this process. Kernels without BTF cannot tell them: there the usual ones are closed.
-func (f *Filter) attachTunnels(state *statemaps.State, why *found, change *pins.Change) error {
+// attach closes the ports of the tunnels that there are, in the network namespace of this
+// process. Kernels without BTF cannot tell them: there the usual ones are closed.
+func (t tunnels) attach(a *attachment) error {
 	if prog, err := loadTunnels(); err == nil {
 		defer prog.Close()
-		err := change.ReplaceLink(f.pins.Pin(pins.Tunnels), func() (link.Link, error) {
+		err := a.change.ReplaceLink(t.pins.Pin(pins.Tunnels), func() (link.Link, error) {
 			return link.AttachIter(link.IterOptions{Program: prog})
 		})
 		if err != nil {
 			return fmt.Errorf("find tunnels: %w", err)
 		}
-		why.Tunnels = true
+		a.found.Tunnels = true
 	}
-	found, err := f.findTunnels()
+	found, err := t.find()
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return f.setTunnels(state, withUsual(found), change)
+	return t.set(withUsual(found), a)
 }
 
-// setTunnels closes those ports to containers and opens all others.
-func (f *Filter) setTunnels(state *statemaps.State, ports map[uint16]bool, change *pins.Change) error {
-	before, err := state.Tunnels()
+// set closes those ports to containers and opens all others.
+func (t tunnels) set(ports map[uint16]bool, a *attachment) error {
+	before, err := a.state.Tunnels()
 	if err != nil {
 		return err
 	}
-	if err := change.Step("close tunnels"); err != nil {
+	if err := a.change.Step("close tunnels"); err != nil {
 		return err
 	}
-	change.Back(func() error { return state.SetTunnels(before) })
-	return state.SetTunnels(ports)
+	a.change.Back(func() error { return a.state.SetTunnels(before) })
+	return a.state.SetTunnels(ports)
 }
+
+// detach takes off what finds tunnels.
+func (t tunnels) detach(change *pins.Change) error { return change.DropLink(t.pins.Pin(pins.Tunnels)) }
 
 // withUsual returns the ports to be closed where tunnels were found at some.
 func withUsual(found []uint16) map[uint16]bool {
@@ -87,20 +92,20 @@ func loadTunnels() (*ebpf.Program, error) {
 // CloseTunnels closes the ports of the tunnels that the host has now to containers, and
 // opens those of tunnels that are gone. That there is no host side is no error.
 func (f *Filter) CloseTunnels() error {
-	found, err := f.findTunnels()
+	found, err := f.host.tunnels.find()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	return f.withState(func(state *statemaps.State) error { return state.SetTunnels(withUsual(found)) })
+	return f.withState(func(state *maps.State) error { return state.SetTunnels(withUsual(found)) })
 }
 
-// findTunnels returns the UDP ports at which this network namespace unpacks packets. The
+// find returns the UDP ports at which this network namespace unpacks packets. The
 // error wraps fs.ErrNotExist if the kernel cannot tell.
-func (f *Filter) findTunnels() ([]uint16, error) {
-	text, err := os.ReadFile(f.pins.Pin(pins.Tunnels))
+func (t tunnels) find() ([]uint16, error) {
+	text, err := os.ReadFile(t.pins.Pin(pins.Tunnels))
 	if err != nil {
 		return nil, fmt.Errorf("find tunnels: %w", err)
 	}
@@ -114,17 +119,17 @@ func (f *Filter) findTunnels() ([]uint16, error) {
 			found[uint16(port)] = true
 		}
 	}
-	return slices.Sorted(maps.Keys(found)), nil
+	return slices.Sorted(gomaps.Keys(found)), nil
 }
 
-// tunnelsStatus tells of tunnels that are not closed to containers.
-func (f *Filter) tunnelsStatus(d *Defence, why *found) {
+// read tells of tunnels that are not closed to containers.
+func (t tunnels) read(d *Defence, why *found) {
 	if !d.Active {
 		return
 	}
-	found, err := f.findTunnels()
+	found, err := t.find()
 	if errors.Is(err, fs.ErrNotExist) && why != nil && why.Tunnels {
-		d.Active, d.Reason = false, "where the host's tunnels end cannot be read, since "+f.pins.Pin(pins.Tunnels)+" is gone; attach again"
+		d.Active, d.Reason = false, "where the host's tunnels end cannot be read, since "+t.pins.Pin(pins.Tunnels)+" is gone; attach again"
 		return
 	}
 	if errors.Is(err, fs.ErrNotExist) {
@@ -135,8 +140,8 @@ func (f *Filter) tunnelsStatus(d *Defence, why *found) {
 	}
 	var closed map[uint16]bool
 	if err == nil {
-		var state *statemaps.State
-		if state, err = f.State(); err == nil {
+		var state *maps.State
+		if state, err = t.state(); err == nil {
 			closed, err = state.Tunnels()
 			state.Close()
 		}

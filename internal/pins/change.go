@@ -42,6 +42,9 @@ func NewChange(fault Fault) *Change { return &Change{fault: fault} }
 // too.
 func OneWay(fault Fault) *Change { return &Change{fault: fault, oneWay: true} }
 
+// OneWay begins one for what a way back does.
+func (c *Change) OneWay() *Change { return OneWay(c.fault) }
+
 // Step begins a step, which a test can have fail.
 func (c *Change) Step(format string, args ...any) error { return c.fault.Step(format, args...) }
 

@@ -12,14 +12,20 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
-	statemaps "github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// Before 6.4 the host side is a filter of traffic control (tc) at the ingress of each
-// device that containers are behind. It is in force while the device is there, and
+// ingress is the host side before 6.4: a filter of traffic control (tc) at the ingress of
+// each device that containers are behind. It is in force while the device is there, and
 // needs no pin: its name tells whose it is.
+type ingress struct {
+	site
+	// notJudged are the devices, by their indexes, that the last attach of this process
+	// could not have judged, and why.
+	notJudged map[int]error
+}
 
 // ingressHook is the filter in status.
 const ingressHook = "host_ingress"
@@ -30,7 +36,7 @@ const filterPriority = 1
 // LoadHostIngress loads the program of the host side for kernels without BPF netfilter
 // programs, with state as its memory, and attaches it nowhere. It knows containers of the
 // cgroup rel. The caller closes it.
-func LoadHostIngress(p policy.Policy, state *statemaps.State, rel string, id uint64) (*ebpf.Program, error) {
+func LoadHostIngress(p policy.Policy, state *maps.State, rel string, id uint64) (*ebpf.Program, error) {
 	l, err := loadPolicy(p)
 	if err != nil {
 		return nil, err
@@ -53,7 +59,7 @@ func linkHeader(device netlink.Link) uint32 {
 
 // hostIngress loads the program for devices with linkHeader bytes before the network
 // header.
-func (l *loaded) hostIngress(state *statemaps.State, targets []*target, devices []policy.Device, linkHeader uint32) (*ebpf.Program, error) {
+func (l *loaded) hostIngress(state *maps.State, targets []*target, devices []policy.Device, linkHeader uint32) (*ebpf.Program, error) {
 	spec, err := bpf.LoadTc()
 	if err != nil {
 		return nil, err
@@ -62,7 +68,7 @@ func (l *loaded) hostIngress(state *statemaps.State, targets []*target, devices 
 	if err != nil {
 		return nil, err
 	}
-	if err := set(spec, map[string]any{bpf.TcVarPlaces: places(targets), bpf.TcVarLinkHeader: linkHeader}); err != nil {
+	if err := set(spec, map[string]any{bpf.TcVarPlaces: hostPoliced(targets), bpf.TcVarLinkHeader: linkHeader}); err != nil {
 		return nil, err
 	}
 	var progs struct {
@@ -71,7 +77,7 @@ func (l *loaded) hostIngress(state *statemaps.State, targets []*target, devices 
 	if err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		return nil, fmt.Errorf("load program of the host side: %w", err)
 	}
-	if err := bindDocument(document{Version: Version(), Policy: l.policy, Devices: devices, Network: netNamespace("self")}, progs.Ingress); err != nil {
+	if err := l.hostDocument(devices).bind(progs.Ingress); err != nil {
 		progs.Ingress.Close()
 		return nil, err
 	}
@@ -85,10 +91,10 @@ type filter struct {
 }
 
 // filterName is what the kernel calls them, and whose they are.
-func (f *Filter) filterName() string { return "egressbpf " + string(f.pins) }
+func (i *ingress) filterName() string { return "egressbpf " + string(i.pins) }
 
 // filters returns those that are there, in no order.
-func (f *Filter) filters() (found []filter, err error) {
+func (i *ingress) filters() (found []filter, err error) {
 	qdiscs, err := retry(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
 	if err != nil {
 		return nil, fmt.Errorf("list queueing disciplines: %w", err)
@@ -104,7 +110,7 @@ func (f *Filter) filters() (found []filter, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("find network device %d: %w", q.Attrs().LinkIndex, err)
 		}
-		at, err := f.filterOf(device)
+		at, err := i.filterOf(device)
 		if err != nil {
 			return nil, err
 		}
@@ -116,47 +122,22 @@ func (f *Filter) filters() (found []filter, err error) {
 }
 
 // filterOf returns the one at a device; nil if there is none.
-func (f *Filter) filterOf(device netlink.Link) (*netlink.BpfFilter, error) {
+func (i *ingress) filterOf(device netlink.Link) (*netlink.BpfFilter, error) {
 	all, err := filtersAt(device, netlink.HANDLE_MIN_INGRESS)
 	if err != nil {
 		return nil, err
 	}
 	for _, at := range all {
-		if b, ok := at.(*netlink.BpfFilter); ok && b.Name == f.filterName() {
+		if b, ok := at.(*netlink.BpfFilter); ok && b.Name == i.filterName() {
 			return b, nil
 		}
 	}
 	return nil, nil
 }
 
-// filtersAt returns the filters at one side of a device; none if that is gone.
-func filtersAt(device netlink.Link, parent uint32) ([]netlink.Filter, error) {
-	all, err := retry(func() ([]netlink.Filter, error) { return netlink.FilterList(device, parent) })
-	if gone(err) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("list filters of %s: %w", strconv.Quote(device.Attrs().Name), err)
-	}
-	return all, nil
-}
-
-// gone is of what the kernel says of a device that is not there any more.
-func gone(err error) bool { return errors.Is(err, unix.ENODEV) }
-
-// retry reads a list again if it has changed meanwhile.
-func retry[T any](list func() ([]T, error)) (all []T, err error) {
-	for range 10 {
-		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return all, err
-}
-
-// attachIngress has what the devices receive judged, and nothing else.
-func (f *Filter) attachIngress(shared *loaded, state *statemaps.State, targets []*target, devices []policy.Device, why *found, change *pins.Change) error {
-	why.Ingress = true
+// attach has what the devices receive judged, and nothing else.
+func (i *ingress) attach(a *attachment, devices []policy.Device) error {
+	a.found.Ingress = true
 	links, err := links()
 	if err != nil {
 		return err
@@ -173,26 +154,27 @@ func (f *Filter) attachIngress(shared *loaded, state *statemaps.State, targets [
 		if progs[header] != nil {
 			continue
 		}
-		if progs[header], err = shared.hostIngress(state, targets, devices, header); err != nil {
-			why.note(HostSide, errors.New(firstLine(err)))
-			return nil
+		if progs[header], err = a.hostIngress(a.state, a.targets, devices, header); err != nil {
+			return cannot{err}
 		}
 	}
 	for _, device := range wanted {
-		if err := f.addFilter(device, progs[linkHeader(device)], change); err != nil {
+		if err := i.addFilter(device, progs[linkHeader(device)], a.change); err != nil {
 			return fmt.Errorf("judge what %s receives: %w", strconv.Quote(device.Attrs().Name), err)
 		}
 	}
-	return f.dropFilters(wanted, change)
+	return i.dropFilters(wanted, a.change)
 }
+
+func (i *ingress) detach(change *pins.Change) error { return i.dropFilters(nil, change) }
 
 // addFilter has the program judge what a device receives. What the kernel has against that,
 // perhaps for what others have there, is for Status to tell.
-func (f *Filter) addFilter(device netlink.Link, prog *ebpf.Program, change *pins.Change) error {
+func (i *ingress) addFilter(device netlink.Link, prog *ebpf.Program, change *pins.Change) error {
 	if err := change.Step("judge %s", device.Attrs().Name); err != nil {
 		return err
 	}
-	old, err := f.filterOf(device)
+	old, err := i.filterOf(device)
 	if err != nil {
 		return err
 	}
@@ -200,19 +182,19 @@ func (f *Filter) addFilter(device netlink.Link, prog *ebpf.Program, change *pins
 		FilterAttrs: netlink.FilterAttrs{
 			LinkIndex: device.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: filterPriority, Protocol: unix.ETH_P_ALL,
 		},
-		Fd: prog.FD(), Name: f.filterName(), DirectAction: true,
+		Fd: prog.FD(), Name: i.filterName(), DirectAction: true,
 	}
-	delete(f.notJudged, device.Attrs().Index)
+	delete(i.notJudged, device.Attrs().Index)
 	if old == nil {
 		err := netlink.QdiscAdd(clsact(device))
 		if err == nil || errors.Is(err, unix.EEXIST) {
 			err = netlink.FilterAdd(next)
 		}
 		if err != nil {
-			f.cannotJudge(device, err)
-			return f.removeFilter(device)
+			i.cannotJudge(device, err)
+			return i.removeFilter(device)
 		}
-		change.Back(func() error { return f.removeFilter(device) })
+		change.Back(func() error { return i.removeFilter(device) })
 		return nil
 	}
 	before, err := change.Program(ebpf.ProgramID(old.Id))
@@ -222,7 +204,7 @@ func (f *Filter) addFilter(device netlink.Link, prog *ebpf.Program, change *pins
 	next.Handle, next.Priority = old.Handle, old.Priority
 	// In place: there is no moment without one.
 	if err := netlink.FilterReplace(next); err != nil {
-		f.cannotJudge(device, err)
+		i.cannotJudge(device, err)
 		return nil
 	}
 	change.Back(func() error {
@@ -235,14 +217,14 @@ func (f *Filter) addFilter(device netlink.Link, prog *ebpf.Program, change *pins
 	return nil
 }
 
-func (f *Filter) cannotJudge(device netlink.Link, err error) {
+func (i *ingress) cannotJudge(device netlink.Link, err error) {
 	if gone(err) {
 		return
 	}
-	if f.notJudged == nil {
-		f.notJudged = map[int]error{}
+	if i.notJudged == nil {
+		i.notJudged = map[int]error{}
 	}
-	f.notJudged[device.Attrs().Index] = err
+	i.notJudged[device.Attrs().Index] = err
 }
 
 // clsact is what holds the filters of a device.
@@ -253,8 +235,8 @@ func clsact(device netlink.Link) *netlink.Clsact {
 }
 
 // dropFilters takes off those of all devices but some.
-func (f *Filter) dropFilters(but []netlink.Link, change *pins.Change) error {
-	all, err := f.filters()
+func (i *ingress) dropFilters(but []netlink.Link, change *pins.Change) error {
+	all, err := i.filters()
 	if err != nil {
 		return err
 	}
@@ -269,8 +251,8 @@ func (f *Filter) dropFilters(but []netlink.Link, change *pins.Change) error {
 		if err != nil {
 			return err
 		}
-		change.Back(func() error { return f.addFilter(at.device, prog, pins.OneWay(f.fault)) })
-		if err := f.removeFilter(at.device); err != nil {
+		change.Back(func() error { return i.addFilter(at.device, prog, change.OneWay()) })
+		if err := i.removeFilter(at.device); err != nil {
 			return err
 		}
 	}
@@ -279,8 +261,8 @@ func (f *Filter) dropFilters(but []netlink.Link, change *pins.Change) error {
 
 // removeFilter takes the filter off a device, and what holds filters there if that is
 // empty then.
-func (f *Filter) removeFilter(device netlink.Link) error {
-	at, err := f.filterOf(device)
+func (i *ingress) removeFilter(device netlink.Link) error {
+	at, err := i.filterOf(device)
 	if err != nil {
 		return err
 	}
@@ -302,70 +284,76 @@ func (f *Filter) removeFilter(device netlink.Link) error {
 	return nil
 }
 
-// judged returns the devices of which what they receive is judged: those that are
-// covered, and of a bridge and its ports the bridge alone, since a packet is judged once.
-func judged(links []netlink.Link, devices []policy.Device) (found []netlink.Link) {
-	covered := map[int]bool{}
-	for _, l := range links {
-		covered[l.Attrs().Index] = coversDevice(devices, l.Attrs().Name)
+func (i *ingress) read(r *reading) hostInForce {
+	in, err := i.readFilters(r)
+	if err != nil {
+		return hostInForce{reason: err.Error()}
 	}
-	for _, l := range links {
-		if a := l.Attrs(); covered[a.Index] && !covered[a.MasterIndex] {
-			found = append(found, l)
-		}
-	}
-	return found
+	return in
 }
 
-// ingressStatus reads the filters back: their document and programs, none if there are
-// no filters.
-func (f *Filter) ingressStatus(s *Status, d *Defence) (doc *document, programs []ebpf.ProgramID, err error) {
-	all, err := f.filters()
+func (i *ingress) readFilters(r *reading) (in hostInForce, err error) {
+	all, err := i.filters()
 	if err != nil || len(all) == 0 {
-		return nil, nil, err
+		return in, err
 	}
 	has := map[int]bool{}
 	for _, at := range all {
 		has[at.device.Attrs().Index] = true
 		id := ebpf.ProgramID(at.Id)
 		row := Hook{Name: ingressHook, Attached: true, Device: at.device.Attrs().Name, Program: uint32(id)}
-		this, since, err := readDocument(id)
+		doc, since, err := readDocument(id)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // somebody attaches meanwhile
 		}
 		if err != nil {
-			return nil, nil, err
+			return in, err
 		}
-		if this != nil {
-			doc = this
+		if doc != nil {
+			in.doc = doc
 		}
 		row.Since = since
-		programs = append(programs, id)
-		s.Hooks = append(s.Hooks, row)
+		in.programs = append(in.programs, id)
+		r.Hooks = append(r.Hooks, row)
 	}
-	if doc == nil {
-		return nil, nil, fmt.Errorf("filter %q: %w", f.filterName(), ErrOtherVersion)
+	if in.doc == nil {
+		return in, fmt.Errorf("filter %q: %w", i.filterName(), ErrOtherVersion)
 	}
-	d.Active, d.Reason = true, ingressRemark
+	in.complete, in.reason = true, ingressRemark
 	links, err := links()
 	if err != nil {
-		return nil, nil, err
+		return in, err
 	}
-	for _, l := range judged(links, doc.Devices) {
+	for _, l := range judged(links, in.doc.Devices) {
 		if !has[l.Attrs().Index] {
-			d.Active, d.Reason = false, f.whyNotJudged(s, l)
+			in.complete, in.reason = false, i.whyNotJudged(r, l)
 		}
 	}
-	return doc, programs, nil
+	return in, nil
+}
+
+func (i *ingress) whyNot(r *reading) (active bool, reason string) {
+	if r.Policy == nil {
+		return false, r.found.why(HostSide)
+	}
+	links, err := links()
+	if err != nil {
+		return false, err.Error()
+	}
+	devices := judged(links, r.Policy.HostDevices)
+	if len(devices) == 0 {
+		return true, ingressRemark
+	}
+	return false, i.whyNotJudged(r, devices[0])
 }
 
 // whyNotJudged says why what a device receives is not judged.
-func (f *Filter) whyNotJudged(s *Status, l netlink.Link) string {
+func (i *ingress) whyNotJudged(r *reading, l netlink.Link) string {
 	what := fmt.Sprintf("what %s receives is not judged: ", strconv.Quote(l.Attrs().Name))
-	if err := f.notJudged[l.Attrs().Index]; err != nil {
+	if err := i.notJudged[l.Attrs().Index]; err != nil {
 		return what + fmt.Sprintf("the kernel accepts no filter there (%v); see `tc filter show dev %s ingress`", err, l.Attrs().Name)
 	}
-	s.Unjudged = append(s.Unjudged, l.Attrs().Name)
+	r.Unjudged = append(r.Unjudged, l.Attrs().Name)
 	return what + "attach again"
 }
 

@@ -1,24 +1,12 @@
 package loader
 
 import (
-	"bytes"
-	"errors"
-	"os"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
-
-// ErrLockedDown means that the kernel lets no program read its memory, whoever asks.
-var ErrLockedDown = errors.New("the kernel is locked down (lockdown=confidentiality)")
-
-// LockedDown says whether the kernel lets no program read its memory.
-func LockedDown() bool {
-	text, err := os.ReadFile("/sys/kernel/security/lockdown")
-	return err == nil && bytes.Contains(text, []byte("[confidentiality]"))
-}
 
 // netNamespace returns the number of a process's network namespace; 0 if it cannot be seen.
 func netNamespace(pid string) uint64 {

@@ -1,0 +1,114 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// maxDepth is how far below a policed cgroup containers are recognised.
+const maxDepth = 16 // MAX_DEPTH
+
+// recognises says whether containers are told by their names in any of the targets.
+func recognises(targets []*target) bool {
+	for _, t := range targets {
+		if t.recognises {
+			return true
+		}
+	}
+	return false
+}
+
+// containersIn returns the cgroups in which all processes are containers': those of the
+// containers where these are told by their names, else the policed one.
+func (s site) containersIn(policed string, p policy.Policy) ([]string, error) {
+	if !p.Recognises(policed) {
+		return []string{policed}, nil
+	}
+	found, err := s.root.Outermost(policed, p.IsContainer)
+	if err != nil {
+		return nil, fmt.Errorf("look for containers below %s: %w", s.root.Path(policed), err)
+	}
+	return found, nil
+}
+
+// enrol gives state to the containers that exist.
+func (r recognition) enrol(a *attachment) error {
+	for _, t := range a.targets {
+		if !t.recognises {
+			continue
+		}
+		found, err := r.containersIn(t.rel, a.policy)
+		if err != nil {
+			return err
+		}
+		for _, rel := range found {
+			if cgroup.Level(rel)-cgroup.Level(t.rel) > maxDepth {
+				continue // status tells
+			}
+			if err := r.enrolContainer(rel, a); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (r recognition) enrolContainer(rel string, a *attachment) error {
+	id, err := r.root.ID(rel)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	added, err := a.state.Enrol(id)
+	if err != nil || !added {
+		return err
+	}
+	if now, err := r.root.ID(rel); err != nil || now != id {
+		// It went, perhaps before there was an entry to remove.
+		return a.state.Forget(id)
+	}
+	a.change.Back(func() error { return a.state.Forget(id) })
+	return nil
+}
+
+// forgetOthers removes the state of what the policy takes for a container no more, or that
+// is gone.
+func (r recognition) forgetOthers(a *attachment) error {
+	return r.eachContainer(a.state, func(id uint64, rel string) error {
+		if rel == "" {
+			return a.state.Bury(id)
+		}
+		for _, t := range a.targets {
+			if t.recognises && cgroup.Within(rel, t.rel) && !a.policy.IsContainer(rel) {
+				return a.state.Forget(id)
+			}
+		}
+		return nil
+	})
+}
+
+// eachContainer calls fn for the containers that have state, with the ids of their cgroups
+// and where these are; "" if they were removed.
+func (s site) eachContainer(state *maps.State, fn func(id uint64, rel string) error) error {
+	known, err := state.Containers()
+	if err != nil {
+		return err
+	}
+	for id := range known {
+		rel, err := s.root.Find(id)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err := fn(id, rel); err != nil {
+			return err
+		}
+	}
+	return nil
+}

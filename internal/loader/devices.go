@@ -1,0 +1,155 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	gomaps "maps"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// dockerDevice matches what the programs take for a bridge of Docker's without being
+// told (from_containers in bpf/host.bpf.c).
+var dockerDevice = regexp.MustCompile(`^(?:docker0|docker_gwbridge|br-[0-9a-f]{12})$`)
+
+// CoversDevice says whether the host side of a policy judges what a device receives.
+func CoversDevice(p policy.Policy, name string) bool { return coversDevice(p.HostDevices, name) }
+
+func coversDevice(devices []policy.Device, name string) bool {
+	return dockerDevice.MatchString(name) || slices.ContainsFunc(devices, func(d policy.Device) bool { return d.Matches(name) })
+}
+
+// findDevices returns the devices of this network namespace through which containers
+// of the policed cgroups reach the host: the other ends of their veths, or the bridges
+// that these belong to.
+func (s site) findDevices(targets []*target, p policy.Policy) ([]string, error) {
+	var rels []string
+	for _, t := range targets {
+		found, err := s.containersIn(t.rel, p)
+		if err != nil {
+			return nil, err
+		}
+		rels = append(rels, found...)
+	}
+	ids := map[int]bool{}
+	seen := map[string]bool{}
+	for _, rel := range rels {
+		err := s.root.Processes(rel, func(pid int) {
+			ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid))
+			if err != nil || seen[ns] {
+				return // it has ended
+			}
+			seen[ns] = true
+			if id, err := netlink.GetNetNsIdByPid(pid); err == nil && id >= 0 {
+				ids[id] = true
+			}
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	if len(ids) == 0 {
+		return nil, nil
+	}
+	links, err := links()
+	if err != nil {
+		return nil, err
+	}
+	names, found := map[int]string{}, map[string]bool{}
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+	}
+	for _, l := range links {
+		a := l.Attrs()
+		if l.Type() != "veth" || !ids[a.NetNsID] {
+			continue
+		}
+		if master, ok := names[a.MasterIndex]; ok {
+			found[master] = true
+		} else {
+			found[a.Name] = true
+		}
+	}
+	return slices.Sorted(gomaps.Keys(found)), nil
+}
+
+// links returns the devices of this network namespace.
+func links() ([]netlink.Link, error) {
+	all, err := retry(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list network devices: %w", err)
+	}
+	return all, nil
+}
+
+// judged returns the devices of which what they receive is judged: those that are
+// covered, and of a bridge and its ports the bridge alone, since a packet is judged once.
+func judged(links []netlink.Link, devices []policy.Device) (found []netlink.Link) {
+	covered := map[int]bool{}
+	for _, l := range links {
+		covered[l.Attrs().Index] = coversDevice(devices, l.Attrs().Name)
+	}
+	for _, l := range links {
+		if a := l.Attrs(); covered[a.Index] && !covered[a.MasterIndex] {
+			found = append(found, l)
+		}
+	}
+	return found
+}
+
+// retry reads a list again if it has changed meanwhile.
+func retry[T any](list func() ([]T, error)) (all []T, err error) {
+	for range 10 {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
+}
+
+// filtersAt returns the filters at one side of a device; none if that is gone.
+func filtersAt(device netlink.Link, parent uint32) ([]netlink.Filter, error) {
+	all, err := retry(func() ([]netlink.Filter, error) { return netlink.FilterList(device, parent) })
+	if gone(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list filters of %s: %w", strconv.Quote(device.Attrs().Name), err)
+	}
+	return all, nil
+}
+
+// gone is of what the kernel says of a device that is not there any more.
+func gone(err error) bool { return errors.Is(err, unix.ENODEV) }
+
+// ForgetDevices removes the buckets of network devices that are no more. Who watches
+// devices calls it now and then: there is only so much room.
+func (f *Filter) ForgetDevices() error { return f.withState(forgetDevices) }
+
+func forgetDevices(state *maps.State) error {
+	known, err := state.Devices()
+	if err != nil || len(known) == 0 {
+		return err
+	}
+	// After those that are known were listed: what is missing is gone.
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("list network devices: %w", err)
+	}
+	for _, index := range known {
+		if !slices.ContainsFunc(links, func(l netlink.Link) bool { return l.Attrs().Index == int(index) }) {
+			if err := state.ForgetDevice(index); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

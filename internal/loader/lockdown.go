@@ -1,0 +1,16 @@
+package loader
+
+import (
+	"bytes"
+	"errors"
+	"os"
+)
+
+// ErrLockedDown means that the kernel lets no program read its memory, whoever asks.
+var ErrLockedDown = errors.New("the kernel is locked down (lockdown=confidentiality)")
+
+// LockedDown says whether the kernel lets no program read its memory.
+func LockedDown() bool {
+	text, err := os.ReadFile("/sys/kernel/security/lockdown")
+	return err == nil && bytes.Contains(text, []byte("[confidentiality]"))
+}

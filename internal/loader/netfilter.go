@@ -1,0 +1,201 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// netfilter is the host side as programs of netfilter.
+type netfilter struct{ site }
+
+// hostHook is where netfilter runs a program; its name is the pin's too.
+type hostHook struct {
+	name    string
+	program string
+	pf      link.NetfilterProtocolFamily
+	hook    link.NetfilterInetHook
+}
+
+var hostHooks = []hostHook{
+	{pins.HostForward4, bpf.HostProgHostForward, link.NetfilterProtoIPv4, link.NetfilterInetPreRouting},
+	{pins.HostForward6, bpf.HostProgHostForward, link.NetfilterProtoIPv6, link.NetfilterInetPreRouting},
+	{pins.HostDeliver4, bpf.HostProgHostDeliver, link.NetfilterProtoIPv4, link.NetfilterInetLocalIn},
+	{pins.HostDeliver6, bpf.HostProgHostDeliver, link.NetfilterProtoIPv6, link.NetfilterInetLocalIn},
+	{pins.HostAnswer6, bpf.HostProgHostAnswer, link.NetfilterProtoIPv6, link.NetfilterInetLocalOut},
+}
+
+// hostPriority is before the kernel puts fragments together and tracks connections
+// (NF_IP_PRI_CONNTRACK_DEFRAG is -400). No two BPF programs may have the same, so an
+// exchange needs another one for its new program, and so does another instance: the
+// next before it that is free.
+const (
+	hostPriority   = -450
+	hostPriorities = 32
+)
+
+// HostPrograms are the programs of the host side, loaded and not attached.
+type HostPrograms struct {
+	// Forward judges whatever comes from a container's device, Deliver what is
+	// within packets to the host itself.
+	Forward *ebpf.Program `ebpf:"host_forward"`
+	Deliver *ebpf.Program `ebpf:"host_deliver"`
+	// Answer judges what the host itself says of packets before Forward has seen them.
+	Answer *ebpf.Program `ebpf:"host_answer"`
+}
+
+// Close closes the programs; the kernel keeps them while they are attached.
+func (p *HostPrograms) Close() error {
+	return errors.Join(p.Forward.Close(), p.Deliver.Close(), p.Answer.Close())
+}
+
+func (p *HostPrograms) byName(name string) *ebpf.Program {
+	switch name {
+	case bpf.HostProgHostForward:
+		return p.Forward
+	case bpf.HostProgHostDeliver:
+		return p.Deliver
+	}
+	return p.Answer
+}
+
+// LoadHost loads the programs of the host side for a policy and its devices, with
+// state as their memory, and attaches nothing. The error wraps ebpf.ErrNotSupported
+// before 6.4, and where the kernel is locked down. The caller closes the programs.
+func LoadHost(p policy.Policy, state *maps.State) (*HostPrograms, error) {
+	l, err := loadPolicy(p)
+	if err != nil {
+		return nil, err
+	}
+	defer l.close()
+	return l.hostSide(state, nil, p.HostDevices)
+}
+
+// hostSide loads the programs of the host side. They need netfilter programs and
+// bpf_dynptr_from_skb(), both of 6.4.
+func (l *loaded) hostSide(state *maps.State, targets []*target, devices []policy.Device) (*HostPrograms, error) {
+	spec, err := bpf.LoadHost()
+	if err != nil {
+		return nil, err
+	}
+	shared, err := l.share(spec, state)
+	if err != nil {
+		return nil, err
+	}
+	err = set(spec, map[string]any{
+		bpf.HostVarPlaces:         hostPoliced(targets),
+		bpf.HostVarHasDeviceNames: len(devices) > 0,
+		bpf.HostVarHasCoarseClock: false, // not for programs of this type
+	})
+	if err != nil {
+		return nil, err
+	}
+	names := spec.Maps[bpf.HostMapDeviceNames]
+	names.MaxEntries = uint32(max(len(devices), 1))
+	for _, d := range devices {
+		names.Contents = append(names.Contents, ebpf.MapKV{Key: deviceName(d), Value: uint32(1)})
+	}
+	progs := new(HostPrograms)
+	if err := spec.LoadAndAssign(progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
+		if LockedDown() {
+			// They read names of devices, and those before 6.4 do not.
+			err = errors.Join(ErrLockedDown, ebpf.ErrNotSupported)
+		}
+		return nil, fmt.Errorf("load programs of the host side: %w", err)
+	}
+	if err := l.hostDocument(devices).bind(progs.Forward); err != nil {
+		progs.Close()
+		return nil, err
+	}
+	return progs, nil
+}
+
+// deviceName returns d as a key of the trie of names.
+func deviceName(d policy.Device) bpf.HostDeviceName {
+	name, begin := strings.CutSuffix(string(d), "*")
+	var key bpf.HostDeviceName
+	for i := range len(name) {
+		key.Name[i] = int8(name[i])
+	}
+	key.Len = uint32(8 * len(name))
+	if !begin {
+		key.Len += 8 // its NUL
+	}
+	return key
+}
+
+func (n netfilter) attach(a *attachment, devices []policy.Device) error {
+	if err := a.change.Step(tryStep + "netfilter"); err != nil {
+		return cannot{err}
+	}
+	progs, err := a.hostSide(a.state, a.targets, devices)
+	if err != nil {
+		return cannot{err}
+	}
+	defer progs.Close()
+	for _, h := range hostHooks {
+		err := a.change.ReplaceLink(n.pins.Pin(h.name), func() (link.Link, error) { return h.link(progs.byName(h.program)) })
+		if err != nil {
+			return fmt.Errorf("hook %s: %w", h.name, err)
+		}
+	}
+	return nil
+}
+
+// link attaches a program.
+func (h hostHook) link(prog *ebpf.Program) (l link.Link, err error) {
+	err = unix.EBUSY
+	for i := int32(0); i < hostPriorities && errors.Is(err, unix.EBUSY); i++ {
+		l, err = link.AttachNetfilter(link.NetfilterOptions{
+			Program: prog, ProtocolFamily: h.pf, Hook: h.hook, Priority: hostPriority - i,
+		})
+	}
+	return l, err
+}
+
+func (n netfilter) read(r *reading) hostInForce {
+	in := hostInForce{complete: true}
+	for _, h := range hostHooks {
+		row := Hook{Name: h.name}
+		info, err := pins.Info(n.pins.Pin(h.name))
+		if err == nil {
+			row.Attached, row.Program, row.Link = true, uint32(info.Program), uint32(info.ID)
+			in.programs = append(in.programs, info.Program)
+			var doc *document
+			doc, row.Since, err = readDocument(info.Program)
+			if h.program == bpf.HostProgHostForward {
+				in.doc = doc
+			}
+		}
+		if err != nil {
+			in.complete = false
+			if !errors.Is(err, fs.ErrNotExist) {
+				in.reason = err.Error()
+			}
+			continue
+		}
+		r.Hooks = append(r.Hooks, row)
+	}
+	return in
+}
+
+func (n netfilter) whyNot(r *reading) (bool, string) { return false, r.found.why(HostSide) }
+
+func (n netfilter) detach(change *pins.Change) error {
+	for _, h := range hostHooks {
+		if err := change.DropLink(n.pins.Pin(h.name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,57 @@
+package loader
+
+import (
+	"fmt"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// keptBy returns a defence of which some program was loaded before the egress program, and
+// so by an earlier attach, whose document is doc (nil if it has none). What kept the last
+// attach from renewing it is among what that has found.
+func (r *reading) keptBy(d Defence, doc *document) Defence {
+	d.Reason = "an older attach put it in force"
+	if doc != nil {
+		d.Reason += fmt.Sprintf(" (version %s, mode %s", doc.Version, doc.Policy.Mode)
+		if d.Name == SocketFamilies {
+			d.Reason += fmt.Sprintf(", families %s", doc.Policy.Families)
+		}
+		d.Reason += ")"
+		if doc.Policy.Mode == policy.Audit && r.Mode == policy.Enforce {
+			d.Active = false
+		}
+	}
+	if why := r.found.why(d.Name); why == interrupted {
+		d.Reason += ", and the last one was interrupted; attach again"
+	} else {
+		d.Reason += ", and could not be renewed: " + why + "; attach again to try once more"
+	}
+	return d
+}
+
+// olderThanFilter says whether one of the programs was loaded before the egress program of a
+// policed cgroup.
+func (r *reading) olderThanFilter(programs []ebpf.ProgramID) bool {
+	for _, p := range r.policed {
+		egress := p.info[hooks[0].name]
+		if egress == nil {
+			continue
+		}
+		for _, id := range programs {
+			if older(id, egress.Program) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// older says whether a program was loaded before another one. One that is gone, as
+// when somebody attaches meanwhile, is not.
+func older(id, than ebpf.ProgramID) bool {
+	a, errA := loadTime(id)
+	b, errB := loadTime(than)
+	return errA == nil && errB == nil && a < b
+}

@@ -1,0 +1,113 @@
+package loader
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
+)
+
+// Status reads back what is in force. The error can wrap ErrOtherVersion. That
+// nothing is attached is no error.
+func (f *Filter) Status() (*Status, error) {
+	if err := f.pins.Check(); err != nil {
+		return nil, err
+	}
+	all, last, err := f.settled()
+	if err != nil {
+		return nil, err
+	}
+	defer closeAll(all)
+	r := &reading{policed: all, last: last, found: foundBy(all), Status: &Status{
+		Cgroups:   []string{},
+		Hooks:     []Hook{},
+		Defences:  []Defence{},
+		Uncovered: []Uncovered{},
+	}}
+	if r.Unknown, err = f.pins.Unknown(); err != nil {
+		return nil, err
+	}
+	f.egress.read(r)
+	if len(r.Cgroups) > 0 {
+		r.Unpinned = f.pins.Unpinned()
+		for _, l := range []layer{f.recognition, f.families, f.host} {
+			l.read(r)
+		}
+	} else {
+		const reason = "nothing is attached"
+		r.Defences = append(r.Defences, Defence{Name: SocketFamilies, Reason: reason}, Defence{Name: HostSide, Reason: reason})
+	}
+	if r.found != nil && r.found.Missing[socketIdentity] != "" {
+		r.Defences = append(r.Defences, Defence{Name: socketIdentity, Reason: r.found.Missing[socketIdentity]})
+	}
+	if delegates, err := f.root.Delegates(); err != nil {
+		return nil, err
+	} else if !delegates {
+		r.Defences = append(r.Defences, Defence{Name: cgroupBoundary, Reason: NoDelegation})
+	}
+	return r.Status, f.findUncovered(r)
+}
+
+// AddState adds what is kept about containers to what a status tells: how much room there
+// is left, and who may reach the metadata service.
+func (f *Filter) AddState(s *Status) error {
+	return f.withState(func(state *maps.State) error { return f.addState(s, state) })
+}
+
+func (f *Filter) addState(s *Status, state *maps.State) error {
+	known, err := state.Containers()
+	if err != nil {
+		return err
+	}
+	room, err := state.Room(known)
+	if err != nil {
+		return err
+	}
+	s.Room = &room
+	for id, c := range known {
+		if c.Flags&(maps.MayReachMetadata|maps.AnyFamily) == 0 {
+			continue
+		}
+		rel, err := f.root.Find(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		container := Uncovered{ID: cmp.Or(cgroup.ContainerID(rel), path.Base(rel)), Cgroup: rel}
+		if c.Flags&maps.MayReachMetadata != 0 {
+			s.MetadataAllowed = append(s.MetadataAllowed, container)
+		}
+		if c.Flags&maps.AnyFamily != 0 {
+			s.FamiliesAllowed = append(s.FamiliesAllowed, WithFamilies{container, maps.FamiliesOf(c.Flags)})
+		}
+	}
+	slices.SortFunc(s.MetadataAllowed, func(a, b Uncovered) int { return strings.Compare(a.Cgroup, b.Cgroup) })
+	slices.SortFunc(s.FamiliesAllowed, func(a, b WithFamilies) int { return strings.Compare(a.Cgroup, b.Cgroup) })
+	return nil
+}
+
+// AddExposed adds the containers that have more of the host's cgroups than their own. It
+// looks at a process of each container.
+func (f *Filter) AddExposed(s *Status) error {
+	for _, rel := range s.running {
+		e, err := f.root.Exposure(rel)
+		if err != nil {
+			return fmt.Errorf("look at the container in %s: %w", rel, err)
+		}
+		if e != (cgroup.Exposure{}) {
+			s.Exposed = append(s.Exposed, Exposed{Uncovered{ID: cgroup.ContainerID(rel), Cgroup: rel}, e})
+		}
+	}
+	if len(s.Exposed) > 0 && !slices.ContainsFunc(s.Defences, func(d Defence) bool { return d.Name == cgroupBoundary }) {
+		s.Defences = append(s.Defences, Defence{Name: cgroupBoundary, Reason: "containers have the host's cgroup namespace or tree, as shown below: they can move to where they are not judged, or start containers beside them, each with a bucket of its own"})
+	}
+	return nil
+}

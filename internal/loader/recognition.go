@@ -1,0 +1,169 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// ErrCannotRecognise means that this kernel runs no program when a cgroup is made, so
+// that containers cannot be told from what is beside them.
+var ErrCannotRecognise = errors.New("this kernel cannot tell containers from what else is in there")
+
+// cgroupsHooks are the hooks of the programs that follow containers as they come and go.
+// They are of the whole host.
+var cgroupsHooks = []string{bpf.CgroupsProgRecognise, bpf.CgroupsProgKeep, bpf.CgroupsProgRelease}
+
+// recognition is the layer that follows containers as they come and go.
+type recognition struct{ site }
+
+// attach has the containers of the targets enrolled, those that exist and those to come,
+// where they are told by their names.
+func (r recognition) attach(a *attachment) error {
+	constants := cgroupsConstants(a.targets, a.policy)
+	if !recognises(a.targets) {
+		return nil
+	}
+	// First the program, for what is made from now on; then what exists.
+	if err := r.attachHook(bpf.CgroupsProgRecognise, constants, a); err != nil {
+		return fmt.Errorf("%s: %w: %w", r.root.Path(a.targets[0].rel), ErrCannotRecognise, err)
+	}
+	return r.enrol(a)
+}
+
+// follow attaches the other programs, and removes the state of what is no container. The
+// filter works without these: state of containers that are gone takes room, and what is
+// started again has a full bucket.
+func (r recognition) follow(a *attachment) error {
+	constants := cgroupsConstants(a.targets, a.policy)
+	for _, name := range cgroupsHooks {
+		if name != bpf.CgroupsProgRecognise || !recognises(a.targets) {
+			a.found.note(name, r.attachHook(name, constants, a))
+		}
+	}
+	return r.forgetOthers(a)
+}
+
+func (r recognition) attachHook(name string, constants map[string]any, a *attachment) error {
+	prog, err := loadCgroups(name, a.state, constants)
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	// Links of tracing programs cannot be updated. For a moment two programs do the same.
+	return a.change.ReplaceLink(r.pins.Pin(name), func() (link.Link, error) {
+		return link.AttachTracing(link.TracingOptions{Program: prog})
+	})
+}
+
+// read adds the hooks to a status.
+func (r recognition) read(s *reading) {
+	for _, name := range cgroupsHooks {
+		row := r.readHook(name, s.found)
+		s.Hooks = append(s.Hooks, row)
+		for _, p := range s.policed {
+			if name == bpf.CgroupsProgRecognise && p.recognises() {
+				s.Recognises = true
+				s.Enforcing = s.Enforcing && row.Attached
+			}
+		}
+	}
+}
+
+func (r recognition) readHook(name string, found *found) Hook {
+	row := Hook{Name: name}
+	info, err := pins.Info(r.pins.Pin(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		row.Reason = found.why(name)
+		return row
+	}
+	if err != nil {
+		row.Reason = err.Error()
+		return row
+	}
+	row.Attached, row.Program, row.Link = true, uint32(info.Program), uint32(info.ID)
+	if _, row.Since, err = readDocument(info.Program); err != nil {
+		row.Reason = err.Error()
+	}
+	return row
+}
+
+// ProbeRecognise says why this kernel cannot tell containers from what else is in a
+// cgroup, or nil if it can.
+func ProbeRecognise(state *maps.State) error {
+	root := &target{id: 1, rel: "/", recognises: true}
+	prog, err := loadCgroups(bpf.CgroupsProgRecognise, state, cgroupsConstants([]*target{root}, policy.Default()))
+	if err != nil {
+		return err
+	}
+	return prog.Close()
+}
+
+// loadCgroups loads one of the programs that follow cgroups. The caller closes it.
+func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebpf.Program, error) {
+	spec, err := bpf.LoadCgroups()
+	if err != nil {
+		return nil, err
+	}
+	if err := set(spec, constants); err != nil {
+		return nil, err
+	}
+	spec.Programs = map[string]*ebpf.ProgramSpec{"program": spec.Programs[name]}
+	// Kernels before 5.11 charge maps to it.
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return nil, err
+	}
+	var loaded struct {
+		Program *ebpf.Program `ebpf:"program"`
+	}
+	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: state.Use(spec)}); err != nil {
+		if LockedDown() {
+			err = ErrLockedDown // and not what the verifier says of it
+		}
+		return nil, fmt.Errorf("load program %s: %w", name, err)
+	}
+	return loaded.Program, nil
+}
+
+// cgroupsConstants are the policed cgroups, and the names of containers in there.
+func cgroupsConstants(targets []*target, p policy.Policy) map[string]any {
+	var policed [maxPoliced]bpf.CgroupsPlace
+	for i, t := range targets {
+		policed[i] = bpf.CgroupsPlace{Id: t.id, Level: cgroup.Level(t.rel)}
+		if t.recognises {
+			policed[i].Recognises = 1
+		}
+	}
+	scopes, n := scopesOf(p)
+	return map[string]any{bpf.CgroupsVarPlaces: policed, bpf.CgroupsVarScopes: scopes, bpf.CgroupsVarN_scopes: n}
+}
+
+func scopesOf(p policy.Policy) (scopes [32]bpf.CgroupsScope, n uint32) { // MAX_SCOPES
+	for i, s := range p.Scopes {
+		parts := s.Parts()
+		scope := bpf.CgroupsScope{
+			Kind:      bpf.CgroupsScopeKind(parts.Kind),
+			PrefixLen: uint32(len(parts.Prefix)),
+			SuffixLen: uint32(len(parts.Suffix)),
+			Level:     uint32(parts.Level),
+		}
+		for i := range len(parts.Prefix) {
+			scope.Prefix[i] = int8(parts.Prefix[i])
+		}
+		for i := range len(parts.Suffix) {
+			scope.Suffix[i] = int8(parts.Suffix[i])
+		}
+		scopes[i] = scope
+	}
+	return scopes, uint32(len(p.Scopes))
+}

@@ -1,0 +1,129 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
+)
+
+// A refuser is a way of refusing sockets.
+type refuser struct {
+	name   string
+	load   func(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map) (*ebpf.Program, error)
+	attach func(prog *ebpf.Program, dir *os.File) (link.Link, error)
+}
+
+// refusers are the ways, the best first: the first runs for policed processes only.
+var refusers = []refuser{
+	{"lsm_cgroup", loadLSMCgroup, func(prog *ebpf.Program, dir *os.File) (link.Link, error) {
+		return link.AttachRawLink(link.RawLinkOptions{Target: int(dir.Fd()), Program: prog, Attach: ebpf.AttachLSMCgroup})
+	}},
+	{"fmod_ret", loadModifyReturn, func(prog *ebpf.Program, _ *os.File) (link.Link, error) {
+		return link.AttachTracing(link.TracingOptions{Program: prog})
+	}},
+}
+
+// findRefuser returns the first way that really refuses sockets on this kernel: one
+// can be attached without an error and never be asked, where bpf is missing from the
+// kernel's list of security modules. So each is tried with a socket of this process's
+// own that no other would make.
+func findRefuser(change *pins.Change) (*refuser, error) {
+	if err := change.Step(tryStep + SocketFamilies); err != nil {
+		return nil, err
+	}
+	state, err := maps.CreateState()
+	if err != nil {
+		return nil, err
+	}
+	defer state.Close()
+	var errs []error
+	for i := range refusers {
+		if err := refusers[i].try(state); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", refusers[i].name, err))
+			continue
+		}
+		return &refusers[i], nil
+	}
+	return nil, errors.Join(errs...)
+}
+
+var errNotAsked = errors.New("it attaches, and the kernel does not ask it: `bpf` is missing from its list of security modules (/sys/kernel/security/lsm)")
+
+func (r *refuser) try(state *maps.State) error {
+	// Of no use to inet_create: not below IPPROTO_MAX (263).
+	protocol := 1<<20 + rand.IntN(1<<20)
+	prog, err := r.loadFor(state, map[string]any{bpf.FamiliesVarProbeProtocol: int32(protocol)})
+	if errors.Is(err, unix.EPERM) {
+		return unix.EPERM // the library takes it for a question of memory
+	}
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	dir, err := ownCgroup()
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	l, err := r.attach(prog, dir)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, protocol)
+	if err == nil {
+		unix.Close(fd)
+	}
+	if !errors.Is(err, unix.EPERM) {
+		return errNotAsked
+	}
+	return nil
+}
+
+func (r *refuser) loadFor(state *maps.State, constants map[string]any) (*ebpf.Program, error) {
+	spec, err := bpf.LoadFamilies()
+	if err != nil {
+		return nil, err
+	}
+	helper, err := haveHelper(ebpf.Tracing, asm.FnGetCurrentAncestorCgroupId)
+	if err != nil {
+		helper = false
+	}
+	constants[bpf.FamiliesVarHasAncestorHelper] = helper
+	if err := set(spec, constants); err != nil {
+		return nil, err
+	}
+	return r.load(spec, state.Use(spec))
+}
+
+// ownCgroup opens the cgroup of this process.
+func ownCgroup() (*os.File, error) {
+	root, err := cgroup.FindRoot()
+	if err != nil {
+		return nil, err
+	}
+	rel, err := cgroup.OfProcess(os.Getpid())
+	if err != nil {
+		return nil, err
+	}
+	return os.Open(root.Path(rel))
+}
+
+func loadModifyReturn(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map) (*ebpf.Program, error) {
+	var progs struct {
+		Program *ebpf.Program `ebpf:"families_fmod"`
+	}
+	err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: state})
+	return progs.Program, err
+}

@@ -1,0 +1,119 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"slices"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// findUncovered looks for running containers that are not policed. The names of their
+// cgroups tell, in any place.
+func (f *Filter) findUncovered(s *reading) error {
+	containers, systems, err := f.root.Containers()
+	if err != nil {
+		return fmt.Errorf("look for containers: %w", err)
+	}
+	s.Named = map[string]bool{}
+	s.running = containers
+	var found []Uncovered
+	for _, rel := range containers {
+		id := cgroup.ContainerID(rel)
+		s.Named[id] = true
+		if leftOut(s.Policy, rel) {
+			continue
+		}
+		found = append(found, Uncovered{ID: id, Cgroup: rel})
+	}
+	if err := f.addUncovered(s.Status, s.policed, found); err != nil {
+		return err
+	}
+	var asked []Uncovered
+	for _, system := range systems {
+		asked = append(asked, Uncovered{Cgroup: system.Cgroup})
+	}
+	open, err := f.uncovered(s.policed, asked)
+	s.Systems = slices.DeleteFunc(systems, func(system cgroup.System) bool {
+		return !slices.ContainsFunc(open, func(u Uncovered) bool { return u.Cgroup == system.Cgroup })
+	})
+	return err
+}
+
+// leftOut says whether a policy leaves a container of a pod to itself, as an operator may
+// want it for those that run the node.
+func leftOut(p *policy.Policy, rel string) bool {
+	return p != nil && cgroup.OfPod(rel) && !p.IsContainer(rel)
+}
+
+// AddUncovered adds to what a status tells uncovered those of the containers that are not
+// policed.
+func (f *Filter) AddUncovered(s *Status, containers []Uncovered) error {
+	all, err := f.installed()
+	if err != nil {
+		return err
+	}
+	defer closeAll(all)
+	return f.addUncovered(s, all, containers)
+}
+
+func (f *Filter) addUncovered(s *Status, all []*policed, containers []Uncovered) error {
+	found, err := f.uncovered(all, containers)
+	s.Uncovered = append(s.Uncovered, found...)
+	return err
+}
+
+// uncovered returns those of the containers that are not policed.
+func (f *Filter) uncovered(all []*policed, containers []Uncovered) (found []Uncovered, err error) {
+	if len(containers) == 0 {
+		return nil, nil
+	}
+	state, err := f.State()
+	if errors.Is(err, ErrNotAttached) {
+		return containers, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer state.Close()
+	for _, c := range containers {
+		covered, err := f.covers(all, state, c.Cgroup)
+		if err != nil {
+			return nil, err
+		}
+		if !covered {
+			found = append(found, c)
+		}
+	}
+	return found, nil
+}
+
+// covers says whether what is in a cgroup is policed.
+func (f *Filter) covers(all []*policed, state *maps.State, rel string) (bool, error) {
+	for _, p := range all {
+		if p.gone || p.rel == "" || !cgroup.Within(rel, p.rel) {
+			continue
+		}
+		if p.doc == nil || !p.doc.Policy.Recognises(p.rel) {
+			return true, nil
+		}
+		// It, or one that it is nested in.
+		for at := rel; at != p.rel && at != "/"; at = path.Dir(at) {
+			id, err := f.root.ID(at)
+			if errors.Is(err, fs.ErrNotExist) {
+				return true, nil // it has ended
+			}
+			if err != nil {
+				return false, err
+			}
+			if known, err := state.Recognised(id); known || err != nil {
+				return known, err
+			}
+		}
+	}
+	return false, nil
+}
