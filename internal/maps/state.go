@@ -435,7 +435,11 @@ func (s *State) Devices() (indexes []uint32, err error) {
 
 // ForgetDevice removes the bucket of a network device.
 func (s *State) ForgetDevice(index uint32) error {
-	if err := s.byName[bpf.EgressMapDevices].Delete(index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	m := s.byName[bpf.EgressMapDevices]
+	if m == nil {
+		return nil
+	}
+	if err := m.Delete(index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("write map %s: %w", bpf.EgressMapDevices, err)
 	}
 	return nil

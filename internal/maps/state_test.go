@@ -210,3 +210,38 @@ func TestLoadProgram(t *testing.T) {
 		}
 	}
 }
+
+// Who reads does without the maps that there are not.
+func TestMissingMaps(t *testing.T) {
+	byName := newState(t).ByName()
+	for name := range byName {
+		if name != bpf.EgressMapContainers {
+			delete(byName, name)
+		}
+	}
+	s := maps.NewState(byName)
+	put(t, s, 1, maps.Container{})
+	want(t, s, map[uint64]maps.Container{1: {}})
+	if totals, err := s.Totals(); err != nil || totals != (maps.Counters{}) {
+		t.Errorf("totals: got %+v, %v", totals, err)
+	}
+	if known, err := s.Recognised(2); err != nil || known {
+		t.Errorf("recognised: got %v, %v", known, err)
+	}
+	room, err := s.Room(containers(t, s))
+	check(t, err)
+	if room.Containers != 1 || room.Without != 0 {
+		t.Errorf("room: got %+v", room)
+	}
+	devices, err := s.Devices()
+	check(t, err)
+	check(t, s.ForgetDevice(1))
+	check(t, s.SetTunnels(map[uint16]bool{4789: true}))
+	closed, err := s.Tunnels()
+	check(t, err)
+	if len(devices) != 0 || len(closed) != 0 {
+		t.Errorf("got devices %v, tunnels %v", devices, closed)
+	}
+	check(t, s.Forget(1))
+	want(t, s, map[uint64]maps.Container{})
+}
