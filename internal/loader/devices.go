@@ -1,16 +1,13 @@
 package loader
 
 import (
-	"errors"
 	"fmt"
 	gomaps "maps"
 	"os"
 	"regexp"
 	"slices"
-	"strconv"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -104,31 +101,6 @@ func judged(links []netlink.Link, devices []policy.Device) (found []netlink.Link
 	}
 	return found
 }
-
-// retry reads a list again if it has changed meanwhile.
-func retry[T any](list func() ([]T, error)) (all []T, err error) {
-	for range 10 {
-		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return all, err
-}
-
-// filtersAt returns the filters at one side of a device; none if that is gone.
-func filtersAt(device netlink.Link, parent uint32) ([]netlink.Filter, error) {
-	all, err := retry(func() ([]netlink.Filter, error) { return netlink.FilterList(device, parent) })
-	if gone(err) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("list filters of %s: %w", strconv.Quote(device.Attrs().Name), err)
-	}
-	return all, nil
-}
-
-// gone is of what the kernel says of a device that is not there any more.
-func gone(err error) bool { return errors.Is(err, unix.ENODEV) }
 
 // ForgetDevices removes the buckets of network devices that are no more. Who watches
 // devices calls it now and then: there is only so much room.

@@ -45,9 +45,8 @@ func (f families) attach(a *attachment) error {
 // attachTarget does so for one of them. Without a way to, an earlier attach's link stays:
 // see keptBy.
 func (f families) attachTarget(t *target, a *attachment) error {
-	pin := filepath.Join(t.was.dir, pins.Families)
 	if a.policy.Families == policy.AnyFamily {
-		return a.change.DropLink(pin)
+		return f.detach(a.change, t.was)
 	}
 	if a.refuser == nil {
 		return nil
@@ -67,8 +66,15 @@ func (f families) attachTarget(t *target, a *attachment) error {
 	if err := (document{Version: Version(), Cgroup: t.rel, Policy: a.policy}).bind(prog); err != nil {
 		return err
 	}
-	return a.change.ReplaceLink(pin, func() (link.Link, error) { return a.refuser.attach(prog, t.dir) })
+	return a.change.ReplaceLink(familiesPin(t.was), func() (link.Link, error) { return a.refuser.attach(prog, t.dir) })
 }
+
+// detach takes off what refuses the sockets of a cgroup.
+func (f families) detach(change *pins.Change, p *policed) error {
+	return change.DropLink(familiesPin(p))
+}
+
+func familiesPin(p *policed) string { return filepath.Join(p.dir, pins.Families) }
 
 // read adds the defence and its hooks to a status.
 func (f families) read(r *reading) {
@@ -86,10 +92,9 @@ func (f families) read(r *reading) {
 			Program: uint32(p.families.Program), Link: uint32(p.families.ID), Since: p.familiesSince,
 		})
 	}
-	switch {
-	case d.Active:
+	if d.Active {
 		d = f.older(d, r)
-	default:
+	} else {
 		d.Reason = f.whyNot(r)
 	}
 	r.Defences = append(r.Defences, d)

@@ -4,12 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"slices"
 	"strconv"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/maps"
@@ -29,9 +27,6 @@ type ingress struct {
 
 // ingressHook is the filter in status.
 const ingressHook = "host_ingress"
-
-// filterPriority is before all others, of which some end the search.
-const filterPriority = 1
 
 // LoadHostIngress loads the program of the host side for kernels without BPF netfilter
 // programs, with state as its memory, and attaches it nowhere. It knows containers of the
@@ -84,57 +79,6 @@ func (l *loaded) hostIngress(state *maps.State, targets []*target, devices []pol
 	return progs.Ingress, nil
 }
 
-// filter is one of this instance's at a device.
-type filter struct {
-	device netlink.Link
-	*netlink.BpfFilter
-}
-
-// filterName is what the kernel calls them, and whose they are.
-func (i *ingress) filterName() string { return "egressbpf " + string(i.pins) }
-
-// filters returns those that are there, in no order.
-func (i *ingress) filters() (found []filter, err error) {
-	qdiscs, err := retry(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
-	if err != nil {
-		return nil, fmt.Errorf("list queueing disciplines: %w", err)
-	}
-	for _, q := range qdiscs {
-		if q.Attrs().Parent != netlink.HANDLE_INGRESS { // as clsact's
-			continue
-		}
-		device, err := netlink.LinkByIndex(q.Attrs().LinkIndex)
-		if errors.As(err, new(netlink.LinkNotFoundError)) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("find network device %d: %w", q.Attrs().LinkIndex, err)
-		}
-		at, err := i.filterOf(device)
-		if err != nil {
-			return nil, err
-		}
-		if at != nil {
-			found = append(found, filter{device, at})
-		}
-	}
-	return found, nil
-}
-
-// filterOf returns the one at a device; nil if there is none.
-func (i *ingress) filterOf(device netlink.Link) (*netlink.BpfFilter, error) {
-	all, err := filtersAt(device, netlink.HANDLE_MIN_INGRESS)
-	if err != nil {
-		return nil, err
-	}
-	for _, at := range all {
-		if b, ok := at.(*netlink.BpfFilter); ok && b.Name == i.filterName() {
-			return b, nil
-		}
-	}
-	return nil, nil
-}
-
 // attach has what the devices receive judged, and nothing else.
 func (i *ingress) attach(a *attachment, devices []policy.Device) error {
 	a.found.Ingress = true
@@ -167,122 +111,6 @@ func (i *ingress) attach(a *attachment, devices []policy.Device) error {
 }
 
 func (i *ingress) detach(change *pins.Change) error { return i.dropFilters(nil, change) }
-
-// addFilter has the program judge what a device receives. What the kernel has against that,
-// perhaps for what others have there, is for Status to tell.
-func (i *ingress) addFilter(device netlink.Link, prog *ebpf.Program, change *pins.Change) error {
-	if err := change.Step("judge %s", device.Attrs().Name); err != nil {
-		return err
-	}
-	old, err := i.filterOf(device)
-	if err != nil {
-		return err
-	}
-	next := &netlink.BpfFilter{
-		FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: device.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: filterPriority, Protocol: unix.ETH_P_ALL,
-		},
-		Fd: prog.FD(), Name: i.filterName(), DirectAction: true,
-	}
-	delete(i.notJudged, device.Attrs().Index)
-	if old == nil {
-		err := netlink.QdiscAdd(clsact(device))
-		if err == nil || errors.Is(err, unix.EEXIST) {
-			err = netlink.FilterAdd(next)
-		}
-		if err != nil {
-			i.cannotJudge(device, err)
-			return i.removeFilter(device)
-		}
-		change.Back(func() error { return i.removeFilter(device) })
-		return nil
-	}
-	before, err := change.Program(ebpf.ProgramID(old.Id))
-	if err != nil {
-		return err
-	}
-	next.Handle, next.Priority = old.Handle, old.Priority
-	// In place: there is no moment without one.
-	if err := netlink.FilterReplace(next); err != nil {
-		i.cannotJudge(device, err)
-		return nil
-	}
-	change.Back(func() error {
-		next.Fd = before.FD()
-		if err := netlink.FilterReplace(next); !gone(err) {
-			return err
-		}
-		return nil
-	})
-	return nil
-}
-
-func (i *ingress) cannotJudge(device netlink.Link, err error) {
-	if gone(err) {
-		return
-	}
-	if i.notJudged == nil {
-		i.notJudged = map[int]error{}
-	}
-	i.notJudged[device.Attrs().Index] = err
-}
-
-// clsact is what holds the filters of a device.
-func clsact(device netlink.Link) *netlink.Clsact {
-	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: device.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}}
-}
-
-// dropFilters takes off those of all devices but some.
-func (i *ingress) dropFilters(but []netlink.Link, change *pins.Change) error {
-	all, err := i.filters()
-	if err != nil {
-		return err
-	}
-	for _, at := range all {
-		if slices.ContainsFunc(but, func(l netlink.Link) bool { return l.Attrs().Index == at.device.Attrs().Index }) {
-			continue
-		}
-		if err := change.Step("judge %s no more", at.device.Attrs().Name); err != nil {
-			return err
-		}
-		prog, err := change.Program(ebpf.ProgramID(at.Id))
-		if err != nil {
-			return err
-		}
-		change.Back(func() error { return i.addFilter(at.device, prog, change.OneWay()) })
-		if err := i.removeFilter(at.device); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// removeFilter takes the filter off a device, and what holds filters there if that is
-// empty then.
-func (i *ingress) removeFilter(device netlink.Link) error {
-	at, err := i.filterOf(device)
-	if err != nil {
-		return err
-	}
-	if at != nil {
-		if err := netlink.FilterDel(at); err != nil && !gone(err) && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("remove filter of %s: %w", strconv.Quote(device.Attrs().Name), err)
-		}
-	}
-	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		if others, err := filtersAt(device, parent); err != nil || len(others) > 0 {
-			return err
-		}
-	}
-	err = netlink.QdiscDel(clsact(device))
-	// There may be none, or somebody's of another kind.
-	if err != nil && !gone(err) && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("remove clsact of %s: %w", strconv.Quote(device.Attrs().Name), err)
-	}
-	return nil
-}
 
 func (i *ingress) read(r *reading) hostInForce {
 	in, err := i.readFilters(r)

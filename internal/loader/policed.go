@@ -133,38 +133,14 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 		return nil, err
 	}
 	for _, entry := range entries {
-		name := entry.Name()
-		if name == pins.Families || pins.IsNext(name, pins.Families) {
-			// While an exchange goes on, either is in force.
-			if info, err := pins.Info(filepath.Join(dir, pins.Families)); err == nil && inForce(info, id) {
-				p.families = info
-				// Without them, the link is as much in force.
-				p.familiesDoc, p.familiesSince, _ = readDocument(info.Program)
+		switch name := entry.Name(); {
+		case name == pins.Families || pins.IsNext(name, pins.Families):
+			p.readFamilies()
+		case isHook(name):
+			if err := p.readHook(name); err != nil {
+				return nil, err
 			}
-			continue
-		}
-		if !isHook(name) {
-			continue // of another version
-		}
-		l, err := link.LoadPinnedLink(filepath.Join(dir, name), nil)
-		if errors.Is(err, fs.ErrNotExist) || err != nil && pins.IsNoLink(filepath.Join(dir, name)) {
-			continue // detached meanwhile, by who holds the lock, or in the place of a link
-		}
-		if err != nil {
-			return nil, fmt.Errorf("open pinned link %s: %w", filepath.Join(dir, name), err)
-		}
-		info, err := p.read(name, l)
-		if err != nil {
-			l.Close()
-			return nil, err
-		}
-		// The kernel empties a link whose cgroup is gone or that was detached.
-		if c := info.Cgroup(); c == nil || c.CgroupId != id {
-			l.Close()
-			continue
-		}
-		p.links[name] = l
-		p.info[name] = info
+		} // Others are of another version.
 	}
 	for _, h := range hooks {
 		if p.doc == nil {
@@ -180,6 +156,42 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 		return p, nil
 	}
 	return p, err
+}
+
+// readHook opens the link of a hook, if it is in force.
+func (p *policed) readHook(name string) error {
+	pin := filepath.Join(p.dir, name)
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, fs.ErrNotExist) || err != nil && pins.IsNoLink(pin) {
+		return nil // detached meanwhile, by who holds the lock, or in the place of a link
+	}
+	if err != nil {
+		return fmt.Errorf("open pinned link %s: %w", pin, err)
+	}
+	info, err := p.read(name, l)
+	if err != nil {
+		l.Close()
+		return err
+	}
+	// The kernel empties a link whose cgroup is gone or that was detached.
+	if c := info.Cgroup(); c == nil || c.CgroupId != p.id {
+		l.Close()
+		return nil
+	}
+	p.links[name], p.info[name] = l, info
+	return nil
+}
+
+// readFamilies notes the link that refuses sockets, if it is in force.
+func (p *policed) readFamilies() {
+	// While an exchange goes on, either is.
+	info, err := pins.Info(familiesPin(p))
+	if err != nil || !inForce(info, p.id) {
+		return
+	}
+	p.families = info
+	// Without them, the link is as much in force.
+	p.familiesDoc, p.familiesSince, _ = readDocument(info.Program)
 }
 
 // settled reads all policed cgroups back, as an attach leaves them and not in its midst, and

@@ -99,6 +99,12 @@ func TestReadingMakesNoMap(t *testing.T) {
 					replace(t, filepath.Join(h.pins, m))
 				}
 			}
+			state, err := h.State()
+			check(t, err)
+			if _, ok := state.ByName()[bpf.EgressMapDevices]; ok {
+				t.Error("the map is still within reach")
+			}
+			check(t, state.Close())
 			before := lastIDs(t, h)
 			check(t, h.AddState(h.status()))
 			h.counters()

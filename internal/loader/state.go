@@ -19,16 +19,7 @@ import (
 func (f *Filter) State() (*maps.State, error) { return f.state() }
 
 func (s site) state() (*maps.State, error) {
-	state, err := s.withMaps(func(found *stateMap) (*ebpf.Map, error) {
-		if found.m == nil && found.name == bpf.EgressMapContainers {
-			return nil, fmt.Errorf("map %s: %w", found.name, fs.ErrNotExist)
-		}
-		use, err := found.use()
-		if err != nil || use == makeMap {
-			return nil, err
-		}
-		return found.take(), nil
-	})
+	state, err := s.withMaps((*stateMap).forReader)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w (no pins at %s)", ErrNotAttached, s.pins)
 	}
@@ -50,36 +41,11 @@ func (f *Filter) withState(do func(*maps.State) error) error {
 
 // openState opens the maps of the state for an attach: each is there and pinned then.
 func (s site) openState(change *pins.Change) (*maps.State, error) {
-	return s.withMaps(func(found *stateMap) (*ebpf.Map, error) {
-		use, err := found.use()
-		if err != nil {
-			return nil, err
-		}
-		if use == keepMap && found.pinned {
-			return found.take(), nil
-		}
-		if use == makeMap && found.pinned {
-			if err := change.UnpinMap(found.pin, found.take()); err != nil {
-				return nil, err
-			}
-		}
-		if err := change.Step("pin map %s", found.name); err != nil {
-			return nil, err
-		}
-		if use == makeMap {
-			if err := found.makeAnew(); err != nil {
-				return nil, err
-			}
-		}
-		if err := change.PinMap(found.pin, found.m); err != nil {
-			return nil, err
-		}
-		return found.take(), nil
-	})
+	return s.withMaps(func(found *stateMap) (*ebpf.Map, error) { return found.forAttach(change) })
 }
 
-// withMaps makes a State of what open returns for each map that is found; nil is none.
-func (s site) withMaps(open func(*stateMap) (*ebpf.Map, error)) (_ *maps.State, err error) {
+// withMaps makes a State of what each map that is found is used as; nil is none.
+func (s site) withMaps(use func(*stateMap) (*ebpf.Map, error)) (_ *maps.State, err error) {
 	specs, err := maps.StateSpec()
 	if err != nil {
 		return nil, err
@@ -97,7 +63,7 @@ func (s site) withMaps(open func(*stateMap) (*ebpf.Map, error)) (_ *maps.State, 
 		if err != nil {
 			return nil, err
 		}
-		m, err := open(found)
+		m, err := use(found)
 		found.close()
 		if err != nil {
 			return nil, err
@@ -164,6 +130,46 @@ func (s *stateMap) use() (mapUse, error) {
 		return 0, fmt.Errorf("pinned map %s: %w: %w", s.pin, ErrOtherVersion, err)
 	}
 	return makeMap, nil
+}
+
+// forReader returns the map for who only reads; nil for one to do without.
+func (s *stateMap) forReader() (*ebpf.Map, error) {
+	if s.m == nil && s.name == bpf.EgressMapContainers {
+		return nil, fmt.Errorf("map %s: %w", s.name, fs.ErrNotExist)
+	}
+	use, err := s.use()
+	if err != nil || use == makeMap {
+		return nil, err
+	}
+	return s.take(), nil
+}
+
+// forAttach returns the map for an attach: pinned, and made if need be.
+func (s *stateMap) forAttach(change *pins.Change) (*ebpf.Map, error) {
+	use, err := s.use()
+	if err != nil {
+		return nil, err
+	}
+	if s.pinned {
+		if use == keepMap {
+			return s.take(), nil
+		}
+		if err := change.UnpinMap(s.pin, s.take()); err != nil {
+			return nil, err
+		}
+	}
+	if err := change.Step("pin map %s", s.name); err != nil {
+		return nil, err
+	}
+	if use == makeMap {
+		if err := s.makeAnew(); err != nil {
+			return nil, err
+		}
+	}
+	if err := change.PinMap(s.pin, s.m); err != nil {
+		return nil, err
+	}
+	return s.take(), nil
 }
 
 // makeAnew makes the map that this version would have.

@@ -14,31 +14,31 @@ import (
 
 // findUncovered looks for running containers that are not policed. The names of their
 // cgroups tell, in any place.
-func (f *Filter) findUncovered(s *reading) error {
+func (f *Filter) findUncovered(r *reading) error {
 	containers, systems, err := f.root.Containers()
 	if err != nil {
 		return fmt.Errorf("look for containers: %w", err)
 	}
-	s.Named = map[string]bool{}
-	s.running = containers
+	r.Named = map[string]bool{}
+	r.running = containers
 	var found []Uncovered
 	for _, rel := range containers {
 		id := cgroup.ContainerID(rel)
-		s.Named[id] = true
-		if leftOut(s.Policy, rel) {
+		r.Named[id] = true
+		if leftOut(r.Policy, rel) {
 			continue
 		}
 		found = append(found, Uncovered{ID: id, Cgroup: rel})
 	}
-	if err := f.addUncovered(s.Status, s.policed, found); err != nil {
+	if err := f.addUncovered(r.Status, r.policed, found); err != nil {
 		return err
 	}
 	var asked []Uncovered
 	for _, system := range systems {
 		asked = append(asked, Uncovered{Cgroup: system.Cgroup})
 	}
-	open, err := f.uncovered(s.policed, asked)
-	s.Systems = slices.DeleteFunc(systems, func(system cgroup.System) bool {
+	open, err := f.uncovered(r.policed, asked)
+	r.Systems = slices.DeleteFunc(systems, func(system cgroup.System) bool {
 		return !slices.ContainsFunc(open, func(u Uncovered) bool { return u.Cgroup == system.Cgroup })
 	})
 	return err
