@@ -6,11 +6,11 @@
  * in there.
  */
 #include "cgroup.h"
-#include "state.h"
+#include "owner.h"
 
 /* The policed cgroups, up to the first whose id is 0. */
-#define MAX_PLACES 8
-const volatile struct place places[MAX_PLACES];
+#define MAX_POLICED 8
+const volatile struct policed_cgroup policed[MAX_POLICED];
 
 #define MAX_SCOPES 32
 const volatile struct scope scopes[MAX_SCOPES];
@@ -90,28 +90,19 @@ static __always_inline bool is_container(struct cgroup *cgrp, const char *name, 
 	return false;
 }
 
-/* Whether one of the cgroups between a policed one and cgrp is a container. */
-static __always_inline bool in_container(struct cgroup *cgrp, __u32 top)
+static __always_inline __u64 above(void *ctx, __u32 level)
 {
-	__u32 level = BPF_CORE_READ(cgrp, level);
+	struct cgroup *cgrp = ctx;
 
-	for (__u32 l = 1; l <= MAX_DEPTH && top + l < level; l++) {
-		__u64 id = ancestor_id(cgrp, top + l);
-
-		if (bpf_map_lookup_elem(&containers, &id) || is_stateless(id))
-			return true;
-	}
-	return false;
+	return level < (__u32)BPF_CORE_READ(cgrp, level) ? ancestor_id(cgrp, level) : 0;
 }
 
-/* The place that the cgroup is in, itself excluded; NULL if in none. */
-static __always_inline const volatile struct place *place_of(struct cgroup *cgrp)
+/* The policed cgroup that a cgroup is in, itself excluded; NULL if in none. */
+static __always_inline const volatile struct policed_cgroup *policed_above(struct cgroup *cgrp)
 {
-	__u32 level = BPF_CORE_READ(cgrp, level);
-
-	for (__u32 i = 0; i < MAX_PLACES && places[i].id; i++)
-		if (level > places[i].level && ancestor_id(cgrp, places[i].level) == places[i].id)
-			return &places[i];
+	for (__u32 i = 0; i < MAX_POLICED && policed[i].id; i++)
+		if (above(cgrp, policed[i].level) == policed[i].id)
+			return &policed[i];
 	return NULL;
 }
 
@@ -133,7 +124,7 @@ SEC("tp_btf/cgroup_mkdir")
 int recognise(__u64 *ctx)
 {
 	struct cgroup *cgrp = (void *)ctx[0];
-	const volatile struct place *place;
+	const volatile struct policed_cgroup *top;
 	struct name_key key = {};
 	struct container *c;
 	struct past *before;
@@ -142,25 +133,25 @@ int recognise(__u64 *ctx)
 
 	if (cgrp->root->hierarchy_id)	/* cgroup v1 numbers its own */
 		return 0;
-	place = place_of(cgrp);
-	if (!place)
+	top = policed_above(cgrp);
+	if (!top)
 		return 0;
-	depth = cgrp->level - place->level;
+	depth = cgrp->level - top->level;
 	/* No packet of it would be found to be a container's, and status says so. */
 	if (depth > MAX_DEPTH)
 		return 0;
-	key.place = place->id;
+	key.policed = top->id;
 	len = read_name(cgrp, &key);
 	before = bpf_map_lookup_elem(&retired, &key);
-	if (place->recognises) {
-		if (in_container(cgrp, place->level) || !is_container(cgrp, key.name, len, (const char *)ctx[1]))
+	if (top->recognises) {
+		if (find_known(top->level, above, cgrp, &c) || !is_container(cgrp, key.name, len, (const char *)ctx[1]))
 			return 0;
 	} else if (!before || depth != 1) {
 		return 0;	/* gets its state when it is needed */
 	}
 	id = cgrp->kn->id;
 	c = state_of(id);
-	if (!c && place->recognises)
+	if (!c && top->recognises)
 		do_without(id, HAS_NO_ROOM);
 	if (c && before) {
 		/* A restart does not refill a bucket. */
@@ -181,7 +172,7 @@ SEC("tp_btf/cgroup_rmdir")
 int keep(__u64 *ctx)
 {
 	struct cgroup *cgrp = (void *)ctx[0];
-	const volatile struct place *place;
+	const volatile struct policed_cgroup *top;
 	struct name_key key = {};
 	struct past now = {};
 	struct container *c;
@@ -189,14 +180,14 @@ int keep(__u64 *ctx)
 
 	if (cgrp->root->hierarchy_id)
 		return 0;
-	place = place_of(cgrp);
-	if (!place)
+	top = policed_above(cgrp);
+	if (!top)
 		return 0;
 	id = cgrp->kn->id;
 	c = bpf_map_lookup_elem(&containers, &id);
 	if (!c) {
 		/* It would get one with a full bucket. */
-		if (!place->recognises && cgrp->level == (int)place->level + 1)
+		if (!top->recognises && cgrp->level == (int)top->level + 1)
 			do_without(id, WAS_REMOVED);
 		return 0;
 	}
@@ -208,7 +199,7 @@ int keep(__u64 *ctx)
 		now.flags = CONTAINER_LIMIT_SET;
 	}
 	if (now.bucket.count || now.flags) {	/* else it is as new */
-		key.place = place->id;
+		key.policed = top->id;
 		read_name(cgrp, &key);
 		bpf_map_update_elem(&retired, &key, &now, BPF_ANY);
 	}

@@ -14,9 +14,9 @@ import (
 )
 
 type CgroupsNameKey struct {
-	_     structs.HostLayout
-	Place uint64
-	Name  [256]int8
+	_       structs.HostLayout
+	Policed uint64
+	Name    [256]int8
 }
 
 type CgroupsPast struct {
@@ -39,15 +39,8 @@ type CgroupsPast struct {
 		Burst     uint32
 		Period    uint32
 	}
-	Flags    uint32
-	Reserved uint32
-}
-
-type CgroupsPlace struct {
-	_          structs.HostLayout
-	Id         uint64
-	Level      uint32
-	Recognises uint32
+	Flags uint32
+	Spare uint32
 }
 
 type CgroupsScope struct {
@@ -87,7 +80,7 @@ const (
 	CgroupsProgRecognise = "recognise"
 	CgroupsProgRelease   = "release"
 	CgroupsVarN_scopes   = "n_scopes"
-	CgroupsVarPlaces     = "places"
+	CgroupsVarPoliced    = "policed"
 	CgroupsVarScopes     = "scopes"
 )
 
@@ -159,7 +152,7 @@ type CgroupsMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type CgroupsVariableSpecs struct {
 	N_scopes *ebpf.VariableSpec `ebpf:"n_scopes"`
-	Places   *ebpf.VariableSpec `ebpf:"places"`
+	Policed  *ebpf.VariableSpec `ebpf:"policed"`
 	Scopes   *ebpf.VariableSpec `ebpf:"scopes"`
 }
 
@@ -215,7 +208,7 @@ func (m *CgroupsMaps) Close() error {
 // It can be passed to LoadCgroupsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type CgroupsVariables struct {
 	N_scopes *ebpf.Variable `ebpf:"n_scopes"`
-	Places   *ebpf.Variable `ebpf:"places"`
+	Policed  *ebpf.Variable `ebpf:"policed"`
 	Scopes   *ebpf.Variable `ebpf:"scopes"`
 }
 

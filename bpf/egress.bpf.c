@@ -11,6 +11,7 @@
 #include "parse.h"
 #include "rules.h"
 #include "tunnels.h"
+#include "verdict.h"
 
 const volatile bool over_limit_reject;	/* refuse in connect() what has no token */
 const volatile bool has_set_retval;	/* bpf_set_retval(), 5.18 */
@@ -20,15 +21,8 @@ const volatile bool has_host_side;	/* which wants to know what was let through *
 #define SOCK_STREAM 1
 #define ECONNREFUSED 111
 
-static __noinline void count_connect(struct container *c, enum reason reason)
-{
-	struct counters *sum = total();
-
-	if (sum)
-		__sync_fetch_and_add(&sum->dropped[reason].connects, 1);
-	if (c)
-		__sync_fetch_and_add(&c->counters.dropped[reason].connects, 1);
-}
+/* The cgroup that this instance polices. */
+const volatile struct policed_cgroup policed;
 
 static __always_inline __u64 above_packet(void *skb, __u32 level)
 {
@@ -38,7 +32,7 @@ static __always_inline __u64 above_packet(void *skb, __u32 level)
 /* The container whose socket it is, however deep below it the socket was made. */
 static __always_inline bool sent_by_container(struct __sk_buff *skb, struct container **c)
 {
-	return find_container(above_packet, skb, c);
+	return find_container(&policed, above_packet, skb, c);
 }
 
 /* The TCP socket that sends, listeners included; NULL if it is a socket of another kind,
@@ -190,8 +184,7 @@ static __always_inline void announce_permitted(const struct flow *f)
 
 static __always_inline int drop(struct __sk_buff *skb, struct container *c, enum reason reason)
 {
-	count_drop(c, reason, skb->len);
-	return !enforce;
+	return !refuse(c, HOOK_EGRESS, reason, skb->len);
 }
 
 #define TCP_LISTENS 10
@@ -276,10 +269,8 @@ static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *
 		return drop(skb, c, REASON_NO_BUCKET);
 	if (is & PAYS && take_token(c)) {
 		count_allowed(c);
-	} else if (limit_of(c)->count) {
-		count_drop(c, REASON_RATE_LIMITED, skb->len);
-		if (enforce)
-			return 0;
+	} else if (limit_of(c)->count && refuse(c, HOOK_EGRESS, REASON_RATE_LIMITED, skb->len)) {
+		return 0;
 	}
 	/* In audit mode a connection goes on that was not paid for, and is counted once. */
 	announce(f, false);
@@ -408,7 +399,7 @@ int egress(struct __sk_buff *skb)
 static __always_inline __u64 above_caller(void *ctx, __u32 level)
 {
 	(void)ctx;
-	if (bpf_get_current_ancestor_cgroup_id(policed_level) != policed_id)
+	if (bpf_get_current_ancestor_cgroup_id(policed.level) != policed.id)
 		return 0;
 	return bpf_get_current_ancestor_cgroup_id(level);
 }
@@ -416,7 +407,7 @@ static __always_inline __u64 above_caller(void *ctx, __u32 level)
 /* The container of the process that asks. */
 static __always_inline bool asked_by_container(struct container **c)
 {
-	return find_container(above_caller, NULL, c);
+	return find_container(&policed, above_caller, NULL, c);
 }
 
 /* Where connect() leads to the loopback device whatever the routes say. */
@@ -469,6 +460,11 @@ static __always_inline enum reason judge_attempt(struct bpf_sock_addr *ctx, cons
 	return REASON_NONE;
 }
 
+static __noinline int refuse_attempt(struct container *c, enum reason reason)
+{
+	return refuse(c, HOOK_CONNECT, reason, 0);
+}
+
 static __always_inline int attempt(struct bpf_sock_addr *ctx, struct flow *f)
 {
 	struct container *c = NULL;
@@ -481,10 +477,7 @@ static __always_inline int attempt(struct bpf_sock_addr *ctx, struct flow *f)
 	f->proto = ctx->protocol == PROTO_MPTCP ? IPPROTO_TCP : ctx->protocol;
 	f->has_ports = carries_ports(f->proto);
 	reason = judge_attempt(ctx, f, &c);
-	if (reason == REASON_NONE)
-		return 1;
-	count_connect(c, reason);
-	if (!enforce)
+	if (reason == REASON_NONE || !refuse_attempt(c, reason))
 		return 1;
 	/* Without it the kernel says EPERM. */
 	if (has_set_retval)
@@ -533,36 +526,6 @@ SEC("cgroup/sendmsg6")
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
 	return attempt6(ctx);
-}
-
-static __noinline int apply(const struct request *r)
-{
-	struct container *c = state_of(r->id);
-	__u64 now = bpf_ktime_get_ns();
-
-	if (!c)
-		return 0;
-	bpf_spin_lock(&c->lock);
-	if (!r->keep_limit && !(c->flags & r->unless)) {
-		c->limit = r->limit;
-		bucket_adopt(&c->bucket, &c->limit, now);
-	}
-	c->flags = (c->flags & ~r->mask) | (r->flags & r->mask);
-	bpf_spin_unlock(&c->lock);
-	return 1;
-}
-
-/* Never attached: the controller runs it to change what holds for a container, which
- * only a program can do without losing what is counted meanwhile. Returns 1 if it did.
- */
-SEC("cgroup_skb/egress")
-int configure(struct __sk_buff *skb)
-{
-	struct request r;
-
-	if (bpf_skb_load_bytes(skb, 0, &r, sizeof(r)))
-		return 0;
-	return apply(&r);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -51,6 +51,7 @@ type EgressContainer struct {
 		Period    uint32
 	}
 	Counters EgressCounters
+	Spare    [8]uint64
 }
 
 type EgressContainerFlag uint32
@@ -67,6 +68,9 @@ type EgressCounters struct {
 	SmtpAllowed    uint64
 	FamiliesDenied uint64
 	HostSide       EgressTraffic
+	MoreDropped    [8]EgressDrops
+	HostDropped    [12]EgressTraffic
+	Spare          [8]uint64
 }
 
 type EgressDevice struct {
@@ -114,9 +118,9 @@ type EgressMailKey struct {
 }
 
 type EgressNameKey struct {
-	_     structs.HostLayout
-	Place uint64
-	Name  [256]int8
+	_       structs.HostLayout
+	Policed uint64
+	Name    [256]int8
 }
 
 type EgressOpening struct {
@@ -142,8 +146,8 @@ type EgressPast struct {
 		Burst     uint32
 		Period    uint32
 	}
-	Flags    EgressContainerFlag
-	Reserved uint32
+	Flags EgressContainerFlag
+	Spare uint32
 }
 
 type EgressPermit struct {
@@ -151,6 +155,13 @@ type EgressPermit struct {
 	Packets uint32
 	Closing uint32
 	Closed  uint32
+}
+
+type EgressPolicedCgroup struct {
+	_          structs.HostLayout
+	Id         uint64
+	Level      uint32
+	Recognises uint32
 }
 
 type EgressPortKey struct {
@@ -174,27 +185,10 @@ const (
 	EgressReasonREASON_BLOCKED      EgressReason = 1
 	EgressReasonREASON_RATE_LIMITED EgressReason = 2
 	EgressReasonREASON_NO_BUCKET    EgressReason = 3
-	EgressReasonREASONS             EgressReason = 4
-	EgressReasonREASON_NONE         EgressReason = 4
+	EgressReasonREASON_FAMILY       EgressReason = 4
+	EgressReasonREASONS             EgressReason = 5
+	EgressReasonREASON_NONE         EgressReason = 5
 )
-
-type EgressRequest struct {
-	_         structs.HostLayout
-	Id        uint64
-	Mask      EgressContainerFlag
-	Flags     EgressContainerFlag
-	KeepLimit uint32
-	Unless    EgressContainerFlag
-	Limit     struct {
-		_         structs.HostLayout
-		Interval  uint64
-		Tolerance uint64
-		Count     uint32
-		Rest      uint32
-		Burst     uint32
-		Period    uint32
-	}
-}
 
 type EgressRule struct {
 	_     structs.HostLayout
@@ -211,6 +205,14 @@ const (
 	EgressRuleFlagRULE_EXEMPT       EgressRuleFlag = 8
 	EgressRuleFlagRULE_METADATA     EgressRuleFlag = 16
 )
+
+type EgressSums struct {
+	_        structs.HostLayout
+	Counters EgressCounters
+	Format   uint32
+	Reserved uint32
+	Spare    [7]uint64
+}
 
 type EgressSuspects struct {
 	_      structs.HostLayout
@@ -258,7 +260,6 @@ const (
 	EgressMapTickets         = "tickets"
 	EgressMapTotals          = "totals"
 	EgressMapTunnels         = "tunnels"
-	EgressProgConfigure      = "configure"
 	EgressProgConnect4       = "connect4"
 	EgressProgConnect6       = "connect6"
 	EgressProgEgress         = "egress"
@@ -266,14 +267,13 @@ const (
 	EgressProgSendmsg6       = "sendmsg6"
 	EgressVarDefaultLimit    = "default_limit"
 	EgressVarEnforce         = "enforce"
+	EgressVarFormat          = "format"
 	EgressVarHasCoarseClock  = "has_coarse_clock"
 	EgressVarHasExempt       = "has_exempt"
 	EgressVarHasHostSide     = "has_host_side"
 	EgressVarHasSetRetval    = "has_set_retval"
 	EgressVarOverLimitReject = "over_limit_reject"
-	EgressVarPolicedId       = "policed_id"
-	EgressVarPolicedLevel    = "policed_level"
-	EgressVarRecognises      = "recognises"
+	EgressVarPoliced         = "policed"
 	EgressVarSmtpPorts       = "smtp_ports"
 	EgressVarSuspects4       = "suspects4"
 	EgressVarSuspects6       = "suspects6"
@@ -321,12 +321,11 @@ type EgressSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type EgressProgramSpecs struct {
-	Configure *ebpf.ProgramSpec `ebpf:"configure"`
-	Connect4  *ebpf.ProgramSpec `ebpf:"connect4"`
-	Connect6  *ebpf.ProgramSpec `ebpf:"connect6"`
-	Egress    *ebpf.ProgramSpec `ebpf:"egress"`
-	Sendmsg4  *ebpf.ProgramSpec `ebpf:"sendmsg4"`
-	Sendmsg6  *ebpf.ProgramSpec `ebpf:"sendmsg6"`
+	Connect4 *ebpf.ProgramSpec `ebpf:"connect4"`
+	Connect6 *ebpf.ProgramSpec `ebpf:"connect6"`
+	Egress   *ebpf.ProgramSpec `ebpf:"egress"`
+	Sendmsg4 *ebpf.ProgramSpec `ebpf:"sendmsg4"`
+	Sendmsg6 *ebpf.ProgramSpec `ebpf:"sendmsg6"`
 }
 
 // EgressMapSpecs contains maps before they are loaded into the kernel.
@@ -353,14 +352,13 @@ type EgressMapSpecs struct {
 type EgressVariableSpecs struct {
 	DefaultLimit    *ebpf.VariableSpec `ebpf:"default_limit"`
 	Enforce         *ebpf.VariableSpec `ebpf:"enforce"`
+	Format          *ebpf.VariableSpec `ebpf:"format"`
 	HasCoarseClock  *ebpf.VariableSpec `ebpf:"has_coarse_clock"`
 	HasExempt       *ebpf.VariableSpec `ebpf:"has_exempt"`
 	HasHostSide     *ebpf.VariableSpec `ebpf:"has_host_side"`
 	HasSetRetval    *ebpf.VariableSpec `ebpf:"has_set_retval"`
 	OverLimitReject *ebpf.VariableSpec `ebpf:"over_limit_reject"`
-	PolicedId       *ebpf.VariableSpec `ebpf:"policed_id"`
-	PolicedLevel    *ebpf.VariableSpec `ebpf:"policed_level"`
-	Recognises      *ebpf.VariableSpec `ebpf:"recognises"`
+	Policed         *ebpf.VariableSpec `ebpf:"policed"`
 	SmtpPorts       *ebpf.VariableSpec `ebpf:"smtp_ports"`
 	Suspects4       *ebpf.VariableSpec `ebpf:"suspects4"`
 	Suspects6       *ebpf.VariableSpec `ebpf:"suspects6"`
@@ -423,14 +421,13 @@ func (m *EgressMaps) Close() error {
 type EgressVariables struct {
 	DefaultLimit    *ebpf.Variable `ebpf:"default_limit"`
 	Enforce         *ebpf.Variable `ebpf:"enforce"`
+	Format          *ebpf.Variable `ebpf:"format"`
 	HasCoarseClock  *ebpf.Variable `ebpf:"has_coarse_clock"`
 	HasExempt       *ebpf.Variable `ebpf:"has_exempt"`
 	HasHostSide     *ebpf.Variable `ebpf:"has_host_side"`
 	HasSetRetval    *ebpf.Variable `ebpf:"has_set_retval"`
 	OverLimitReject *ebpf.Variable `ebpf:"over_limit_reject"`
-	PolicedId       *ebpf.Variable `ebpf:"policed_id"`
-	PolicedLevel    *ebpf.Variable `ebpf:"policed_level"`
-	Recognises      *ebpf.Variable `ebpf:"recognises"`
+	Policed         *ebpf.Variable `ebpf:"policed"`
 	SmtpPorts       *ebpf.Variable `ebpf:"smtp_ports"`
 	Suspects4       *ebpf.Variable `ebpf:"suspects4"`
 	Suspects6       *ebpf.Variable `ebpf:"suspects6"`
@@ -440,17 +437,15 @@ type EgressVariables struct {
 //
 // It can be passed to LoadEgressObjects or ebpf.CollectionSpec.LoadAndAssign.
 type EgressPrograms struct {
-	Configure *ebpf.Program `ebpf:"configure"`
-	Connect4  *ebpf.Program `ebpf:"connect4"`
-	Connect6  *ebpf.Program `ebpf:"connect6"`
-	Egress    *ebpf.Program `ebpf:"egress"`
-	Sendmsg4  *ebpf.Program `ebpf:"sendmsg4"`
-	Sendmsg6  *ebpf.Program `ebpf:"sendmsg6"`
+	Connect4 *ebpf.Program `ebpf:"connect4"`
+	Connect6 *ebpf.Program `ebpf:"connect6"`
+	Egress   *ebpf.Program `ebpf:"egress"`
+	Sendmsg4 *ebpf.Program `ebpf:"sendmsg4"`
+	Sendmsg6 *ebpf.Program `ebpf:"sendmsg6"`
 }
 
 func (p *EgressPrograms) Close() error {
 	return _EgressClose(
-		p.Configure,
 		p.Connect4,
 		p.Connect6,
 		p.Egress,

@@ -6,10 +6,13 @@
  */
 #include "cgroup.h"
 #include "owner.h"
+#include "verdict.h"
 
 #define EPERM 1
 
-const volatile bool enforce = true;	/* false: count, refuse nothing */
+/* The cgroup that this instance polices. */
+const volatile struct policed_cgroup policed;
+
 const volatile __u64 families;		/* let through: bit 1 << family */
 
 /* The flags that a container must have to be let through with a family all the same. */
@@ -54,20 +57,10 @@ static __always_inline bool may_use(const struct container *c, __u32 family)
 	return (c->flags & need) == need;
 }
 
-static __always_inline void count_denied(struct container *c)
-{
-	struct counters *sum = total();
-
-	if (c)
-		__sync_fetch_and_add(&c->counters.families_denied, 1);
-	if (sum)
-		__sync_fetch_and_add(&sum->families_denied, 1);
-}
-
 /* Whether the calling process may not make a socket. Those that the kernel makes for
  * itself are no way around: what makes them was judged.
  */
-static __always_inline bool refused(int family, int protocol, int kern, __u64 (*above)(void *, __u32))
+static __always_inline bool refused(int family, int protocol, int kern, ancestor_fn ancestor)
 {
 	struct container *c;
 
@@ -75,12 +68,11 @@ static __always_inline bool refused(int family, int protocol, int kern, __u64 (*
 		return protocol == probe_protocol;
 	if (kern || ((__u32)family < 64 && families >> family & 1))
 		return false;
-	if (above(NULL, policed_level) != policed_id || !find_container(above, NULL, &c))
+	if (ancestor(NULL, policed.level) != policed.id || !find_container(&policed, ancestor, NULL, &c))
 		return false;
 	if (c && may_use(c, family))
 		return false;
-	count_denied(c);
-	return enforce;
+	return refuse(c, HOOK_SOCKET, REASON_FAMILY, 0);
 }
 
 /* 6.0, where the BPF LSM is on. Runs for policed processes only. */

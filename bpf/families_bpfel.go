@@ -31,11 +31,10 @@ const (
 	FamiliesVarEnforce           = "enforce"
 	FamiliesVarFamilies          = "families"
 	FamiliesVarFamilyFlags       = "family_flags"
+	FamiliesVarFormat            = "format"
 	FamiliesVarHasAncestorHelper = "has_ancestor_helper"
-	FamiliesVarPolicedId         = "policed_id"
-	FamiliesVarPolicedLevel      = "policed_level"
+	FamiliesVarPoliced           = "policed"
 	FamiliesVarProbeProtocol     = "probe_protocol"
-	FamiliesVarRecognises        = "recognises"
 )
 
 // LoadFamilies returns the embedded CollectionSpec for Families.
@@ -107,11 +106,10 @@ type FamiliesVariableSpecs struct {
 	Enforce           *ebpf.VariableSpec `ebpf:"enforce"`
 	Families          *ebpf.VariableSpec `ebpf:"families"`
 	FamilyFlags       *ebpf.VariableSpec `ebpf:"family_flags"`
+	Format            *ebpf.VariableSpec `ebpf:"format"`
 	HasAncestorHelper *ebpf.VariableSpec `ebpf:"has_ancestor_helper"`
-	PolicedId         *ebpf.VariableSpec `ebpf:"policed_id"`
-	PolicedLevel      *ebpf.VariableSpec `ebpf:"policed_level"`
+	Policed           *ebpf.VariableSpec `ebpf:"policed"`
 	ProbeProtocol     *ebpf.VariableSpec `ebpf:"probe_protocol"`
-	Recognises        *ebpf.VariableSpec `ebpf:"recognises"`
 }
 
 // FamiliesObjects contains all objects after they have been loaded into the kernel.
@@ -168,11 +166,10 @@ type FamiliesVariables struct {
 	Enforce           *ebpf.Variable `ebpf:"enforce"`
 	Families          *ebpf.Variable `ebpf:"families"`
 	FamilyFlags       *ebpf.Variable `ebpf:"family_flags"`
+	Format            *ebpf.Variable `ebpf:"format"`
 	HasAncestorHelper *ebpf.Variable `ebpf:"has_ancestor_helper"`
-	PolicedId         *ebpf.Variable `ebpf:"policed_id"`
-	PolicedLevel      *ebpf.Variable `ebpf:"policed_level"`
+	Policed           *ebpf.Variable `ebpf:"policed"`
 	ProbeProtocol     *ebpf.Variable `ebpf:"probe_protocol"`
-	Recognises        *ebpf.Variable `ebpf:"recognises"`
 }
 
 // FamiliesPrograms contains all programs after they have been loaded into the kernel.

@@ -9,12 +9,6 @@
 
 #include "cgroup.h"
 #include "glance.h"
-
-static __always_inline __u64 ancestor_of(void *cgrp, __u32 level)
-{
-	return ancestor_id(cgrp, level);
-}
-
 #include "host.h"
 
 #define NF_DROP 0
@@ -160,6 +154,11 @@ __noinline int from_containers(struct bpf_nf_ctx *ctx)
 	       (lower != &in->adj_list.lower && leads_to_containers(adjacent(lower)));
 }
 
+static __always_inline __u64 above(void *cgrp, __u32 level)
+{
+	return ancestor_id(cgrp, level);
+}
+
 /* The container whose socket sent the packet, if that is still known: it is while a
  * bridge hands the packet to netfilter itself (br_netfilter). NULL if not.
  */
@@ -173,7 +172,7 @@ static __always_inline struct container *sender(struct sk_buff *skb)
 	state = sk->__sk_common.skc_state;
 	if (state == TCP_TIME_WAIT || state == TCP_NEW_SYN_RECV)
 		return NULL;
-	return container_of_sender(sk->sk_cgrp_data.cgroup);
+	return container_of_sender(above, sk->sk_cgrp_data.cgroup);
 }
 
 static __always_inline __be16 protocol(struct bpf_nf_ctx *ctx)
@@ -189,16 +188,18 @@ static __always_inline bool open_packet(struct bpf_nf_ctx *ctx, struct bpf_dynpt
 	return !bpf_dynptr_from_skb((struct __sk_buff *)ctx->skb, 0, data);
 }
 
-__noinline int count(struct bpf_nf_ctx *ctx)
+__noinline int refuse_packet(struct bpf_nf_ctx *ctx, __u32 reason)
 {
-	count_host_side(sender(ctx->skb), ctx->skb->len);
-	return 0;
+	return refuse(sender(ctx->skb), HOOK_HOST, reason, ctx->skb->len);
 }
 
-static __always_inline int drop(struct bpf_nf_ctx *ctx)
+static __always_inline int drop(struct bpf_nf_ctx *ctx, enum reason reason)
 {
-	count(ctx);
-	return enforce ? NF_DROP : NF_ACCEPT;
+	int refused = refuse_packet(ctx, reason);
+
+	/* The compiler knows what the function returns, and the verifier does not. */
+	asm volatile("" : "+r"(refused));
+	return refused ? NF_DROP : NF_ACCEPT;
 }
 
 /* How long those are that the packet is to be split into; 0 if it is not. */
@@ -258,10 +259,10 @@ __noinline int look_inside(struct bpf_nf_ctx *ctx, const struct inner *in, __u32
 
 __noinline int judge_inside(const struct flow *f, __u32 guessed)
 {
-	return f && may_pass_inside(f, guessed);
+	return f ? judge_as_unpacked(f, guessed) : REASON_MALFORMED;
 }
 
-/* Whether what a packet with this flow carries may pass. Its flow takes the place of that. */
+/* Why what a packet with this flow carries may not pass. The inner flow overwrites it. */
 __noinline int judge_carried(struct bpf_nf_ctx *ctx, struct flow *f)
 {
 	struct bpf_dynptr data;
@@ -269,23 +270,30 @@ __noinline int judge_carried(struct bpf_nf_ctx *ctx, struct flow *f)
 	struct inner in;
 
 	if (!f || !open_packet(ctx, &data, &p))
-		return 0;
+		return REASON_MALFORMED;
 	in = carried(&p, f);
-	return !in.protocol || look_inside(ctx, &in, 0, f->fragment, f) != A_FLOW || may_be_carried(f);
+	if (!in.protocol || look_inside(ctx, &in, 0, f->fragment, f) != A_FLOW)
+		return REASON_NONE;
+	return judge_as_carried(f);
 }
 
 __noinline int judge_flow(const struct flow *f, __u32 segments, __u32 device)
 {
-	return f && may_pass(f, segments, device);
+	return f ? judge_forwarded(f, segments, device) : REASON_MALFORMED;
 }
 
-static __always_inline int judge_forwarded(struct bpf_nf_ctx *ctx, __u32 device)
+/* Why a packet that came in by a device may not pass. */
+static __always_inline enum reason judge(struct bpf_nf_ctx *ctx, __u32 device)
 {
+	enum reason reason;
 	struct flow f = {};
 
-	if (!read_flow(ctx, &f) || !judge_flow(&f, segment_size(ctx->skb), device) || (carries(&f) && !judge_carried(ctx, &f)))
-		return drop(ctx);
-	return NF_ACCEPT;
+	if (!read_flow(ctx, &f))
+		return REASON_MALFORMED;
+	reason = judge_flow(&f, segment_size(ctx->skb), device);
+	if (reason == REASON_NONE && carries(&f))
+		reason = judge_carried(ctx, &f);
+	return reason;
 }
 
 /* Most packets pass at a glance. */
@@ -311,12 +319,12 @@ SEC("netfilter")
 int host_forward(struct bpf_nf_ctx *ctx)
 {
 	struct net_device *in = ctx->state->in;
+	enum reason reason;
 
-	if (!in || !from_containers(ctx))
+	if (!in || !from_containers(ctx) || plain(ctx))
 		return NF_ACCEPT;
-	if (plain(ctx))
-		return NF_ACCEPT;
-	return judge_forwarded(ctx, in->ifindex);
+	reason = judge(ctx, in->ifindex);
+	return reason == REASON_NONE ? NF_ACCEPT : drop(ctx, reason);
 }
 
 /* Notes what is in a datagram whose data is at an offset. */
@@ -330,12 +338,13 @@ __noinline int unpack(struct bpf_nf_ctx *ctx, __u32 off, struct inners *all)
 	return 0;
 }
 
-/* Whether a datagram whose data is at an offset, up to end, has something in it that may
- * not pass if the host unpacks it. With end 0 it is the last one.
+/* Why a datagram whose data is at an offset, up to end, may not pass, for what the host
+ * would unpack from it. With end 0 it is the last one.
  */
-__noinline int smuggles(struct bpf_nf_ctx *ctx, __u32 off, __u32 end, __u32 fragment)
+__noinline int judge_datagram(struct bpf_nf_ctx *ctx, __u32 off, __u32 end, __u32 fragment)
 {
 	struct inners all = {};
+	enum reason reason;
 
 	unpack(ctx, off, &all);
 	for (__u32 i = 0; i < MAX_INNER && i < all.n; i++) {
@@ -344,15 +353,16 @@ __noinline int smuggles(struct bpf_nf_ctx *ctx, __u32 off, __u32 end, __u32 frag
 
 		switch (look_inside(ctx, &in, end, fragment, &f)) {
 		case UNREADABLE:
-			return true;
+			return REASON_MALFORMED;
 		case A_FLOW:
-			if (!judge_inside(&f, in.guessed))
-				return true;
+			reason = judge_inside(&f, in.guessed);
+			if (reason != REASON_NONE)
+				return reason;
 			if (is_datagram(&f))
 				unpack(ctx, in.off + f.transport + UDP_HEADER, &all);
 		}
 	}
-	return all.deep || (all.cut && fragment);
+	return all.deep || (all.cut && fragment) ? REASON_MALFORMED : REASON_NONE;
 }
 
 /* NF_INET_LOCAL_IN: for packets to the host itself, which may unpack others from them.
@@ -362,25 +372,29 @@ SEC("netfilter")
 int host_deliver(struct bpf_nf_ctx *ctx)
 {
 	struct net_device *in = ctx->state->in;
+	enum reason reason;
 	struct flow f = {};
 	__u32 off, size;
 
 	if (!in || !from_containers(ctx))
 		return NF_ACCEPT;
-	if (!read_flow(ctx, &f) || for_tunnel(&f))
-		return drop(ctx);
+	if (!read_flow(ctx, &f))
+		return drop(ctx, REASON_MALFORMED);
+	if (for_tunnel(&f))
+		return drop(ctx, REASON_BLOCKED);
 	if (!is_datagram(&f))
 		return NF_ACCEPT;
 	size = segment_size(ctx->skb);
 	off = f.transport + UDP_HEADER;
 	for (int i = 0; i < MAX_SEGMENTS; i++) {
-		if (smuggles(ctx, off, size ? off + size : 0, f.fragment))
-			return drop(ctx);
+		reason = judge_datagram(ctx, off, size ? off + size : 0, f.fragment);
+		if (reason != REASON_NONE)
+			return drop(ctx, reason);
 		off += size;
 		if (!size || off >= ctx->skb->len)
 			return NF_ACCEPT;
 	}
-	return drop(ctx);
+	return drop(ctx, REASON_MALFORMED);
 }
 
 #define PROTO_ICMPV6 58
@@ -405,7 +419,7 @@ int host_answer(struct bpf_nf_ctx *ctx)
 	__builtin_memcpy(&to, &ip.daddr, sizeof(to));
 	/* As is told of the source that such a packet has. */
 	if (suspect(&to) && rule_flags(&to, (struct service){ .proto = PROTO_ICMPV6 }) & RULE_BLOCK_SOURCE)
-		return drop(ctx);
+		return drop(ctx, REASON_BLOCKED);
 	return NF_ACCEPT;
 }
 

@@ -1,64 +1,32 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* What the host side thinks of packets, whichever hook it has them from.
- *
- * Whoever includes this says which cgroups a packet's sender is in, by
- * ancestor_of(sender, level): the id of the one at a level below the root, 0 if that
- * is too deep.
- */
+/* What the host side thinks of packets, whichever hook it has them from. */
 #ifndef EGRESSBPF_HOST_H
 #define EGRESSBPF_HOST_H
 
 #include "limit.h"
 #include "opening.h"
+#include "owner.h"
 #include "packet.h"
 #include "parse.h"
 #include "rules.h"
-#include "state.h"
 #include "tunnels.h"
+#include "verdict.h"
 
-#define MAX_PLACES 8
-const volatile struct place places[MAX_PLACES];
+#define MAX_POLICED 8
+const volatile struct policed_cgroup policed[MAX_POLICED];
 
-/* The container that the sender is in; NULL if there is none, or no room for its state. */
-static __always_inline struct container *container_of_sender(void *sender)
+/* The container that the sender is in; NULL if there is none, or it has no state. */
+static __always_inline struct container *container_of_sender(ancestor_fn ancestor, void *sender)
 {
-	for (int i = 0; i < MAX_PLACES && places[i].id; i++) {
-		__u32 top = places[i].level;
-		__u64 id;
+	struct container *c = NULL;
 
-		if (ancestor_of(sender, top) != places[i].id)
-			continue;
-		if (!places[i].recognises) {
-			id = ancestor_of(sender, top + 1);
-			return id ? state_of(id) : NULL;
+	for (int i = 0; i < MAX_POLICED && policed[i].id; i++) {
+		if (ancestor(sender, policed[i].level) == policed[i].id) {
+			find_container(&policed[i], ancestor, sender, &c);
+			break;
 		}
-		for (__u32 l = 1; l <= MAX_DEPTH; l++) {
-			struct container *c;
-
-			id = ancestor_of(sender, top + l);
-			if (!id)
-				return NULL;
-			c = bpf_map_lookup_elem(&containers, &id);
-			if (c)
-				return c;
-		}
-		return NULL;
 	}
-	return NULL;
-}
-
-static __always_inline void count_host_side(struct container *c, __u64 bytes)
-{
-	struct counters *sum = total();
-
-	if (sum) {
-		__sync_fetch_and_add(&sum->host_side.packets, 1);
-		__sync_fetch_and_add(&sum->host_side.bytes, bytes);
-	}
-	if (c) {
-		__sync_fetch_and_add(&c->counters.host_side.packets, 1);
-		__sync_fetch_and_add(&c->counters.host_side.bytes, bytes);
-	}
+	return c;
 }
 
 /* Whether a blocked packet is one that the egress hook has let through, since its
@@ -102,7 +70,6 @@ static const struct device new_device;
 static __always_inline bool take_device_token(__u32 index)
 {
 	struct device *d = bpf_map_lookup_elem(&devices, &index);
-	struct counters *sum;
 	bool taken;
 	__u64 now;
 
@@ -118,9 +85,8 @@ static __always_inline bool take_device_token(__u32 index)
 	bpf_spin_lock(&d->lock);
 	taken = bucket_take(&d->bucket, &default_limit, now);
 	bpf_spin_unlock(&d->lock);
-	sum = total();
-	if (taken && sum)
-		__sync_fetch_and_add(&sum->smtp_allowed, 1);
+	if (taken)
+		count_allowed(NULL);
 	return taken;
 }
 
@@ -188,19 +154,21 @@ static __always_inline bool admit_mail(const struct flow *f, __u32 index)
 	return true;
 }
 
-/* Whether a packet that came in by a device may go where it wants to. segments is how long
+/* Why a packet that came in by a device may not go where it wants to. segments is how long
  * those are that it is to be split into; 0 if it is not.
  */
-static __always_inline bool may_pass(const struct flow *f, __u32 segments, __u32 device)
+static __always_inline enum reason judge_forwarded(const struct flow *f, __u32 segments, __u32 device)
 {
 	__u32 why = blocked(f);
 
 	if (why && !take_permit(f, why))
-		return false;
+		return REASON_BLOCKED;
 	/* No kernel asks for several connections at once. */
 	if (f->proto == IPPROTO_TCP && opens(f) && segments)
-		return false;
-	return !(f->proto == IPPROTO_TCP && f->has_ports && smtp_ports[f->dport]) || admit_mail(f, device);
+		return REASON_MALFORMED;
+	if (f->proto == IPPROTO_TCP && f->has_ports && smtp_ports[f->dport] && !admit_mail(f, device))
+		return REASON_RATE_LIMITED;
+	return REASON_NONE;
 }
 
 #define ETH_P_8021Q 0x8100
@@ -391,12 +359,14 @@ static __always_inline bool carries(const struct flow *f)
 	return !mapped4(&f->dst) && (f->proto == PROTO_IPIP || f->proto == PROTO_IPV6 || f->proto == PROTO_ETHERNET);
 }
 
-/* Whether such a packet may pass, for all that is known of where it is unpacked. */
-static __always_inline bool may_be_carried(const struct flow *f)
+/* Why such a packet may not pass, for all that is known of where it is unpacked. */
+static __always_inline enum reason judge_as_carried(const struct flow *f)
 {
 	if (blocked(f))
-		return false;
-	return f->proto != IPPROTO_TCP || !opens(f) || !smtp_ports[f->dport] || exempt(f) || !default_limit.count;
+		return REASON_BLOCKED;
+	if (f->proto == IPPROTO_TCP && opens(f) && smtp_ports[f->dport] && !exempt(f) && default_limit.count)
+		return REASON_RATE_LIMITED;
+	return REASON_NONE;
 }
 
 /* The first bytes of IP headers. */
@@ -455,14 +425,16 @@ static __always_inline enum inside trim(struct packet *p, bool fragment)
 	return A_FLOW;
 }
 
-/* Whether what a tunnel of this host would unpack may go where it wants to. None of it is
+/* Why what a tunnel of this host would unpack may not go where it wants to. None of it is
  * mail, or for another tunnel, of which any data may remind.
  */
-static __always_inline bool may_pass_inside(const struct flow *f, bool guessed)
+static __always_inline enum reason judge_as_unpacked(const struct flow *f, bool guessed)
 {
 	if (blocked(f) || (!guessed && for_tunnel(f)))
-		return false;
-	return f->proto != IPPROTO_TCP || !f->has_ports || !smtp_ports[f->dport] || exempt(f) || !default_limit.count;
+		return REASON_BLOCKED;
+	if (f->proto == IPPROTO_TCP && f->has_ports && smtp_ports[f->dport] && !exempt(f) && default_limit.count)
+		return REASON_RATE_LIMITED;
+	return REASON_NONE;
 }
 
 #endif

@@ -19,13 +19,6 @@ type HostDeviceName struct {
 	Name [16]int8
 }
 
-type HostPlace struct {
-	_          structs.HostLayout
-	Id         uint64
-	Level      uint32
-	Recognises uint32
-}
-
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -48,10 +41,11 @@ const (
 	HostProgHostForward   = "host_forward"
 	HostVarDefaultLimit   = "default_limit"
 	HostVarEnforce        = "enforce"
+	HostVarFormat         = "format"
 	HostVarHasCoarseClock = "has_coarse_clock"
 	HostVarHasDeviceNames = "has_device_names"
 	HostVarHasExempt      = "has_exempt"
-	HostVarPlaces         = "places"
+	HostVarPoliced        = "policed"
 	HostVarSmtpPorts      = "smtp_ports"
 	HostVarSuspects4      = "suspects4"
 	HostVarSuspects6      = "suspects6"
@@ -129,10 +123,11 @@ type HostMapSpecs struct {
 type HostVariableSpecs struct {
 	DefaultLimit   *ebpf.VariableSpec `ebpf:"default_limit"`
 	Enforce        *ebpf.VariableSpec `ebpf:"enforce"`
+	Format         *ebpf.VariableSpec `ebpf:"format"`
 	HasCoarseClock *ebpf.VariableSpec `ebpf:"has_coarse_clock"`
 	HasDeviceNames *ebpf.VariableSpec `ebpf:"has_device_names"`
 	HasExempt      *ebpf.VariableSpec `ebpf:"has_exempt"`
-	Places         *ebpf.VariableSpec `ebpf:"places"`
+	Policed        *ebpf.VariableSpec `ebpf:"policed"`
 	SmtpPorts      *ebpf.VariableSpec `ebpf:"smtp_ports"`
 	Suspects4      *ebpf.VariableSpec `ebpf:"suspects4"`
 	Suspects6      *ebpf.VariableSpec `ebpf:"suspects6"`
@@ -197,10 +192,11 @@ func (m *HostMaps) Close() error {
 type HostVariables struct {
 	DefaultLimit   *ebpf.Variable `ebpf:"default_limit"`
 	Enforce        *ebpf.Variable `ebpf:"enforce"`
+	Format         *ebpf.Variable `ebpf:"format"`
 	HasCoarseClock *ebpf.Variable `ebpf:"has_coarse_clock"`
 	HasDeviceNames *ebpf.Variable `ebpf:"has_device_names"`
 	HasExempt      *ebpf.Variable `ebpf:"has_exempt"`
-	Places         *ebpf.Variable `ebpf:"places"`
+	Policed        *ebpf.Variable `ebpf:"policed"`
 	SmtpPorts      *ebpf.Variable `ebpf:"smtp_ports"`
 	Suspects4      *ebpf.Variable `ebpf:"suspects4"`
 	Suspects6      *ebpf.Variable `ebpf:"suspects6"`

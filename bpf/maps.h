@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* State. The controller pins it and hands it to the next version of the programs. */
+/* State. The controller pins it and hands it to the next version of the programs: the first
+ * four maps with all that is in them (internal/maps, Kept), the others where they still fit.
+ */
 #ifndef EGRESSBPF_MAPS_H
 #define EGRESSBPF_MAPS_H
 
@@ -40,7 +42,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct counters);
+	__type(value, struct sums);
 } totals SEC(".maps");
 
 /* The mail connection that a TCP socket has paid for. */

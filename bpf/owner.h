@@ -5,31 +5,20 @@
 
 #include "state.h"
 
-/* The cgroup that this instance polices, and its depth below the root. */
-const volatile __u64 policed_id;
-const volatile __u32 policed_level;
-
-/* false: each of its children is a container.
- * true: the containers are those in the map, at any depth, which bpf/cgroups.bpf.c
- * puts there; all else is let alone.
+/* Returns the id of the cgroup at a level below the root that something is in, whatever
+ * ctx is; 0 if it is not in one so deep.
  */
-const volatile bool recognises;
+typedef __u64 (*ancestor_fn)(void *ctx, __u32 level);
 
-/* Finds the container among the cgroups that above() returns for the levels below the
- * policed one, 0 for those that are too deep. False if it belongs to none; else c is
- * its state, NULL if it has none.
+/* Finds the outermost cgroup below a level that is known for a container's. False if there
+ * is none; else c is its state, NULL if it has none.
  */
-static __always_inline bool find_container(__u64 (*above)(void *, __u32), void *ctx, struct container **c)
+static __always_inline bool find_known(__u32 top, ancestor_fn ancestor, void *ctx, struct container **c)
 {
 	__u64 id;
 
-	if (!recognises) {
-		id = above(ctx, policed_level + 1);
-		*c = state_of(id ? id : policed_id);
-		return true;
-	}
 	for (__u32 i = 1; i <= MAX_DEPTH; i++) {
-		id = above(ctx, policed_level + i);
+		id = ancestor(ctx, top + i);
 		if (!id)
 			break;
 		*c = bpf_map_lookup_elem(&containers, &id);
@@ -39,13 +28,27 @@ static __always_inline bool find_container(__u64 (*above)(void *, __u32), void *
 	*c = NULL;
 	/* A loop of its own: in the one above, the verifier would follow each step in more ways. */
 	for (__u32 i = 1; i <= MAX_DEPTH; i++) {
-		id = above(ctx, policed_level + i);
+		id = ancestor(ctx, top + i);
 		if (!id)
 			break;
 		if (is_stateless(id))
 			return true;
 	}
 	return false;
+}
+
+/* Finds the container below a policed cgroup, in which ctx is. False if it belongs to
+ * none; else c is its state, NULL if it has none.
+ */
+static __always_inline bool find_container(const volatile struct policed_cgroup *p, ancestor_fn ancestor, void *ctx, struct container **c)
+{
+	__u64 id;
+
+	if (p->recognises)
+		return find_known(p->level, ancestor, ctx, c);
+	id = ancestor(ctx, p->level + 1);
+	*c = state_of(id ? id : p->id);
+	return true;
 }
 
 #endif

@@ -26,7 +26,6 @@ struct {
 } ports SEC(".maps");
 
 /* Constants of the loaded policy. The verifier prunes what they switch off. */
-const volatile bool enforce = true;	/* false: count, drop nothing */
 const volatile bool has_exempt;
 const volatile bool has_coarse_clock;	/* bpf_ktime_get_coarse_ns(), 5.11 */
 const volatile struct limit default_limit;

@@ -27,26 +27,9 @@ static __always_inline struct container *state_of(__u64 id)
 static __always_inline struct counters *total(void)
 {
 	__u32 key = 0;
+	struct sums *sums = bpf_map_lookup_elem(&totals, &key);
 
-	return bpf_map_lookup_elem(&totals, &key);
-}
-
-/* The sum is shared with programs that interrupt this one, so it needs atomic
- * additions as well. It comes first: whoever reads it last never finds less in it than in
- * a container.
- */
-static __always_inline void count_drop(struct container *c, enum reason reason, __u64 bytes)
-{
-	struct counters *sum = total();
-
-	if (sum) {
-		__sync_fetch_and_add(&sum->dropped[reason].packets, 1);
-		__sync_fetch_and_add(&sum->dropped[reason].bytes, bytes);
-	}
-	if (c) {
-		__sync_fetch_and_add(&c->counters.dropped[reason].packets, 1);
-		__sync_fetch_and_add(&c->counters.dropped[reason].bytes, bytes);
-	}
+	return sums ? &sums->counters : NULL;
 }
 
 static __always_inline void count_allowed(struct container *c)
@@ -55,7 +38,8 @@ static __always_inline void count_allowed(struct container *c)
 
 	if (sum)
 		__sync_fetch_and_add(&sum->smtp_allowed, 1);
-	__sync_fetch_and_add(&c->counters.smtp_allowed, 1);
+	if (c)
+		__sync_fetch_and_add(&c->counters.smtp_allowed, 1);
 }
 
 #endif

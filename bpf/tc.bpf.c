@@ -6,16 +6,9 @@
  */
 #define RULES_LINKAGE __noinline
 
-#include "types.h"
+#include "host.h"
 
 #include <bpf/bpf_helpers.h>
-
-static __always_inline __u64 ancestor_of(void *skb, __u32 level)
-{
-	return bpf_skb_ancestor_cgroup_id(skb, level);
-}
-
-#include "host.h"
 
 #define TC_ACT_UNSPEC (-1)	/* on to filters of others */
 #define TC_ACT_SHOT 2
@@ -86,20 +79,24 @@ static __always_inline bool open_packet(struct __sk_buff *skb, struct packet *p)
 	return true;
 }
 
-/* The next are functions of their own for the verifier's sake. */
-
-__noinline int count(struct __sk_buff *skb)
+static __always_inline __u64 above(void *skb, __u32 level)
 {
-	struct packet p = {};
-
-	count_host_side(container_of_sender(skb), open_packet(skb, &p) ? p.len : skb->len);
-	return 0;
+	return bpf_skb_ancestor_cgroup_id(skb, level);
 }
 
-static __always_inline int drop(struct __sk_buff *skb)
+/* The next are functions of their own for the verifier's sake. */
+
+__noinline int refuse_packet(struct __sk_buff *skb, __u32 reason)
 {
-	count(skb);
-	return enforce ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	struct packet p = {};
+	__u32 len = open_packet(skb, &p) ? p.len : skb->len;
+
+	return refuse(container_of_sender(above, skb), HOOK_HOST, reason, len);
+}
+
+static __always_inline int drop(struct __sk_buff *skb, enum reason reason)
+{
+	return refuse_packet(skb, reason) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
 /* Reads a packet as a flow; 0 if it cannot be judged. */
@@ -141,7 +138,7 @@ __noinline int judge_flow(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch();
 
-	return s && may_pass(&s->flow, skb->gso_size, skb->ifindex);
+	return s ? judge_forwarded(&s->flow, skb->gso_size, skb->ifindex) : REASON_MALFORMED;
 }
 
 /* Reads the packet at an offset, in place of the flow. */
@@ -184,35 +181,31 @@ __noinline int judge_inside(__u32 guessed)
 {
 	struct scratch *s = scratch();
 
-	return s && may_pass_inside(&s->flow, guessed);
+	return s ? judge_as_unpacked(&s->flow, guessed) : REASON_MALFORMED;
 }
 
-/* Whether what the packet that was read carries may pass. */
+/* Why what the packet that was read carries may not pass. */
 __noinline int judge_carried(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch();
 	struct flow outer;
 	struct inner in;
+	enum reason reason = REASON_NONE;
 	struct packet p;
-	int passes;
 
 	if (!s)
-		return 0;
+		return REASON_MALFORMED;
+	if (!carries(&s->flow))
+		return REASON_NONE;
 	p = opened(skb, s);
 	in = carried(&p, &s->flow);
 	if (!in.protocol)
-		return 1;
+		return REASON_NONE;
 	outer = s->flow;
-	passes = look_inside(skb, in.off, in.protocol, in.guessed) != A_FLOW || may_be_carried(&s->flow);
+	if (look_inside(skb, in.off, in.protocol, in.guessed) == A_FLOW)
+		reason = judge_as_carried(&s->flow);
 	s->flow = outer;
-	return passes;
-}
-
-static __always_inline bool may_carry(struct __sk_buff *skb)
-{
-	struct scratch *s = scratch();
-
-	return s && (!carries(&s->flow) || judge_carried(skb));
+	return reason;
 }
 
 /* Whether the host is to have the packet itself, and may unpack it. */
@@ -253,53 +246,59 @@ static __always_inline void look_into(struct __sk_buff *skb, struct scratch *s, 
 	unpack(skb, off);
 }
 
-/* Whether a datagram with its data at an offset has something in it that may not pass if
- * the host unpacks it.
+/* Why a datagram with its data at an offset may not pass, for what the host would unpack
+ * from it.
  */
-__noinline int smuggles(struct __sk_buff *skb, __u32 off)
+__noinline int judge_datagram(struct __sk_buff *skb, __u32 off)
 {
 	struct scratch *s = scratch();
+	enum reason reason;
 
 	if (!s)
-		return true;
+		return REASON_MALFORMED;
 	look_into(skb, s, off);
 	for (__u32 i = 0; i < MAX_INNER && i < s->inners.n; i++) {
 		struct inner in = s->inners.list[i];
 
 		switch (look_inside(skb, in.off, in.protocol, in.guessed)) {
 		case UNREADABLE:
-			return true;
+			return REASON_MALFORMED;
 		case A_FLOW:
-			if (!judge_inside(in.guessed))
-				return true;
+			reason = judge_inside(in.guessed);
+			if (reason != REASON_NONE)
+				return reason;
 			if (is_datagram(&s->flow))
 				unpack(skb, in.off + s->flow.transport + UDP_HEADER);
 		}
 	}
-	return s->inners.deep || (s->inners.cut && s->fragment);
+	return s->inners.deep || (s->inners.cut && s->fragment) ? REASON_MALFORMED : REASON_NONE;
 }
 
-/* Whether a packet to the host itself may not pass, since it would unpack others from it. */
-static __always_inline bool smuggles_any(struct __sk_buff *skb)
+/* Why a packet to the host itself may not pass, since the host would unpack others from it. */
+static __always_inline enum reason judge_delivered(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch();
+	enum reason reason;
 	__u32 off, len;
 
-	if (!s || for_tunnel(&s->flow))
-		return true;
+	if (!s)
+		return REASON_MALFORMED;
+	if (for_tunnel(&s->flow))
+		return REASON_BLOCKED;
 	if (!is_datagram(&s->flow))
-		return false;
+		return REASON_NONE;
 	off = s->flow.transport + UDP_HEADER;
 	len = s->len;
 	for (int i = 0; i < MAX_SEGMENTS; i++) {
 		s->end = skb->gso_size ? off + skb->gso_size : 0;
-		if (smuggles(skb, off))
-			return true;
+		reason = judge_datagram(skb, off);
+		if (reason != REASON_NONE)
+			return reason;
 		off += skb->gso_size;
 		if (!skb->gso_size || off >= len)
-			return false;
+			return REASON_NONE;
 	}
-	return true;
+	return REASON_MALFORMED;
 }
 
 /* Whether the packet could matter to the host if it is for that, which costs more to find
@@ -320,13 +319,18 @@ static __always_inline bool could_smuggle(struct __sk_buff *skb)
 SEC("tc")
 int host_ingress(struct __sk_buff *skb)
 {
+	enum reason reason;
+
 	if (skb->protocol == bpf_htons(ETH_P_ARP))
 		return TC_ACT_UNSPEC;
-	if (!read_flow(skb) || !judge_flow(skb) || !may_carry(skb))
-		return drop(skb);
-	if (could_smuggle(skb) && for_this_host(skb) && smuggles_any(skb))
-		return drop(skb);
-	return TC_ACT_UNSPEC;
+	if (!read_flow(skb))
+		return drop(skb, REASON_MALFORMED);
+	reason = judge_flow(skb);
+	if (reason == REASON_NONE)
+		reason = judge_carried(skb);
+	if (reason == REASON_NONE && could_smuggle(skb) && for_this_host(skb))
+		reason = judge_delivered(skb);
+	return reason == REASON_NONE ? TC_ACT_UNSPEC : drop(skb, reason);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -8,17 +8,9 @@ import (
 	_ "embed"
 	"fmt"
 	"io"
-	"structs"
 
 	"github.com/cilium/ebpf"
 )
-
-type TcPlace struct {
-	_          structs.HostLayout
-	Id         uint64
-	Level      uint32
-	Recognises uint32
-}
 
 // Names of all BPF objects in the ELF.
 //
@@ -40,10 +32,11 @@ const (
 	TcProgHostIngress   = "host_ingress"
 	TcVarDefaultLimit   = "default_limit"
 	TcVarEnforce        = "enforce"
+	TcVarFormat         = "format"
 	TcVarHasCoarseClock = "has_coarse_clock"
 	TcVarHasExempt      = "has_exempt"
 	TcVarLinkHeader     = "link_header"
-	TcVarPlaces         = "places"
+	TcVarPoliced        = "policed"
 	TcVarSmtpPorts      = "smtp_ports"
 	TcVarSuspects4      = "suspects4"
 	TcVarSuspects6      = "suspects6"
@@ -119,10 +112,11 @@ type TcMapSpecs struct {
 type TcVariableSpecs struct {
 	DefaultLimit   *ebpf.VariableSpec `ebpf:"default_limit"`
 	Enforce        *ebpf.VariableSpec `ebpf:"enforce"`
+	Format         *ebpf.VariableSpec `ebpf:"format"`
 	HasCoarseClock *ebpf.VariableSpec `ebpf:"has_coarse_clock"`
 	HasExempt      *ebpf.VariableSpec `ebpf:"has_exempt"`
 	LinkHeader     *ebpf.VariableSpec `ebpf:"link_header"`
-	Places         *ebpf.VariableSpec `ebpf:"places"`
+	Policed        *ebpf.VariableSpec `ebpf:"policed"`
 	SmtpPorts      *ebpf.VariableSpec `ebpf:"smtp_ports"`
 	Suspects4      *ebpf.VariableSpec `ebpf:"suspects4"`
 	Suspects6      *ebpf.VariableSpec `ebpf:"suspects6"`
@@ -187,10 +181,11 @@ func (m *TcMaps) Close() error {
 type TcVariables struct {
 	DefaultLimit   *ebpf.Variable `ebpf:"default_limit"`
 	Enforce        *ebpf.Variable `ebpf:"enforce"`
+	Format         *ebpf.Variable `ebpf:"format"`
 	HasCoarseClock *ebpf.Variable `ebpf:"has_coarse_clock"`
 	HasExempt      *ebpf.Variable `ebpf:"has_exempt"`
 	LinkHeader     *ebpf.Variable `ebpf:"link_header"`
-	Places         *ebpf.Variable `ebpf:"places"`
+	Policed        *ebpf.Variable `ebpf:"policed"`
 	SmtpPorts      *ebpf.Variable `ebpf:"smtp_ports"`
 	Suspects4      *ebpf.Variable `ebpf:"suspects4"`
 	Suspects6      *ebpf.Variable `ebpf:"suspects6"`

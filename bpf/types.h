@@ -12,15 +12,34 @@
 /* Of bytes that are compared and copied as words, not one by one. */
 #define AS_WORDS __attribute__((aligned(4)))
 
-/* Why a packet was not let through. Indexes counters.dropped. */
+/* Where something is refused. */
+enum hook {
+	HOOK_EGRESS,	/* a packet that leaves a container */
+	HOOK_CONNECT,	/* connect() or sendmsg() */
+	HOOK_SOCKET,	/* socket() */
+	HOOK_HOST,	/* a packet that reaches the host from a container */
+};
+
+/* Why it is refused. Indexes arrays that are kept: a new reason goes to the end. */
 enum reason {
 	REASON_MALFORMED,	/* unreadable, or its header hides where it goes */
 	REASON_BLOCKED,		/* destination (or source) on the block list */
 	REASON_RATE_LIMITED,	/* a mail connection without a token */
 	REASON_NO_BUCKET,	/* a mail connection of a container without state */
+	REASON_FAMILY,		/* a socket of a family that the policy refuses */
 	REASONS,
-	REASON_NONE = REASONS,	/* let through */
+	REASON_NONE = REASONS,	/* not refused */
 };
+
+/* Kept maps (bpf/maps.h) pass from version to version, in both directions. Their values grow
+ * at the end alone, and best into what is spare: then nothing has to be copied. The format is
+ * a number that changes when a field comes to mean something else: a version refuses to take
+ * over maps of a format that it does not know.
+ */
+#define FORMAT 2
+
+#define FIRST_REASONS 4	/* those of format 1 */
+#define MAX_REASONS 12
 
 struct traffic {
 	__u64 packets;
@@ -33,11 +52,23 @@ struct drops {
 	__u64 connects;		/* attempts refused in connect() or sendmsg() */
 };
 
+#define COUNTERS_1                                                                                 \
+	struct drops dropped[FIRST_REASONS];                                                       \
+	__u64 smtp_allowed;	/* mail connections that took a token */                           \
+	__u64 families_denied;	/* refused at HOOK_SOCKET */                                       \
+	struct traffic host_side /* refused at HOOK_HOST, whatever the reason */
+
+/* Nothing but __u64 inside: see carry() in bpf/control.bpf.c. */
 struct counters {
-	struct drops dropped[REASONS];
-	__u64 smtp_allowed;	/* mail connections that took a token */
-	__u64 families_denied;	/* sockets of families that are refused */
-	struct traffic host_side;	/* dropped on the host, whatever the reason */
+	COUNTERS_1;
+	/* Since format 2. */
+	struct drops more_dropped[MAX_REASONS - FIRST_REASONS];	/* goes on where dropped ends */
+	struct traffic host_dropped[MAX_REASONS];	/* host_side, by reason */
+	__u64 spare[8];
+};
+
+struct counters_1 {
+	COUNTERS_1;
 };
 
 /* count tokens a period, with up to burst at once. A token lasts
@@ -72,14 +103,37 @@ enum container_flag {
 	CONTAINER_FAMILIES = 0x7ffffffc,	/* sockets that it may make, a bit for each family */
 };
 
+#define CONTAINER_1                                                                                \
+	struct bpf_spin_lock lock; /* of all but counters; up here, where 5.10 looks for it */     \
+	enum container_flag flags;                                                                 \
+	struct bucket bucket;                                                                      \
+	struct limit limit /* its own */
+
 /* Everything kept about a container. Key: id of its cgroup. */
 struct container {
-	struct bpf_spin_lock lock;	/* of all but counters; up here, where 5.10 looks for it */
-	enum container_flag flags;
-	struct bucket bucket;
-	struct limit limit;		/* its own */
+	CONTAINER_1;
 	struct counters counters;
+	__u64 spare[8];
 };
+
+struct container_1 {
+	CONTAINER_1;
+	struct counters_1 counters;
+};
+
+/* Sums over all containers. */
+struct sums {
+	struct counters counters;
+	__u32 format;		/* since format 2, of all maps that are kept */
+	__u32 reserved;
+	__u64 spare[7];
+};
+
+_Static_assert(sizeof(struct counters_1) == 128, "format 1 is what it was");
+_Static_assert(sizeof(struct container_1) == 200, "format 1 is what it was");
+_Static_assert(__builtin_offsetof(struct counters, more_dropped) == sizeof(struct counters_1), "format 1 comes first");
+_Static_assert(sizeof(struct container) == 712, "format 2 is what it was");
+_Static_assert(sizeof(struct sums) == 640, "format 2 is what it was");
 
 /* Why nothing is kept about a container. */
 enum without_state {
@@ -137,7 +191,7 @@ struct device_name {
 };
 
 /* A policed cgroup. */
-struct place {
+struct policed_cgroup {
 	__u64 id;
 	__u32 level;		/* depth below the root */
 	__u32 recognises;	/* 0: its children are containers; 1: what is recognised is */
@@ -188,7 +242,7 @@ struct flow_key {
 
 /* A container by its name: that of its cgroup, and the policed cgroup that this is in. */
 struct name_key {
-	__u64 place;
+	__u64 policed;
 	char name[256];		/* NAME_MAX and a NUL */
 };
 
@@ -197,7 +251,7 @@ struct past {
 	struct bucket bucket;
 	struct limit limit;		/* if it was set by hand */
 	enum container_flag flags;
-	__u32 reserved;
+	__u32 spare;
 };
 
 /* Input of the program configure, behind an Ethernet header: the flags in mask become
@@ -211,6 +265,16 @@ struct request {
 	__u32 keep_limit;
 	enum container_flag unless;
 	struct limit limit;
+};
+
+/* Input of the program carry, behind an Ethernet header and before the counters to move
+ * from one map to the map that replaces it.
+ */
+struct cargo {
+	__u64 id;		/* of the container's cgroup; 0: the sums over all */
+	__u32 tokens;		/* that were taken since the bucket was copied */
+	__u32 reserved;
+	struct bucket bucket;	/* replaces one that is unused, or fuller */
 };
 
 /* What the policy says of a destination. */

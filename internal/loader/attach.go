@@ -114,7 +114,7 @@ func (f *Filter) plan(named []string, p policy.Policy, change *pins.Change) (*pl
 	if err := f.pins.Check(); err != nil {
 		return nil, err
 	}
-	if unknown, err := f.pins.Unknown(); err != nil {
+	if unknown, err := f.pins.UnknownLinks(); err != nil {
 		return nil, err
 	} else if len(unknown) > 0 {
 		return nil, fmt.Errorf("%s: %w", unknown[0], ErrOtherVersion)
@@ -171,16 +171,15 @@ func (f *Filter) checkNested(rels []string) error {
 
 // begin opens the state and has the policy's lists in the kernel.
 func (f *Filter) begin(p policy.Policy, change *pins.Change) (*attachment, error) {
-	state, err := f.openState(change)
+	state, migration, err := f.openState(change, f.format)
 	if err != nil {
 		return nil, err
 	}
-	change.Keep(state)
 	shared, err := loadPolicy(p)
 	if err != nil {
 		return nil, err
 	}
-	a := &attachment{loaded: shared, change: change, state: state}
+	a := &attachment{loaded: shared, change: change, state: state, migration: migration}
 	gap, err := socketIdentityGap()
 	if err != nil {
 		a.close()
@@ -215,5 +214,20 @@ func (f *Filter) finish(a *attachment, plan *plan) error {
 			}
 		}
 	}
-	return nil
+	return f.complete(a)
+}
+
+// complete takes over what was counted in maps that others replace. It comes last: what it
+// has moved is not to be undone.
+func (f *Filter) complete(a *attachment) error {
+	if a.migration == nil {
+		return nil
+	}
+	if err := a.change.Step("carry over what was counted"); err != nil {
+		return err
+	}
+	if err := a.migration.Carry(); err != nil {
+		return err
+	}
+	return f.pins.UnpinReplaced()
 }

@@ -5,11 +5,15 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
 // SetFault has fault run before each step that changes anything.
 func (f *Filter) SetFault(fault func(step string) error) { f.fault = fault }
+
+// SetFormat has attaches leave maps of a format.
+func (f *Filter) SetFormat(format maps.Format) { f.format = format }
 
 // MountForHost has mounts count as the host's.
 func MountForHost() { inHostsMounts = func() (bool, error) { return true, nil } }

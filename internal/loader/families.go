@@ -4,10 +4,10 @@ import (
 	"fmt"
 	"path/filepath"
 
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
 	"github.com/egressbpf/egressbpf/bpf"
-	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -52,12 +52,10 @@ func (f families) attachTarget(t *target, a *attachment) error {
 		return nil
 	}
 	prog, err := a.refuser.loadFor(a.state, map[string]any{
-		bpf.FamiliesVarEnforce:      a.policy.Mode == policy.Enforce,
-		bpf.FamiliesVarFamilies:     a.policy.Families.Mask(),
-		bpf.FamiliesVarFamilyFlags:  maps.FamilyFlags(),
-		bpf.FamiliesVarPolicedId:    t.id,
-		bpf.FamiliesVarPolicedLevel: cgroup.Level(t.rel),
-		bpf.FamiliesVarRecognises:   t.recognises,
+		bpf.FamiliesVarEnforce:     a.policy.Mode == policy.Enforce,
+		bpf.FamiliesVarFamilies:    a.policy.Families.Mask(),
+		bpf.FamiliesVarFamilyFlags: maps.FamilyFlags(),
+		bpf.FamiliesVarPoliced:     policedCgroup(t.rel, t.id, t.recognises),
 	})
 	if err != nil {
 		return err
@@ -106,7 +104,7 @@ func (f families) older(d Defence, r *reading) Defence {
 	for _, p := range r.policed {
 		egress := p.info[hooks[0].name]
 		if p.families != nil && egress != nil && older(p.families.Program, egress.Program) {
-			return r.keptBy(d, p.familiesDoc)
+			return r.keptBy(d, p.familiesDoc, []ebpf.ProgramID{p.families.Program})
 		}
 	}
 	return d

@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
@@ -48,6 +49,8 @@ var inHostsMounts = pins.InHostsMounts
 type Filter struct {
 	site
 	fault pins.Fault
+	// format is that of the maps that an attach leaves.
+	format maps.Format
 
 	egress      egress
 	recognition recognition
@@ -61,6 +64,7 @@ func New(pinPath string, root cgroup.Root) *Filter {
 	at := site{pins: pins.At(pinPath), root: root}
 	return &Filter{
 		site:        at,
+		format:      maps.Latest,
 		egress:      egress{at},
 		recognition: recognition{at},
 		families:    families{at},

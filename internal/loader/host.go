@@ -9,8 +9,6 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"github.com/egressbpf/egressbpf/bpf"
-	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
@@ -145,7 +143,7 @@ func (h host) defence(r *reading) Defence {
 		return d
 	}
 	if r.olderThanFilter(in.programs) {
-		d = r.keptBy(d, in.doc)
+		d = r.keptBy(d, in.doc, in.programs)
 	}
 	if reason, remark := judgesElsewhere(in.doc.Network); !remark {
 		d.Active, d.Reason = false, reason
@@ -211,15 +209,4 @@ func (h host) findUnjudged(d *Defence, r *reading, doc *document) {
 // hostDocument is the document of the host side's programs.
 func (l *loaded) hostDocument(devices []policy.Device) document {
 	return document{Version: Version(), Policy: l.policy, Devices: devices, Network: netNamespace("self")}
-}
-
-// hostPoliced returns the policed cgroups as the programs of the host side know them.
-func hostPoliced(targets []*target) (policed [maxPoliced]bpf.HostPlace) {
-	for i, t := range targets {
-		policed[i] = bpf.HostPlace{Id: t.id, Level: cgroup.Level(t.rel)}
-		if t.recognises {
-			policed[i].Recognises = 1
-		}
-	}
-	return policed
 }

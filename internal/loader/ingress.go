@@ -63,7 +63,7 @@ func (l *loaded) hostIngress(state *maps.State, targets []*target, devices []pol
 	if err != nil {
 		return nil, err
 	}
-	if err := set(spec, map[string]any{bpf.TcVarPlaces: hostPoliced(targets), bpf.TcVarLinkHeader: linkHeader}); err != nil {
+	if err := set(spec, map[string]any{bpf.TcVarPoliced: policedBy(targets), bpf.TcVarLinkHeader: linkHeader}); err != nil {
 		return nil, err
 	}
 	var progs struct {

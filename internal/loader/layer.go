@@ -26,9 +26,12 @@ type site struct {
 // attachment is an attach under way: what layers get, and what they leave for each other.
 type attachment struct {
 	*loaded
-	change  *pins.Change
-	state   *maps.State
-	targets []*target
+	change *pins.Change
+	state  *maps.State
+	// migration is what is left to do where others replace maps that are kept; nil if none
+	// are.
+	migration *maps.Migration
+	targets   []*target
 	// refuser is the way of refusing sockets; nil if there is none.
 	refuser *refuser
 	found   found

@@ -93,7 +93,7 @@ func (l *loaded) hostSide(state *maps.State, targets []*target, devices []policy
 		return nil, err
 	}
 	err = set(spec, map[string]any{
-		bpf.HostVarPlaces:         hostPoliced(targets),
+		bpf.HostVarPoliced:        policedBy(targets),
 		bpf.HostVarHasDeviceNames: len(devices) > 0,
 		bpf.HostVarHasCoarseClock: false, // not for programs of this type
 	})

@@ -5,13 +5,14 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
 // keptBy returns a defence of which some program was loaded before the egress program, and
 // so by an earlier attach, whose document is doc (nil if it has none). What kept the last
 // attach from renewing it is among what that has found.
-func (r *reading) keptBy(d Defence, doc *document) Defence {
+func (r *reading) keptBy(d Defence, doc *document, programs []ebpf.ProgramID) Defence {
 	d.Reason = "an older attach put it in force"
 	if doc != nil {
 		d.Reason += fmt.Sprintf(" (version %s, mode %s", doc.Version, doc.Policy.Mode)
@@ -28,7 +29,32 @@ func (r *reading) keptBy(d Defence, doc *document) Defence {
 	} else {
 		d.Reason += ", and could not be renewed: " + why + "; attach again to try once more"
 	}
+	if r.useOtherMaps(programs) {
+		d.Active = false
+		d.Reason += "; it does not know the containers that were made since"
+	}
 	return d
+}
+
+// useOtherMaps says whether one of the programs does not have the containers that the egress
+// program has, since the last attach has replaced the map.
+func (r *reading) useOtherMaps(programs []ebpf.ProgramID) bool {
+	for _, p := range r.policed {
+		egress := p.info[hooks[0].name]
+		if egress == nil {
+			continue
+		}
+		own, err := pins.StateOf(egress.Program)
+		if err != nil || own == 0 {
+			continue
+		}
+		for _, id := range programs {
+			if other, err := pins.StateOf(id); err == nil && other != 0 && other != own {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // olderThanFilter says whether one of the programs was loaded before the egress program of a

@@ -346,7 +346,7 @@ func (h *host) otherVersion() {
 
 func TestStateOfOtherVersion(t *testing.T) {
 	incompatible := map[string]ebpf.MapSpec{
-		bpf.EgressMapContainers: {Type: ebpf.Hash, KeySize: 8, ValueSize: 1000, MaxEntries: 65536, Flags: unix.BPF_F_NO_PREALLOC},
+		bpf.EgressMapContainers: {Type: ebpf.Hash, KeySize: 4, ValueSize: 1000, MaxEntries: 65536, Flags: unix.BPF_F_NO_PREALLOC},
 		bpf.EgressMapTotals:     {Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1},
 	}
 	for name, spec := range incompatible {

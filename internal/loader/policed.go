@@ -16,7 +16,7 @@ import (
 )
 
 // maxPoliced is how many cgroups can be policed.
-const maxPoliced = 8 // MAX_PLACES
+const maxPoliced = 8 // MAX_POLICED
 
 // policed is a cgroup that has links pinned.
 type policed struct {

@@ -118,9 +118,7 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 		bpf.EgressVarOverLimitReject: l.policy.SMTP.OverLimit == policy.Reject,
 		bpf.EgressVarHasSetRetval:    setRetval,
 		bpf.EgressVarHasHostSide:     l.policy.HostSide == policy.On,
-		bpf.EgressVarPolicedId:       id,
-		bpf.EgressVarPolicedLevel:    cgroup.Level(rel),
-		bpf.EgressVarRecognises:      l.policy.Recognises(rel),
+		bpf.EgressVarPoliced:         policedCgroup(rel, id, l.policy.Recognises(rel)),
 	})
 	if err != nil {
 		return nil, err
@@ -164,6 +162,23 @@ func set(spec *ebpf.CollectionSpec, constants map[string]any) error {
 	return nil
 }
 
+// policedCgroup returns a policed cgroup as the programs know it.
+func policedCgroup(rel string, id uint64, recognises bool) bpf.EgressPolicedCgroup {
+	p := bpf.EgressPolicedCgroup{Id: id, Level: cgroup.Level(rel)}
+	if recognises {
+		p.Recognises = 1
+	}
+	return p
+}
+
+// policedBy returns all that an attach polices.
+func policedBy(targets []*target) (all [maxPoliced]bpf.EgressPolicedCgroup) {
+	for i, t := range targets {
+		all[i] = policedCgroup(t.rel, t.id, t.recognises)
+	}
+	return all
+}
+
 // share sets the constants of bpf/policy.h, and returns the maps that the programs
 // of spec find in place.
 func (l *loaded) share(spec *ebpf.CollectionSpec, state *maps.State) (map[string]*ebpf.Map, error) {
@@ -187,7 +202,10 @@ func (l *loaded) share(spec *ebpf.CollectionSpec, state *maps.State) (map[string
 	if err != nil {
 		return nil, err
 	}
-	shared := state.Use(spec)
+	shared, err := state.Use(spec)
+	if err != nil {
+		return nil, err
+	}
 	for name, m := range l.maps {
 		spec.Maps[name].MaxEntries = m.MaxEntries()
 		shared[name] = m

@@ -10,7 +10,6 @@ import (
 	"github.com/cilium/ebpf/rlimit"
 
 	"github.com/egressbpf/egressbpf/bpf"
-	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -123,10 +122,14 @@ func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebp
 	if err := rlimit.RemoveMemlock(); err != nil {
 		return nil, err
 	}
+	shared, err := state.Use(spec)
+	if err != nil {
+		return nil, err
+	}
 	var loaded struct {
 		Program *ebpf.Program `ebpf:"program"`
 	}
-	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: state.Use(spec)}); err != nil {
+	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		if LockedDown() {
 			err = ErrLockedDown // and not what the verifier says of it
 		}
@@ -137,15 +140,8 @@ func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebp
 
 // cgroupsConstants are the policed cgroups, and the names of containers in there.
 func cgroupsConstants(targets []*target, p policy.Policy) map[string]any {
-	var policed [maxPoliced]bpf.CgroupsPlace
-	for i, t := range targets {
-		policed[i] = bpf.CgroupsPlace{Id: t.id, Level: cgroup.Level(t.rel)}
-		if t.recognises {
-			policed[i].Recognises = 1
-		}
-	}
 	scopes, n := scopesOf(p)
-	return map[string]any{bpf.CgroupsVarPlaces: policed, bpf.CgroupsVarScopes: scopes, bpf.CgroupsVarN_scopes: n}
+	return map[string]any{bpf.CgroupsVarPoliced: policedBy(targets), bpf.CgroupsVarScopes: scopes, bpf.CgroupsVarN_scopes: n}
 }
 
 func scopesOf(p policy.Policy) (scopes [32]bpf.CgroupsScope, n uint32) { // MAX_SCOPES

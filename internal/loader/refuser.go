@@ -104,7 +104,11 @@ func (r *refuser) loadFor(state *maps.State, constants map[string]any) (*ebpf.Pr
 	if err := set(spec, constants); err != nil {
 		return nil, err
 	}
-	return r.load(spec, state.Use(spec))
+	shared, err := state.Use(spec)
+	if err != nil {
+		return nil, err
+	}
+	return r.load(spec, shared)
 }
 
 // ownCgroup opens the cgroup of this process.

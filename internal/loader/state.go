@@ -19,11 +19,22 @@ import (
 func (f *Filter) State() (*maps.State, error) { return f.state() }
 
 func (s site) state() (*maps.State, error) {
-	state, err := s.withMaps((*stateMap).forReader)
+	state, err := s.withMaps(maps.Latest, (*stateMap).forReader)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w (no pins at %s)", ErrNotAttached, s.pins)
 	}
-	return state, err
+	if err != nil {
+		return nil, err
+	}
+	from, err := s.pins.Replaced()
+	if err == nil {
+		err = state.Replaces(from)
+	}
+	if err != nil {
+		state.Close()
+		return nil, err
+	}
+	return state, nil
 }
 
 // withState calls do with the state of a filter that is attached. That none is, is no error.
@@ -39,23 +50,46 @@ func (f *Filter) withState(do func(*maps.State) error) error {
 	return do(state)
 }
 
-// openState opens the maps of the state for an attach: each is there and pinned then.
-func (s site) openState(change *pins.Change) (*maps.State, error) {
-	return s.withMaps(func(found *stateMap) (*ebpf.Map, error) { return found.forAttach(change) })
+// openState opens the maps of the state for an attach: each is there and pinned then, and
+// those that are kept are of a format. Where they are not, others replace them, which have
+// all but what was counted: the migration moves that once no program uses the ones before. It
+// is nil if none is needed.
+func (s site) openState(change *pins.Change, format maps.Format) (*maps.State, *maps.Migration, error) {
+	from, err := s.pins.Repair()
+	if err != nil {
+		return nil, nil, err
+	}
+	state, err := s.withMaps(format, func(found *stateMap) (*ebpf.Map, error) { return found.forAttach(change, from) })
+	if err != nil {
+		maps.CloseAll(from)
+		return nil, nil, err
+	}
+	change.Keep(state)
+	if err := state.Replaces(from); err != nil || len(from) == 0 {
+		return state, nil, err
+	}
+	m, err := state.Migrate()
+	if err != nil {
+		return nil, nil, err
+	}
+	change.Keep(m)
+	change.Back(m.Undo)
+	if err := change.Step("copy what is kept"); err != nil {
+		return nil, nil, err
+	}
+	return state, m, m.Copy()
 }
 
 // withMaps makes a State of what each map that is found is used as; nil is none.
-func (s site) withMaps(use func(*stateMap) (*ebpf.Map, error)) (_ *maps.State, err error) {
-	specs, err := maps.StateSpec()
+func (s site) withMaps(format maps.Format, use func(*stateMap) (*ebpf.Map, error)) (_ *maps.State, err error) {
+	specs, err := maps.StateSpec(format)
 	if err != nil {
 		return nil, err
 	}
 	opened := map[string]*ebpf.Map{}
 	defer func() {
 		if err != nil {
-			for _, m := range opened {
-				m.Close()
-			}
+			maps.CloseAll(opened)
 		}
 	}()
 	for _, name := range maps.StateNames() {
@@ -112,8 +146,9 @@ func (s *stateMap) close() {
 type mapUse int
 
 const (
-	keepMap mapUse = iota
-	makeMap        // another one, in its place
+	keepMap    mapUse = iota
+	makeMap           // another one, instead of it
+	convertMap        // into another one, with what it holds
 )
 
 // use decides that. The error, which wraps ErrOtherVersion, is of a map that this version
@@ -122,14 +157,24 @@ func (s *stateMap) use() (mapUse, error) {
 	if s.m == nil {
 		return makeMap, nil
 	}
-	err := maps.Compatible(s.spec, s.m)
-	if err == nil {
+	fits := maps.Compatible(s.spec, s.m)
+	if !maps.Kept(s.name) {
+		if fits != nil {
+			return makeMap, nil
+		}
 		return keepMap, nil
 	}
-	if maps.Kept(s.name) {
-		return 0, fmt.Errorf("pinned map %s: %w: %w", s.pin, ErrOtherVersion, err)
+	err := maps.Convertible(s.spec, s.m)
+	if err == nil && s.name == bpf.EgressMapTotals {
+		err = maps.CheckFormat(s.m)
 	}
-	return makeMap, nil
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("pinned map %s: %w: %w", s.pin, ErrOtherVersion, err)
+	case fits != nil:
+		return convertMap, nil
+	}
+	return keepMap, nil
 }
 
 // forReader returns the map for who only reads; nil for one to do without.
@@ -144,11 +189,15 @@ func (s *stateMap) forReader() (*ebpf.Map, error) {
 	return s.take(), nil
 }
 
-// forAttach returns the map for an attach: pinned, and made if need be.
-func (s *stateMap) forAttach(change *pins.Change) (*ebpf.Map, error) {
+// forAttach returns the map for an attach: pinned, and made if need be. A map that it replaces
+// is added to from.
+func (s *stateMap) forAttach(change *pins.Change, from map[string]*ebpf.Map) (*ebpf.Map, error) {
 	use, err := s.use()
 	if err != nil {
 		return nil, err
+	}
+	if use == convertMap {
+		return s.replace(change, from)
 	}
 	if s.pinned {
 		if use == keepMap {
@@ -175,8 +224,31 @@ func (s *stateMap) forAttach(change *pins.Change) (*ebpf.Map, error) {
 // makeAnew makes the map that this version would have.
 func (s *stateMap) makeAnew() (err error) {
 	s.close()
-	if s.m, err = ebpf.NewMap(s.spec); err != nil {
-		return fmt.Errorf("create map %s: %w", s.name, err)
+	s.m, err = maps.CreateMap(s.spec)
+	return err
+}
+
+// replace pins a map that this version can use instead of one that is kept, and adds the
+// latter to those that are replaced.
+func (s *stateMap) replace(change *pins.Change, from map[string]*ebpf.Map) (*ebpf.Map, error) {
+	if before := from[s.name]; before != nil {
+		if maps.Compatible(s.spec, before) != nil {
+			return nil, fmt.Errorf("pinned map %s: %w: an attach of yet another version was interrupted; attach with that first", s.pin, ErrOtherVersion)
+		}
+		if err := change.SwapMaps(s.pin); err != nil {
+			return nil, err
+		}
+		from[s.name] = s.take()
+		return before, nil
 	}
-	return nil
+	m, err := maps.CreateMap(s.spec)
+	if err != nil {
+		return nil, err
+	}
+	if err := change.ReplaceMap(s.pin, s.m, m); err != nil {
+		m.Close()
+		return nil, err
+	}
+	from[s.name] = s.take()
+	return m, nil
 }

@@ -18,9 +18,6 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// Counters are what was done to one container, or to all.
-type Counters = bpf.EgressCounters
-
 // Container is what the programs keep about one container.
 type Container = bpf.EgressContainer
 
@@ -29,6 +26,8 @@ type Container = bpf.EgressContainer
 type State struct {
 	containers, totals *ebpf.Map
 	byName             map[string]*ebpf.Map
+	// from are maps that others of the State replace, as long as something is counted there.
+	from map[string]*ebpf.Map
 }
 
 // StateNames are the names of the State's maps, also as pins.
@@ -53,16 +52,16 @@ func Kept(name string) bool {
 // only reads: they are taken to be empty, and what is removed from them is gone already. The
 // containers are not among those.
 func NewState(byName map[string]*ebpf.Map) *State {
-	return &State{byName[bpf.EgressMapContainers], byName[bpf.EgressMapTotals], byName}
+	return &State{containers: byName[bpf.EgressMapContainers], totals: byName[bpf.EgressMapTotals], byName: byName}
 }
 
 // perCPU is how many free entries of an LRU map the kernel sets aside for each CPU, out of
 // the reach of all others, before 6.16 (LOCAL_FREE_TARGET in kernel/bpf/bpf_lru_list.c).
 const perCPU = 128
 
-// StateSpec returns how the State's maps are made on this machine: an LRU map has to be
-// larger where there are many CPUs.
-func StateSpec() (map[string]*ebpf.MapSpec, error) {
+// StateSpec returns how the State's maps are made in a format, on this machine: an LRU map
+// has to be larger where there are many CPUs.
+func StateSpec(format Format) (map[string]*ebpf.MapSpec, error) {
 	spec, err := bpf.LoadEgress()
 	if err != nil {
 		return nil, err
@@ -78,32 +77,33 @@ func StateSpec() (map[string]*ebpf.MapSpec, error) {
 			specs[name].MaxEntries = max(specs[name].MaxEntries, uint32(2*perCPU*cpus))
 		}
 	}
-	return specs, nil
+	return specs, format.apply(specs)
 }
 
-// Compatible returns an error unless the programs can have a map in the place of the one of
-// StateSpec. An LRU map may have another size.
-func Compatible(spec *ebpf.MapSpec, m *ebpf.Map) error {
-	spec = spec.Copy()
-	if spec.Type == ebpf.LRUHash {
-		spec.MaxEntries = m.MaxEntries()
-	}
-	return spec.Compatible(m)
-}
-
-// Use returns the maps, for the programs of spec to find in the place of their own.
-func (s *State) Use(spec *ebpf.CollectionSpec) map[string]*ebpf.Map {
+// Use returns the maps, for the programs of spec to find instead of their own, and tells
+// the programs their format.
+func (s *State) Use(spec *ebpf.CollectionSpec) (map[string]*ebpf.Map, error) {
 	for name, m := range s.byName {
 		if own := spec.Maps[name]; own != nil {
-			own.MaxEntries = m.MaxEntries()
+			own.MaxEntries, own.ValueSize = m.MaxEntries(), m.ValueSize()
 		}
 	}
-	return s.ByName()
+	if v := spec.Variables[bpf.EgressVarFormat]; v != nil {
+		if err := v.Set(uint32(s.Format())); err != nil {
+			return nil, fmt.Errorf("set constant %s: %w", bpf.EgressVarFormat, err)
+		}
+	}
+	return s.ByName(), nil
 }
 
-// CreateState makes the maps, empty and pinned nowhere.
+// CreateState makes the maps in the latest format, empty and pinned nowhere.
 func CreateState() (*State, error) {
-	specs, err := StateSpec()
+	return CreateStateIn(Latest)
+}
+
+// CreateStateIn does so in a format.
+func CreateStateIn(format Format) (*State, error) {
+	specs, err := StateSpec(format)
 	if err != nil {
 		return nil, err
 	}
@@ -113,12 +113,10 @@ func CreateState() (*State, error) {
 	}
 	made := map[string]*ebpf.Map{}
 	for _, name := range StateNames() {
-		m, err := ebpf.NewMap(specs[name])
+		m, err := CreateMap(specs[name])
 		if err != nil {
-			for _, m := range made {
-				m.Close()
-			}
-			return nil, fmt.Errorf("create map %s: %w", name, err)
+			CloseAll(made)
+			return nil, err
 		}
 		made[name] = m
 	}
@@ -132,8 +130,13 @@ func (s *State) ByName() map[string]*ebpf.Map {
 
 // Close closes the maps; the kernel keeps them while they are pinned or used.
 func (s *State) Close() error {
+	return errors.Join(CloseAll(s.byName), CloseAll(s.from))
+}
+
+// CloseAll closes maps; the kernel keeps them while they are pinned or used.
+func CloseAll(byName map[string]*ebpf.Map) error {
 	var errs []error
-	for _, m := range s.byName {
+	for _, m := range byName {
 		errs = append(errs, m.Close())
 	}
 	return errors.Join(errs...)
@@ -143,34 +146,22 @@ func (s *State) Close() error {
 // of their cgroups.
 func (s *State) Containers() (map[uint64]Container, error) {
 	found := map[uint64]Container{}
-	err := eachBatch(s.containers, func(ids []uint64, values []Container) {
-		for i, id := range ids {
-			found[id] = values[i]
-		}
+	err := eachEntry(s.containers, func(id uint64, value []byte) error {
+		found[id] = decode[Container](value)
+		return nil
 	})
-	return found, err
-}
-
-// eachBatch calls fn with all entries of a hash map, many at a time.
-func eachBatch[V any](m *ebpf.Map, fn func(ids []uint64, values []V)) error {
-	// The kernel fills whole hash buckets, which have room in any chunk of this
-	// size, and never skips an entry because its neighbour is deleted meanwhile.
-	const chunk = 1024
-	var (
-		cursor ebpf.MapBatchCursor
-		ids    = make([]uint64, chunk)
-		values = make([]V, chunk)
-	)
-	for {
-		n, err := m.BatchLookup(&cursor, ids, values, nil)
-		fn(ids[:n], values[:n])
-		if errors.Is(err, ebpf.ErrKeyNotExist) {
+	if m := s.from[bpf.EgressMapContainers]; m != nil && err == nil {
+		err = eachEntry(m, func(id uint64, value []byte) error {
+			c := decode[Container](value)
+			if now, ok := found[id]; ok {
+				counters := add(now.Counters, c.Counters)
+				c, c.Counters = now, counters
+			}
+			found[id] = c
 			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("read map %v: %w", m, err)
-		}
+		})
 	}
+	return found, err
 }
 
 // Totals returns the sum over all containers since the first attach, those
@@ -179,23 +170,13 @@ func (s *State) Totals() (Counters, error) {
 	if s.totals == nil {
 		return Counters{}, nil
 	}
-	var perCPU []Counters
-	if err := s.totals.Lookup(uint32(0), &perCPU); err != nil {
-		return Counters{}, fmt.Errorf("read map totals: %w", err)
+	sum, err := readSums(s.totals)
+	if m := s.from[bpf.EgressMapTotals]; m != nil && err == nil {
+		var before Sums
+		before, err = readSums(m)
+		sum.Counters = add(sum.Counters, before.Counters)
 	}
-	var sum Counters
-	for _, c := range perCPU {
-		for r := range c.Dropped {
-			sum.Dropped[r].Packets += c.Dropped[r].Packets
-			sum.Dropped[r].Bytes += c.Dropped[r].Bytes
-			sum.Dropped[r].Connects += c.Dropped[r].Connects
-		}
-		sum.SmtpAllowed += c.SmtpAllowed
-		sum.FamiliesDenied += c.FamiliesDenied
-		sum.HostSide.Packets += c.HostSide.Packets
-		sum.HostSide.Bytes += c.HostSide.Bytes
-	}
-	return sum, nil
+	return sum.Counters, err
 }
 
 // Change is what [State.Configure] does to a container.
@@ -259,28 +240,37 @@ func FamiliesOf(flags Flag) policy.Families {
 // on. It has a program do so: the system call for it would write the whole entry, and
 // undo what is counted meanwhile.
 func (s *State) Configure(id uint64, c Change) error {
-	prog, err := LoadProgram(bpf.EgressProgConfigure, s)
+	prog, err := LoadProgram(bpf.ControlProgConfigure, s)
 	if err != nil {
 		return err
 	}
 	defer prog.Close()
-	r := bpf.EgressRequest{Id: id, Mask: c.Mask, Flags: c.Flags, KeepLimit: 1, Unless: c.Unless}
+	r := bpf.ControlRequest{Id: id, Mask: uint32(c.Mask), Flags: uint32(c.Flags), KeepLimit: 1, Unless: uint32(c.Unless)}
 	if c.Limit != nil {
 		r.KeepLimit, r.Limit = 0, LimitOf(*c.Limit)
 	}
-	const ethernet = 14
-	request, err := binary.Append(make([]byte, ethernet), binary.NativeEndian, r)
-	if err != nil {
-		return err
-	}
-	done, err := prog.Run(&ebpf.RunOptions{Data: request})
+	done, err := ask(prog, r)
 	if err != nil {
 		return fmt.Errorf("configure the container with cgroup %d: %w", id, err)
 	}
-	if done != 1 {
+	if !done {
 		return fmt.Errorf("configure the container with cgroup %d: map %s is full, or the container is gone", id, bpf.EgressMapContainers)
 	}
 	return nil
+}
+
+// ask runs a program of bpf/control.bpf.c with an input of values, and returns what it says.
+func ask(prog *ebpf.Program, values ...any) (bool, error) {
+	const ethernet = 14
+	input := make([]byte, ethernet)
+	for _, v := range values {
+		var err error
+		if input, err = binary.Append(input, binary.NativeEndian, v); err != nil {
+			return false, err
+		}
+	}
+	done, err := prog.Run(&ebpf.RunOptions{Data: input})
+	return done == 1, err
 }
 
 // SetLimit gives the container with a cgroup id its own limit, as an operator does.
@@ -297,9 +287,23 @@ func (s *State) UnsetLimit(id uint64) error {
 // LoadProgram loads a program that uses the State's maps and no policy. The
 // caller closes it.
 func LoadProgram(name string, s *State) (*ebpf.Program, error) {
-	spec, err := bpf.LoadEgress()
+	spec, err := bpf.LoadControl()
 	if err != nil {
 		return nil, err
+	}
+	return loadProgram(name, spec, s, nil)
+}
+
+// loadProgram loads a program of spec that uses the State's maps, and others. The caller
+// closes it.
+func loadProgram(name string, spec *ebpf.CollectionSpec, s *State, others map[string]*ebpf.Map) (*ebpf.Program, error) {
+	shared, err := s.Use(spec)
+	if err != nil {
+		return nil, err
+	}
+	for name, m := range others {
+		spec.Maps[name].MaxEntries, spec.Maps[name].ValueSize = m.MaxEntries(), m.ValueSize()
+		shared[name] = m
 	}
 	spec.Programs = map[string]*ebpf.ProgramSpec{"program": spec.Programs[name]}
 	// Kernels before 5.11 charge maps to it.
@@ -309,7 +313,7 @@ func LoadProgram(name string, s *State) (*ebpf.Program, error) {
 	var loaded struct {
 		Program *ebpf.Program `ebpf:"program"`
 	}
-	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: s.Use(spec)}); err != nil {
+	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		return nil, fmt.Errorf("load program %s: %w", name, err)
 	}
 	return loaded.Program, nil
@@ -319,7 +323,7 @@ func LoadProgram(name string, s *State) (*ebpf.Program, error) {
 // says whether it had none. A container for which there is no room is judged without
 // state: that is no error.
 func (s *State) Enrol(id uint64) (bool, error) {
-	err := s.containers.Update(id, Container{}, ebpf.UpdateNoExist)
+	err := s.containers.Update(id, make([]byte, s.containers.ValueSize()), ebpf.UpdateNoExist)
 	if errors.Is(err, ebpf.ErrKeyExist) {
 		return false, nil
 	}
@@ -358,21 +362,20 @@ func remove(m *ebpf.Map, id uint64) error {
 // Recognised says whether the cgroup with an id is known for a container's, with state or
 // without.
 func (s *State) Recognised(id uint64) (bool, error) {
-	var (
-		c   Container
-		why bpf.EgressWithoutState
-	)
-	err := s.containers.Lookup(id, &c)
-	if stateless := s.byName[bpf.EgressMapStateless]; stateless != nil && errors.Is(err, ebpf.ErrKeyNotExist) {
-		err = stateless.Lookup(id, &why)
+	const containers, stateless = bpf.EgressMapContainers, bpf.EgressMapStateless
+	for _, m := range []*ebpf.Map{s.byName[containers], s.byName[stateless], s.from[containers], s.from[stateless]} {
+		if m == nil {
+			continue
+		}
+		value, err := m.LookupBytes(id)
+		if err != nil {
+			return false, fmt.Errorf("look for the container with cgroup %d: %w", id, err)
+		}
+		if value != nil {
+			return true, nil
+		}
 	}
-	if errors.Is(err, ebpf.ErrKeyNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("look for the container with cgroup %d: %w", id, err)
-	}
-	return true, nil
+	return false, nil
 }
 
 // Room is how much of the maps of containers is taken.
@@ -401,14 +404,13 @@ func (s *State) Room(known map[uint64]Container) (Room, error) {
 		return r, nil
 	}
 	r.OfStateless = int(stateless.MaxEntries())
-	err := eachBatch(stateless, func(_ []uint64, reasons []bpf.EgressWithoutState) {
-		for _, why := range reasons {
-			if why == bpf.EgressWithoutStateHAS_NO_ROOM {
-				r.Without++
-			} else {
-				r.Removed++
-			}
+	err := eachEntry(stateless, func(_ uint64, value []byte) error {
+		if decode[bpf.EgressWithoutState](value) == bpf.EgressWithoutStateHAS_NO_ROOM {
+			r.Without++
+		} else {
+			r.Removed++
 		}
+		return nil
 	})
 	return r, err
 }

@@ -142,16 +142,16 @@ func TestTotals(t *testing.T) {
 	if err != nil || got != sum {
 		t.Fatalf("got %+v, %v, want zeros", got, err)
 	}
-	perCPU := make([]maps.Counters, ebpf.MustPossibleCPU())
+	perCPU := make([]maps.Sums, ebpf.MustPossibleCPU())
 	for cpu := range perCPU {
-		for r := range perCPU[cpu].Dropped {
+		for r := range perCPU[cpu].Counters.Dropped {
 			n := uint64(1000*cpu + 10*r)
-			perCPU[cpu].Dropped[r] = bpf.EgressDrops{Packets: n + 1, Bytes: n + 2, Connects: n + 3}
+			perCPU[cpu].Counters.Dropped[r] = bpf.EgressDrops{Packets: n + 1, Bytes: n + 2, Connects: n + 3}
 			sum.Dropped[r].Packets += n + 1
 			sum.Dropped[r].Bytes += n + 2
 			sum.Dropped[r].Connects += n + 3
 		}
-		perCPU[cpu].SmtpAllowed = uint64(cpu + 1)
+		perCPU[cpu].Counters.SmtpAllowed = uint64(cpu + 1)
 		sum.SmtpAllowed += uint64(cpu + 1)
 	}
 	check(t, s.ByName()[bpf.EgressMapTotals].Put(uint32(0), perCPU))
@@ -194,7 +194,7 @@ func TestFullState(t *testing.T) {
 
 func TestLoadProgram(t *testing.T) {
 	s := newState(t)
-	for _, name := range []string{bpf.EgressProgConfigure} {
+	for _, name := range []string{bpf.ControlProgConfigure, bpf.ControlProgCarry} {
 		prog, err := maps.LoadProgram(name, s)
 		if err != nil {
 			t.Fatal(err)

@@ -24,10 +24,18 @@ func Info(pin string) (*link.Info, error) {
 	return l.Info()
 }
 
+// IsMap says whether a map is pinned.
+func IsMap(pin string) bool {
+	m, err := ebpf.LoadPinnedMap(pin, nil)
+	if err == nil {
+		m.Close()
+	}
+	return err == nil
+}
+
 // IsNoLink says whether something else than a link is pinned.
 func IsNoLink(pin string) bool {
-	if m, err := ebpf.LoadPinnedMap(pin, nil); err == nil {
-		m.Close()
+	if IsMap(pin) {
 		return true
 	}
 	prog, err := ebpf.LoadPinnedProgram(pin, nil)

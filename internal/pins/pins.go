@@ -107,9 +107,6 @@ func Lasting(name string) bool {
 	return slices.Contains(lasting, name) || strings.HasPrefix(name, cgroupPrefix)
 }
 
-// OfState says whether a pin is that of a map of the state.
-func OfState(pin string) bool { return slices.Contains(maps.StateNames(), filepath.Base(pin)) }
-
 // known says whether this version may have pinned something, at rel below the pin path.
 func known(rel string) bool {
 	dir, name := filepath.Split(rel)
@@ -153,6 +150,13 @@ func (p Path) Unknown() (unknown []string, err error) {
 		}
 	}
 	return unknown, err
+}
+
+// UnknownLinks returns what of that may be in force, with a policy of its own: all but maps,
+// which another version keeps at the pin path.
+func (p Path) UnknownLinks() ([]string, error) {
+	unknown, err := p.Unknown()
+	return slices.DeleteFunc(unknown, func(pin string) bool { return filepath.Dir(pin) == string(p) && IsMap(pin) }), err
 }
 
 // Unpinned returns the names of the state's maps that are not pinned.

@@ -42,7 +42,7 @@ type Container struct {
 	Blocked   Blocked `json:"blocked"`
 	Malformed Traffic `json:"malformed"`
 	Families  Denied  `json:"socket_families"`
-	HostSide  Traffic `json:"host_side"`
+	HostSide  Dropped `json:"host_side"`
 	SMTP      Bucket  `json:"smtp"`
 }
 
@@ -51,7 +51,7 @@ type Total struct {
 	Blocked   Blocked `json:"blocked"`
 	Malformed Traffic `json:"malformed"`
 	Families  Denied  `json:"socket_families"`
-	HostSide  Traffic `json:"host_side"`
+	HostSide  Dropped `json:"host_side"`
 	SMTP      SMTP    `json:"smtp"`
 }
 
@@ -59,6 +59,15 @@ type Total struct {
 type Traffic struct {
 	Packets uint64 `json:"packets"`
 	Bytes   uint64 `json:"bytes"`
+}
+
+// Dropped is what the host side has dropped.
+type Dropped struct {
+	Traffic
+	// By reason. Versions that told none may have dropped some of the Traffic.
+	Malformed   Traffic `json:"malformed"`
+	Blocked     Traffic `json:"blocked"`
+	RateLimited Traffic `json:"rate_limited"`
 }
 
 // Blocked is what was sent to blocked destinations.
@@ -95,18 +104,23 @@ type Bucket struct {
 func (b Bucket) Known() bool { return b.Burst > 0 }
 
 func total(c maps.Counters) Total {
-	dropped := func(r bpf.EgressReason) Traffic {
-		return Traffic{Packets: c.Dropped[r].Packets, Bytes: c.Dropped[r].Bytes}
-	}
-	attempts := func(r bpf.EgressReason) uint64 { return c.Dropped[r].Packets + c.Dropped[r].Connects }
+	refused := func(r bpf.EgressReason) bpf.EgressDrops { return maps.Refused(c, r) }
+	dropped := func(r bpf.EgressReason) Traffic { return Traffic{refused(r).Packets, refused(r).Bytes} }
+	attempts := func(r bpf.EgressReason) uint64 { return refused(r).Packets + refused(r).Connects }
+	onHost := func(r bpf.EgressReason) Traffic { return Traffic{c.HostDropped[r].Packets, c.HostDropped[r].Bytes} }
 	return Total{
 		Blocked: Blocked{
 			Traffic:  dropped(bpf.EgressReasonREASON_BLOCKED),
-			Connects: c.Dropped[bpf.EgressReasonREASON_BLOCKED].Connects,
+			Connects: refused(bpf.EgressReasonREASON_BLOCKED).Connects,
 		},
 		Malformed: dropped(bpf.EgressReasonREASON_MALFORMED),
 		Families:  Denied{c.FamiliesDenied},
-		HostSide:  Traffic{Packets: c.HostSide.Packets, Bytes: c.HostSide.Bytes},
+		HostSide: Dropped{
+			Traffic:     Traffic{c.HostSide.Packets, c.HostSide.Bytes},
+			Malformed:   onHost(bpf.EgressReasonREASON_MALFORMED),
+			Blocked:     onHost(bpf.EgressReasonREASON_BLOCKED),
+			RateLimited: onHost(bpf.EgressReasonREASON_RATE_LIMITED),
+		},
 		SMTP: SMTP{
 			Allowed:     c.SmtpAllowed,
 			RateLimited: attempts(bpf.EgressReasonREASON_RATE_LIMITED),

@@ -122,6 +122,10 @@ func counters(n uint64) (c maps.Counters) {
 		c.Dropped[r] = bpf.EgressDrops{Packets: n + 1, Bytes: n + 2, Connects: n + 3}
 	}
 	c.SmtpAllowed = n + 9
+	c.HostSide = bpf.EgressTraffic{Packets: 9, Bytes: 900}
+	c.HostDropped[bpf.EgressReasonREASON_MALFORMED] = bpf.EgressTraffic{Packets: 1, Bytes: 100}
+	c.HostDropped[bpf.EgressReasonREASON_BLOCKED] = bpf.EgressTraffic{Packets: 2, Bytes: 200}
+	c.HostDropped[bpf.EgressReasonREASON_RATE_LIMITED] = bpf.EgressTraffic{Packets: 3, Bytes: 300}
 	return c
 }
 
@@ -157,8 +161,20 @@ const golden = `{
         "denied": 0
       },
       "host_side": {
-        "packets": 0,
-        "bytes": 0
+        "packets": 9,
+        "bytes": 900,
+        "malformed": {
+          "packets": 1,
+          "bytes": 100
+        },
+        "blocked": {
+          "packets": 2,
+          "bytes": 200
+        },
+        "rate_limited": {
+          "packets": 3,
+          "bytes": 300
+        }
       },
       "smtp": {
         "allowed": 149,
@@ -187,8 +203,20 @@ const golden = `{
         "denied": 0
       },
       "host_side": {
-        "packets": 0,
-        "bytes": 0
+        "packets": 9,
+        "bytes": 900,
+        "malformed": {
+          "packets": 1,
+          "bytes": 100
+        },
+        "blocked": {
+          "packets": 2,
+          "bytes": 200
+        },
+        "rate_limited": {
+          "packets": 3,
+          "bytes": 300
+        }
       },
       "smtp": {
         "allowed": 49,
@@ -218,7 +246,19 @@ const golden = `{
       },
       "host_side": {
         "packets": 0,
-        "bytes": 0
+        "bytes": 0,
+        "malformed": {
+          "packets": 0,
+          "bytes": 0
+        },
+        "blocked": {
+          "packets": 0,
+          "bytes": 0
+        },
+        "rate_limited": {
+          "packets": 0,
+          "bytes": 0
+        }
       },
       "smtp": {
         "allowed": 0,
@@ -248,7 +288,19 @@ const golden = `{
       },
       "host_side": {
         "packets": 0,
-        "bytes": 0
+        "bytes": 0,
+        "malformed": {
+          "packets": 0,
+          "bytes": 0
+        },
+        "blocked": {
+          "packets": 0,
+          "bytes": 0
+        },
+        "rate_limited": {
+          "packets": 0,
+          "bytes": 0
+        }
       },
       "smtp": {
         "allowed": 0,
@@ -274,8 +326,20 @@ const golden = `{
       "denied": 0
     },
     "host_side": {
-      "packets": 0,
-      "bytes": 0
+      "packets": 9,
+      "bytes": 900,
+      "malformed": {
+        "packets": 1,
+        "bytes": 100
+      },
+      "blocked": {
+        "packets": 2,
+        "bytes": 200
+      },
+      "rate_limited": {
+        "packets": 3,
+        "bytes": 300
+      }
     },
     "smtp": {
       "allowed": 249,
@@ -303,8 +367,8 @@ func TestJSON(t *testing.T) {
 	empty.Counters = counters(100)
 	h.put(gone, empty)
 	check(t, h.state.SetLimit(ids[2], policy.Limit{Burst: 5}))
-	totals := make([]maps.Counters, ebpf.MustPossibleCPU())
-	totals[0] = counters(200)
+	totals := make([]maps.Sums, ebpf.MustPossibleCPU())
+	totals[0].Counters = counters(200)
 	check(t, h.state.ByName()[bpf.EgressMapTotals].Put(uint32(0), totals))
 
 	var got bytes.Buffer

@@ -74,9 +74,22 @@ func (f *ingress) wants(t *testing.T, what string, etherType uint16, data []byte
 	if whole := etherType == etherIPv4 && !passes && int(binary.BigEndian.Uint16(data[2:])) == len(data); whole && bytes != uint64(len(data)) {
 		t.Errorf("%s: %d bytes counted, want those from the IP header on, %d", what, bytes, len(data))
 	}
+	for _, n := range []struct{ after, before maps.Counters }{{after.total, before.total}, {after.container, before.container}} {
+		if got := byReason(n.after) - byReason(n.before); got != drops {
+			t.Errorf("%s: %d packets counted by reason, want %d", what, got, drops)
+		}
+	}
 	if got := after.container.HostSide.Packets - before.container.HostSide.Packets; got != drops {
 		t.Errorf("%s: %d packets counted for the container, want %d", what, got, drops)
 	}
+}
+
+// byReason returns how many packets the host side has dropped, for whatever reasons.
+func byReason(c maps.Counters) (n uint64) {
+	for _, t := range c.HostDropped {
+		n += t.Packets
+	}
+	return n
 }
 
 // refill gives the device its tokens back, and forgets mail connections.

@@ -34,7 +34,6 @@ func TestLayout(t *testing.T) {
 	spec := loadSpec(t)
 	for name, value := range map[string]any{
 		"container": maps.Container{},
-		"request":   bpf.EgressRequest{},
 		"flow_key":  bpf.EgressFlowKey{},
 		"prefix":    bpf.EgressPrefix{},
 		"rule":      bpf.EgressRule{},
@@ -50,7 +49,7 @@ func TestLayout(t *testing.T) {
 	}
 	for name, entry := range map[string][2]any{
 		bpf.EgressMapContainers: {uint64(0), maps.Container{}},
-		bpf.EgressMapTotals:     {uint32(0), maps.Counters{}},
+		bpf.EgressMapTotals:     {uint32(0), maps.Sums{}},
 		bpf.EgressMapTickets:    {int32(0), bpf.EgressTicket{}},
 		bpf.EgressMapRules:      {bpf.EgressPrefix{}, bpf.EgressRule{}},
 		bpf.EgressMapPorts:      {bpf.EgressPortKey{}, bpf.EgressRuleFlag(0)},
@@ -63,8 +62,7 @@ func TestLayout(t *testing.T) {
 		bpf.EgressVarSmtpPorts:    maps.Words{},
 		bpf.EgressVarSuspects4:    maps.Suspects{},
 		bpf.EgressVarSuspects6:    maps.Suspects{},
-		bpf.EgressVarPolicedId:    uint64(0),
-		bpf.EgressVarPolicedLevel: uint32(0),
+		bpf.EgressVarPoliced:      bpf.EgressPolicedCgroup{},
 	} {
 		checkLayout(t, name, spec.Variables[name].Type.Type, reflect.TypeOf(value))
 	}
@@ -114,7 +112,8 @@ func TestEnums(t *testing.T) {
 			{Name: "REASON_BLOCKED", Value: uint64(bpf.EgressReasonREASON_BLOCKED)},
 			{Name: "REASON_RATE_LIMITED", Value: uint64(bpf.EgressReasonREASON_RATE_LIMITED)},
 			{Name: "REASON_NO_BUCKET", Value: uint64(bpf.EgressReasonREASON_NO_BUCKET)},
-			{Name: "REASONS", Value: uint64(len(maps.Counters{}.Dropped))},
+			{Name: "REASON_FAMILY", Value: uint64(bpf.EgressReasonREASON_FAMILY)},
+			{Name: "REASONS", Value: uint64(bpf.EgressReasonREASONS)},
 			{Name: "REASON_NONE", Value: uint64(bpf.EgressReasonREASON_NONE)},
 		},
 		"rule_flag": {

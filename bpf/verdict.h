@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* The one way to refuse, at every hook, and the account of it. */
+#ifndef EGRESSBPF_VERDICT_H
+#define EGRESSBPF_VERDICT_H
+
+#include "state.h"
+
+const volatile bool enforce = true;	/* false: count, refuse nothing */
+
+/* Of the maps that the program was given. The verifier prunes what they do not have. */
+const volatile __u32 format = FORMAT;
+
+static __always_inline void count_traffic(struct traffic *t, __u64 bytes)
+{
+	__sync_fetch_and_add(&t->packets, 1);
+	__sync_fetch_and_add(&t->bytes, bytes);
+}
+
+/* NULL if there is no room for the reason. */
+static __always_inline struct drops *drops_of(struct counters *n, enum reason reason)
+{
+	if (reason < FIRST_REASONS)
+		return &n->dropped[reason];
+	if (format < 2 || reason >= MAX_REASONS)
+		return NULL;
+	return &n->more_dropped[reason - FIRST_REASONS];
+}
+
+static __always_inline void count_refusal(struct counters *n, enum hook hook, enum reason reason, __u64 bytes)
+{
+	struct drops *d;
+
+	switch (hook) {
+	case HOOK_EGRESS:
+		d = drops_of(n, reason);
+		if (d) {
+			__sync_fetch_and_add(&d->packets, 1);
+			__sync_fetch_and_add(&d->bytes, bytes);
+		}
+		break;
+	case HOOK_CONNECT:
+		d = drops_of(n, reason);
+		if (d)
+			__sync_fetch_and_add(&d->connects, 1);
+		break;
+	case HOOK_SOCKET:
+		__sync_fetch_and_add(&n->families_denied, 1);
+		break;
+	case HOOK_HOST:
+		count_traffic(&n->host_side, bytes);
+		if (format >= 2 && reason < MAX_REASONS)
+			count_traffic(&n->host_dropped[reason], bytes);
+	}
+}
+
+/* Counts a refusal, of a packet with so many bytes or of a system call. c is the state of
+ * the container, NULL if it has none. Returns whether to refuse: in audit mode, nothing is.
+ *
+ * The sum is shared with programs that interrupt this one, so it needs atomic additions as
+ * well. It comes first: whoever reads it last never finds less in it than in a container.
+ */
+static __always_inline bool refuse(struct container *c, enum hook hook, enum reason reason, __u64 bytes)
+{
+	struct counters *sum = total();
+
+	if (sum)
+		count_refusal(sum, hook, reason, bytes);
+	if (c)
+		count_refusal(&c->counters, hook, reason, bytes);
+	return enforce;
+}
+
+#endif

@@ -1,0 +1,102 @@
+package maps
+
+import (
+	"errors"
+	"fmt"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/egressbpf/egressbpf/bpf"
+)
+
+// Format tells what the values of the maps that are kept begin with. Format 2 begins as format
+// 1 does. Values may be longer than a version knows: what is missing is 0, and what is more
+// is not looked at.
+type Format uint32
+
+const (
+	// Earliest is that of the versions that tell none.
+	Earliest Format = 1
+	// Latest is that of this version.
+	Latest Format = 2 // FORMAT
+)
+
+// ErrNewer means that maps are of a format that this version does not know.
+var ErrNewer = errors.New("of a later format than this version knows")
+
+// Format returns that of the State's maps.
+func (s *State) Format() Format {
+	if s.containers.ValueSize() < uint32(unsafe.Sizeof(Container{})) || s.totals != nil && s.totals.ValueSize() < uint32(unsafe.Sizeof(Sums{})) {
+		return Earliest
+	}
+	return Latest
+}
+
+// CheckFormat returns ErrNewer if the map totals tells of a format that this version does not
+// know.
+func CheckFormat(totals *ebpf.Map) error {
+	sum, err := readSums(totals)
+	if err == nil && Format(sum.Format) > Latest {
+		err = fmt.Errorf("format %d: %w", sum.Format, ErrNewer)
+	}
+	return err
+}
+
+// apply has specs make maps of the format.
+func (f Format) apply(specs map[string]*ebpf.MapSpec) error {
+	if f == Latest {
+		return nil
+	}
+	spec, err := bpf.LoadControl()
+	if err != nil {
+		return err
+	}
+	containers := spec.Maps[bpf.ControlMapContainers1]
+	containers.Name = bpf.EgressMapContainers
+	specs[bpf.EgressMapContainers] = containers
+	totals := specs[bpf.EgressMapTotals]
+	totals.ValueSize = uint32(unsafe.Offsetof(Counters{}.MoreDropped))
+	totals.Key, totals.Value = nil, nil
+	return nil
+}
+
+// CreateMap makes a map of StateSpec, empty. The caller closes it.
+func CreateMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
+	m, err := ebpf.NewMap(spec)
+	if err != nil {
+		return nil, fmt.Errorf("create map %s: %w", spec.Name, err)
+	}
+	if spec.Name != bpf.EgressMapTotals || spec.ValueSize < uint32(unsafe.Sizeof(Sums{})) {
+		return m, nil
+	}
+	cpus, err := ebpf.PossibleCPU()
+	if err == nil {
+		zero := make([]Sums, cpus)
+		zero[0].Format = uint32(Latest)
+		err = m.Put(uint32(0), zero)
+	}
+	if err != nil {
+		m.Close()
+		return nil, fmt.Errorf("write map %s: %w", spec.Name, err)
+	}
+	return m, nil
+}
+
+// Compatible returns an error unless the programs can have a map instead of the one of
+// StateSpec. An LRU map may have another size.
+func Compatible(spec *ebpf.MapSpec, m *ebpf.Map) error {
+	spec = spec.Copy()
+	if spec.Type == ebpf.LRUHash {
+		spec.MaxEntries = m.MaxEntries()
+	}
+	return spec.Compatible(m)
+}
+
+// Convertible returns an error unless what is in a map can be taken over into the one of
+// StateSpec: its values may be longer or shorter, and it may have more or less room.
+func Convertible(spec *ebpf.MapSpec, m *ebpf.Map) error {
+	spec = spec.Copy()
+	spec.MaxEntries, spec.ValueSize = m.MaxEntries(), m.ValueSize()
+	return spec.Compatible(m)
+}
