@@ -176,7 +176,7 @@ func socketAttacks() []attack {
 			none := make(net.HardwareAddr, 6)
 			return p.Send("AF_PACKET", lab.Link{Device: "lo", Source: none, Gateway: none}, p.forged(tg, p.stranger(tg))...)
 		}},
-		{name: "by another container", sight: families, in: bridged, send: func(p *prisoner, tg target) error {
+		{name: "AF_PACKET by way of another container", sight: families, in: bridged, send: func(p *prisoner, tg target) error {
 			return p.Send("AF_PACKET", p.linkTo(p.other.link.Source), p.forged(tg, p.own(tg))...)
 		}},
 	}

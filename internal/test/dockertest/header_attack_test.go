@@ -127,11 +127,11 @@ func answerAttacks() []attack {
 		}
 	}
 	all := []attack{
-		{name: "the host's refusal", send: toHost(false)},
-		{name: "the host's echo", send: toHost(true)},
-		{name: "a container's refusal", send: toOther(false)},
-		{name: "a container's echo", send: toOther(true)},
-		{name: "echo of a broadcast", send: func(p *prisoner, tg target) error {
+		{name: "forged source, closed port of the host", send: toHost(false)},
+		{name: "forged source, ping of the host", send: toHost(true)},
+		{name: "forged source, closed port of a container", send: toOther(false)},
+		{name: "forged source, ping of a container", send: toOther(true)},
+		{name: "forged source, ping in a broadcast frame", send: func(p *prisoner, tg target) error {
 			all := bytes.Repeat([]byte{0xff}, 6)
 			return p.Send("AF_PACKET", p.linkTo(all), answered(tg, p.gateway(tg), true))
 		}},
@@ -140,16 +140,16 @@ func answerAttacks() []attack {
 		all[i].only = metadata
 	}
 	all = append(all,
-		attack{name: "an option that the host refuses", only: metadata6, send: func(p *prisoner, tg target) error {
+		attack{name: "forged source, unknown option to the host", only: metadata6, send: func(p *prisoner, tg target) error {
 			return p.Send("AF_PACKET", p.link, unknownOption(tg, p.gw6))
 		}},
-		attack{name: "an option that it should have passed on", only: metadata6, send: func(p *prisoner, tg target) error {
+		attack{name: "forged source, unknown option through the host", only: metadata6, send: func(p *prisoner, tg target) error {
 			return p.Send("AF_PACKET", p.link, unknownOption(tg, lab.Other6))
 		}},
-		attack{name: "an option for a group", only: metadata6, send: func(p *prisoner, tg target) error {
+		attack{name: "forged source, unknown option to a multicast group", only: metadata6, send: func(p *prisoner, tg target) error {
 			return p.Send("AF_PACKET", p.linkTo(group), unknownOption(tg, netip.MustParseAddr("ff02::1")))
 		}},
-		attack{name: "an option behind a VLAN tag", only: metadata6, send: func(p *prisoner, tg target) error {
+		attack{name: "forged source, unknown option behind a VLAN tag", only: metadata6, send: func(p *prisoner, tg target) error {
 			return p.Send("VLAN tag", p.link, unknownOption(tg, p.gw6))
 		}})
 	for i := range all {

@@ -14,13 +14,13 @@ var update = flag.Bool("update", false, "write docs/roads.md as TestRoads wants 
 
 const roadsFile = "../../../docs/roads.md"
 
-// TestRoads holds the table of docs/roads.md against the attacks: TestAttacks shows of each
-// that it succeeds without the filter, and is stopped by what the table says.
+// TestRoads checks the tables of docs/roads.md against the attacks. TestAttacks shows that
+// each attack succeeds without the filter and is stopped by what the table says.
 func TestRoads(t *testing.T) {
 	var want bytes.Buffer
 	fmt.Fprint(&want, roadsHead)
 	for _, p := range []profile{bridged, netAdmin, hostNet} {
-		fmt.Fprintf(&want, "\n## %s\n\n| road | needs | filter | `socket_families` | `host_side` |\n|---|---|---|---|---|\n", profileTitles[p])
+		fmt.Fprintf(&want, "\n## %s\n\n| attack | needs | filter alone | with `socket_families` | with `host_side` |\n|---|---|---|---|---|\n", profileTitles[p])
 		all := attacks()
 		slices.SortStableFunc(all, func(a, b attack) int { return strings.Compare(a.name, b.name) })
 		for _, a := range all {
@@ -44,32 +44,35 @@ func TestRoads(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(got, want.Bytes()) {
-		t.Error("docs/roads.md is not what the attacks are: go test ./internal/test/dockertest -run TestRoads -update")
+		t.Error("docs/roads.md does not match the attacks: go test ./internal/test/dockertest -run TestRoads -update")
 	}
 }
 
-const roadsHead = `# Roads around the filter
+const roadsHead = `# Attacks on the filter
 
-Each row is an attack of the test suite, made from a real container (internal/test/dockertest). The
-suite shows that it gets through without egressbpf, then what each defence does on its own.
-"Stops it" means that nothing reaches a blocked destination, and no more mail than the
-bucket of the container and that of its bridge have tokens for. With the default
-settings, all three defences stand together.
+Each row is an attack of the test suite (internal/test/dockertest), made from a real
+container. The suite first shows that the attack gets through without egressbpf. Then it
+tries the attack against the filter alone, against the filter with each of the other two
+defences, and against all three, which is the default.
 
-The tests of internal/test/e2e beside it follow connections and not only packets: what mail
-servers accept, in random sequences too. The [threat model](threat-model.md) says which
-kernel has which defence, and what is left open.
+"Stops it" means that nothing reaches a blocked destination, and that no more mail gets out
+than the buckets of the container and of its bridge have tokens for. "–" means that the
+attack gets through.
 
-This page is written by TestRoads.
+The tests in internal/test/e2e follow whole connections: they count what mail servers
+accept, in random sequences too. The [threat model](threat-model.md) says which kernel has
+which defence, and what is left open.
+
+TestRoads generates this page; do not edit it.
 `
 
 var profileTitles = map[profile]string{
 	bridged:  "Docker's default capabilities, on a bridge",
 	netAdmin: "With CAP_NET_ADMIN, on a bridge",
-	hostNet:  "Docker's default capabilities, `--network=host`",
+	hostNet:  "Docker's default capabilities, with `--network=host`",
 }
 
-// needs says what an attack takes beside its profile.
+// needs says what an attack takes in addition to its profile.
 func (a attack) needs(p profile) string {
 	var needs []string
 	switch {

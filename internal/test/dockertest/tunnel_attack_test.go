@@ -94,7 +94,7 @@ func tunnels() []tunnel {
 	return []tunnel{
 		{name: "VXLAN", device: "vxlan0", port: 4789, wrap: vxlan("vxlan0")},
 		{name: "VXLAN at another port", device: "vxlan2", port: 443, wrap: vxlan("vxlan2")},
-		{name: "VXLAN with a policy", device: "vxlan3", port: 4797, wrap: framed("vxlan3", 0x88, 0, 0, 1, 0, 0, 42, 0)},
+		{name: "VXLAN with a group policy", device: "vxlan3", port: 4797, wrap: framed("vxlan3", 0x88, 0, 0, 1, 0, 0, 42, 0)},
 		{name: "VXLAN-GPE", device: "vxlan4", port: 4796, wrap: numbered},
 		{name: "VXLAN-GPE over IPv6", device: "vxlan4", v6: true, port: 4796, wrap: numbered},
 		{name: "VXLAN over IPv6", device: "vxlan6", v6: true, port: 4789, wrap: vxlan("vxlan6")},
@@ -244,12 +244,12 @@ func addressAttacks(vxlan, vxlan6 tunnel) []attack {
 		addr string
 	}{
 		{"the host's other address", vxlan, "10.91.0.1"},
-		{"the network's broadcast", vxlan, "172.30.0.255"},
-		{"everybody's broadcast", vxlan, "255.255.255.255"},
-		{"a group", vxlan, "224.0.0.1"},
+		{"the network's broadcast address", vxlan, "172.30.0.255"},
+		{"the address 255.255.255.255", vxlan, "255.255.255.255"},
+		{"a multicast group", vxlan, "224.0.0.1"},
 		{"the host's other IPv6 address", vxlan6, "fd91::1"},
-		{"the link's IPv6 address", vxlan6, "fe80::1%eth0"},
-		{"an IPv6 group", vxlan6, "ff02::1%eth0"},
+		{"the host's link-local IPv6 address", vxlan6, "fe80::1%eth0"},
+		{"an IPv6 multicast group", vxlan6, "ff02::1%eth0"},
 	} {
 		send := func(segmented bool) func(*prisoner, target) error {
 			return func(p *prisoner, tg target) error {
@@ -308,17 +308,17 @@ func insideAttacks(vxlan tunnel) []attack {
 		in("VXLAN", vxlan, nil, nested(whole)),
 		in("VXLAN in fragments", vxlan, nil, nested(inFragments(40))),
 		in("three VLAN tags", tagged, nil, each(whole)),
-		in("a short packet", padded, nil, each(whole)),
+		in("a padded packet", padded, nil, each(whole)),
 		in("short fragments", padded, nil, each(inFragments(8))),
 		in("two option headers", vxlan, only6, each(twice(unix.IPPROTO_HOPOPTS, unix.IPPROTO_DSTOPTS))),
-		in("two option headers alike", vxlan, only6, each(twice(unix.IPPROTO_DSTOPTS, unix.IPPROTO_DSTOPTS))),
-		in("the host's refusal", vxlan, metadata, func(p *prisoner, tg target) [][]byte {
+		in("two option headers of one type", vxlan, only6, each(twice(unix.IPPROTO_DSTOPTS, unix.IPPROTO_DSTOPTS))),
+		in("a forged source, closed port of the host", vxlan, metadata, func(p *prisoner, tg target) [][]byte {
 			return [][]byte{answered(tg, p.gateway(tg), false)}
 		}),
-		in("the host's echo", vxlan, metadata, func(p *prisoner, tg target) [][]byte {
+		in("a forged source, ping of the host", vxlan, metadata, func(p *prisoner, tg target) [][]byte {
 			return [][]byte{answered(tg, p.gateway(tg), true)}
 		}),
-		in("an option that the host refuses", vxlan, metadata6, func(p *prisoner, tg target) [][]byte {
+		in("a forged source, unknown option to the host", vxlan, metadata6, func(p *prisoner, tg target) [][]byte {
 			return [][]byte{unknownOption(tg, p.gw6)}
 		}),
 		in("segments to mail", vxlan, target.mail, func(p *prisoner, tg target) [][]byte {
@@ -384,13 +384,13 @@ func outsideAttacks(vxlan, vxlan6 tunnel) []attack {
 	return []attack{
 		packed("in fragments", vxlan, inFragments(within)),
 		packed("in short fragments", vxlan, inFragments(8)),
-		{name: "VXLAN, big", device: vxlan.device, send: func(p *prisoner, tg target) error { return p.sendBy(big, p.forged(tg, p.stranger(tg))) }},
-		{name: "VXLAN over IPv6, big", device: vxlan6.device, send: func(p *prisoner, tg target) error { return p.sendBy(big6, p.forged(tg, p.stranger(tg))) }},
+		{name: "VXLAN, larger than the MTU", device: vxlan.device, send: func(p *prisoner, tg target) error { return p.sendBy(big, p.forged(tg, p.stranger(tg))) }},
+		{name: "VXLAN over IPv6, larger than the MTU", device: vxlan6.device, send: func(p *prisoner, tg target) error { return p.sendBy(big6, p.forged(tg, p.stranger(tg))) }},
 		packed("in fragments", vxlan6, inFragments(within)),
 		packed("in short fragments", vxlan6, inFragments(8)),
 		packed("an option header", vxlan6, behind(unix.IPPROTO_DSTOPTS, padding...)),
 		packed("two option headers", vxlan6, twice(unix.IPPROTO_HOPOPTS, unix.IPPROTO_DSTOPTS)),
-		packed("two option headers alike", vxlan6, twice(unix.IPPROTO_DSTOPTS, unix.IPPROTO_DSTOPTS)),
+		packed("two option headers of one type", vxlan6, twice(unix.IPPROTO_DSTOPTS, unix.IPPROTO_DSTOPTS)),
 		hidden,
 		packed("fragments behind options", vxlan6, func(h lab.Header, payload []byte) (all [][]byte) {
 			for _, fragment := range inFragments(within)(h, payload) {
@@ -400,7 +400,7 @@ func outsideAttacks(vxlan, vxlan6 tunnel) []attack {
 			}
 			return all
 		}),
-		sticky("options of a socket", unix.IPV6_HOPOPTS, unix.IPV6_DSTOPTS),
+		sticky("options set on the socket", unix.IPV6_HOPOPTS, unix.IPV6_DSTOPTS),
 		{name: "VXLAN over IPv6, options and segments", device: vxlan6.device, send: func(p *prisoner, tg target) error {
 			return p.sendBehindInnocent(vxlan6, tg, p.forged(tg, p.stranger(tg)), options(p, unix.IPV6_HOPOPTS, unix.IPV6_DSTOPTS)...)
 		}},
