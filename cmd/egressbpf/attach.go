@@ -41,8 +41,8 @@ func newAttach(g *globals) *cobra.Command {
 stays in force without any process. Missing cgroup directories are made, so attach
 can run before the first container starts.
 
-Run it again to replace the policy and the programs. No packet goes unpoliced
-meanwhile, and buckets and counters are kept. Cgroups that are already policed stay
+Run it again to replace the policy and the programs. No packet goes unpoliced while
+they are replaced, and buckets and counters are kept. Cgroups that are already policed stay
 policed and get the new policy. On an error, the policy that was in force stays.
 
 A flag overrides the same key of the config file. A list replaces the list in the
@@ -101,9 +101,9 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	}
 	switch {
 	case filter.Served():
-		fmt.Fprintln(stderr, "warning: egressbpf run is running and will restore its own configuration: change that one")
+		fmt.Fprintln(stderr, "warning: egressbpf run is running and will restore its own configuration: change its config file or flags instead")
 	case len(status.MetadataAllowed)+len(status.FamiliesAllowed) > 0:
-		fmt.Fprintln(stderr, "warning: containers keep the exceptions that rules have given them, as shown below: only egressbpf run takes these back")
+		fmt.Fprintln(stderr, "warning: containers keep the exceptions that rules gave them, shown below: only egressbpf run revokes them")
 	case len(config.Containers) > 0:
 		fmt.Fprintf(stderr, "warning: %d rules for single containers are not applied: only egressbpf run applies them\n", len(config.Containers))
 	}
@@ -135,7 +135,7 @@ func (p *policyFlags) register(flags *pflag.FlagSet) {
 	flags.Uint32Var(&p.burst, "smtp-burst", def.SMTP.Burst, "mail connections a container may open at once")
 	flags.StringVar(&p.overLimit, "over-limit", string(def.SMTP.OverLimit), "what happens to mail connections over the limit: drop (the client tries again) or reject (they fail at once)")
 	flags.StringSliceVar(&p.exempted, "smtp-exempt", nil, "destinations to which mail is not limited: ADDR|CIDR")
-	flags.StringVar(&p.families, "socket-families", string(def.Families), "socket families containers may use: restrict (those whose packets the filter sees), any, or families to add to restrict, such as vsock")
+	flags.StringVar(&p.families, "socket-families", string(def.Families), "socket families containers may use: restrict (only those whose packets pass the filter), any, or families to add to restrict, such as vsock")
 	flags.StringVar(&p.hostSide, "host-side", string(def.HostSide), "judge packets from containers' bridges again on the host: on or off")
 	flags.StringSliceVar(&p.hostDevices, "host-devices", nil, "bridges and other devices of the host that lead to containers, besides Docker's: NAME or NAME*")
 	flags.StringSliceVar(&p.scopes, "scopes", strings.Fields(join(def.Scopes)), "names of containers' cgroups, in the root and in slices; default stands for the defaults; any makes each child of a policed cgroup a container")
@@ -225,14 +225,14 @@ func warn(w io.Writer, s *loader.Status, resolvers []netip.Addr) {
 		fmt.Fprintf(w, "warning: %d running containers are not policed, such as %s in %s: %s%s\n", n, title(s.Uncovered[0].Name, s.Uncovered[0].ID), printable(s.Uncovered[0].Cgroup), uncoveredRemedy(s), judgedAllTheSame(s))
 	}
 	if n := len(s.Systems); n > 0 {
-		fmt.Fprintf(w, "warning: %d system containers are not policed, such as %s of %s in %s: if you do not trust them, add names such as 'lxc.payload.*', 'systemd-nspawn@*' or 'machine-*.scope' to --scopes, after default\n",
+		fmt.Fprintf(w, "warning: %d system containers are not policed, such as %s of %s in %s: if you do not trust them, police them with --scopes 'default,lxc.payload.*,systemd-nspawn@*,machine-*.scope'\n",
 			n, printable(s.Systems[0].Name), s.Systems[0].Engine, printable(s.Systems[0].Cgroup))
 	}
 	if s.Room != nil && s.Room.Short() {
 		fmt.Fprintf(w, "warning: %s\n", roomText(*s.Room))
 	}
 	for _, addr := range resolvers {
-		fmt.Fprintf(w, "warning: containers cannot reach the DNS server %s that they are given, which is blocked: use --allow-dns\n", addr)
+		fmt.Fprintf(w, "warning: containers cannot reach the DNS server %s that they are given: it is blocked; use --allow-dns\n", addr)
 	}
 }
 
@@ -244,17 +244,17 @@ func uncoveredRemedy(s *loader.Status) string {
 	return "attach --cgroup to the cgroup that all are in, which may be the root of the hierarchy, or name their own with --cgroup"
 }
 
-// judgedAllTheSame says what reaches containers that are not policed: behind a bridge, the
-// host cannot tell whose a packet is.
+// judgedAllTheSame says what still holds for containers that are not policed: the host cannot
+// tell which container behind a bridge sent a packet.
 func judgedAllTheSame(s *loader.Status) string {
 	if !s.HasDefence(loader.HostSide) {
 		return ""
 	}
-	return "; host_side judges what they send through bridges all the same"
+	return "; host_side still judges what they send through bridges"
 }
 
-// warnHolders tells of containers that have sockets which they could not make now. If
-// they can, a restart is no remedy.
+// warnHolders names containers that still have sockets which they could not open now. Without
+// the defence they could open them again after a restart, so there is nothing to say.
 func warnHolders(w io.Writer, filter *loader.Filter, s *loader.Status) error {
 	if !s.HasDefence(loader.SocketFamilies) {
 		return nil
@@ -270,24 +270,24 @@ func warnHolders(w io.Writer, filter *loader.Filter, s *loader.Status) error {
 	return nil
 }
 
-// warnElsewhere tells of filters that are in force beside the one of these pins.
+// warnElsewhere names filters that are in force and not pinned here.
 func warnElsewhere(w io.Writer, filter *loader.Filter) error {
 	others, err := filter.Elsewhere()
 	for _, e := range others {
-		fmt.Fprintf(w, "warning: %s is also policed by another egressbpf (link %d), which is not pinned below %s: it has another --pin-path, or a mount hides its bpf filesystem; detach --elsewhere takes it off\n", printable(e.Cgroup), e.Link, filter.Pins())
+		fmt.Fprintf(w, "warning: %s is also policed by another egressbpf (link %d), which is not pinned below %s: it has another --pin-path, or a mount hides its bpf filesystem; detach --elsewhere detaches it\n", printable(e.Cgroup), e.Link, filter.Pins())
 	}
 	return err
 }
 
-// resolvConfs are read for the DNS servers that Docker hands to containers: the
-// second one where the first names only a stub on the loopback.
+// resolvConfs are read for the DNS servers that Docker gives to containers. Docker reads the
+// second if the first names only a stub on the loopback.
 var resolvConfs = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"}
 
-// dockerConfig is read for those that it hands to them instead.
+// dockerConfig is read for the DNS servers that Docker gives to containers instead.
 var dockerConfig = docker.ConfigFile
 
-// blockedResolvers returns the DNS servers of containers that the policy blocks, but for
-// those that a container is given alone (docker run --dns).
+// blockedResolvers returns the DNS servers of containers that the policy blocks. It does not
+// know those of single containers (docker run --dns).
 func blockedResolvers(p policy.Policy) []netip.Addr {
 	const udp, domain = 17, 53
 	var blocked []netip.Addr

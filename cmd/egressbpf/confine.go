@@ -60,11 +60,11 @@ func checkCapabilities(more ...capability) error {
 }
 
 // errKept means that this process keeps capabilities that it does not need.
-var errKept = errors.New("built with cgo, so that what it may do beyond its work is not given up: build with CGO_ENABLED=0")
+var errKept = errors.New("built with cgo, so egressbpf keeps capabilities that it does not need: build with CGO_ENABLED=0")
 
-// confine gives up all other capabilities, for good and in every thread, before
-// anything is read that somebody else has written. iptables-legacy-save, which import
-// starts, opens a raw socket.
+// confine drops all other capabilities, for good and in every thread, before anything is
+// read that somebody else has written. import starts iptables-legacy-save, which opens a raw
+// socket.
 func confine(args []string) error {
 	needed := uint64(needed)
 	if slices.Contains(args, "import") {

@@ -24,17 +24,17 @@ func newDetach(g *globals) *cobra.Command {
 	o := detachOptions{globals: g}
 	cmd := &cobra.Command{
 		Use:   "detach [--cgroup PATH]... | --elsewhere | --hand-over",
-		Short: "Take the filter off",
-		Long: `Takes the filter off the named cgroups, or off all of them, and removes its pins.
-Detaching the last cgroup also removes the counters. Detaching what is not attached
-is no error. Stop the service (egressbpf run) first: it restores the filter.
+		Short: "Detach the filter",
+		Long: `Detaches the filter from the named cgroups, or from all of them, and removes its
+pins. Detaching the last cgroup also removes the counters. It is no error if nothing is
+attached. Stop the service (egressbpf run) first, or it restores the filter.
 
-A filter that is not pinned at --pin-path stays in force, and detach warns of it.
-With --elsewhere, detach takes off those filters instead.
+A filter that is not pinned at --pin-path stays in force, and detach warns about it.
+With --elsewhere, detach detaches those filters instead.
 
-To go back to an earlier version, use --hand-over: the filter stays in force, and only
-those pins are removed over which an earlier version would not attach. Then attach
-with that version.`,
+To go back to an earlier version, use --hand-over: the filter stays in force, and
+detach removes only the pins that would keep an earlier version from attaching. Then
+attach with that version.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if alone := len(o.cgroups) == 0; o.elsewhere && (!alone || o.handOver) || o.handOver && !alone {
@@ -59,14 +59,14 @@ with that version.`,
 			return warnElsewhere(cmd.ErrOrStderr(), filter)
 		},
 	}
-	cmd.Flags().StringArrayVar(&o.cgroups, "cgroup", nil, "policed cgroup to take the filter off; may be repeated (default: all)")
-	cmd.Flags().BoolVar(&o.elsewhere, "elsewhere", false, "take off filters that are in force and not pinned at --pin-path")
-	cmd.Flags().BoolVar(&o.handOver, "hand-over", false, "leave the filter in force, and let an earlier version attach over it")
+	cmd.Flags().StringArrayVar(&o.cgroups, "cgroup", nil, "policed cgroup to detach the filter from; may be repeated (default: all)")
+	cmd.Flags().BoolVar(&o.elsewhere, "elsewhere", false, "detach filters that are in force and not pinned at --pin-path")
+	cmd.Flags().BoolVar(&o.handOver, "hand-over", false, "keep the filter in force, and let an earlier version attach over it")
 	return cmd
 }
 
-// warnUnknown tells of cgroups that are to be released and are not policed: that is no error,
-// and may be a slip.
+// warnUnknown names cgroups that are to be detached and are not policed: that is no error, but
+// may be a typing mistake.
 func (o *detachOptions) warnUnknown(w io.Writer, filter *loader.Filter, root cgroup.Root) {
 	status, err := filter.Status()
 	if err != nil {

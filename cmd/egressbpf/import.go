@@ -40,9 +40,9 @@ func newImportIptables() *cobra.Command {
 It covers the rules of DOCKER-USER and of the chains they jump to, and rules of
 FORWARD about metadata services or mail.
 
-A rule of DOCKER-USER that has no counterpart in the config, or is stricter or weaker
-there, is named on stderr with its line and the reason. Nothing on this host is
-changed.`,
+On stderr it names each rule of DOCKER-USER that has no counterpart in the config or
+is stricter or weaker there, with its line and the reason. It changes nothing on this
+host.`,
 		Example: `  iptables-save | egressbpf import iptables >config.yaml
   egressbpf import iptables /etc/iptables/rules.v4 /etc/iptables/rules.v6 >config.yaml
   sudo egressbpf import iptables --live >config.yaml
@@ -114,7 +114,7 @@ func savedRules(stdin io.Reader, names []string) ([]iptables.Source, error) {
 		}
 		text, err := readAtMost(in, shown, maxRules)
 		if errors.Is(err, errTooLarge) {
-			err = fmt.Errorf("%w: save the tables that matter alone, with iptables-save -t filter and -t nat", err)
+			err = fmt.Errorf("%w: save only the tables that matter, with iptables-save -t filter and -t nat", err)
 		}
 		if err != nil {
 			return nil, err
@@ -124,8 +124,8 @@ func savedRules(stdin io.Reader, names []string) ([]iptables.Source, error) {
 	return sources, nil
 }
 
-// liveRules reads the tables of both variants, which can be in force beside each
-// other. Hosts that have no names for them have one of them alone.
+// liveRules reads the tables of iptables-nft and iptables-legacy, which can be in force at the
+// same time. A host without these two names has only one of them.
 func liveRules(ctx context.Context, stderr io.Writer) ([]iptables.Source, error) {
 	var sources []iptables.Source
 	for _, family := range []string{"iptables", "ip6tables"} {
@@ -166,12 +166,12 @@ func liveRules(ctx context.Context, stderr io.Writer) ([]iptables.Source, error)
 	return sources, nil
 }
 
-// warnNative tells of tables of nftables that judge what containers send and that
-// iptables-save does not show.
+// warnNative names tables of nftables that filter what containers send and that iptables-save
+// does not show.
 func warnNative(ctx context.Context, stderr io.Writer) error {
 	path, err := exec.LookPath("nft")
 	if err != nil {
-		fmt.Fprintln(stderr, "nft: not found: whether there are rules beside those of iptables is not known")
+		fmt.Fprintln(stderr, "nft: not found: cannot tell whether this host has rules other than those of iptables")
 		return nil
 	}
 	var out, errs bytes.Buffer
@@ -185,10 +185,10 @@ func warnNative(ctx context.Context, stderr io.Writer) error {
 		return fmt.Errorf("%s: %w", path, err)
 	}
 	if docker {
-		fmt.Fprintln(stderr, "Docker uses nftables itself here, and does not ask the chain DOCKER-USER: what is there stops nothing, the policy does")
+		fmt.Fprintln(stderr, "Docker uses nftables itself here, and does not use the chain DOCKER-USER: the rules there stop nothing, but the policy will")
 	}
 	for _, t := range native {
-		fmt.Fprintf(stderr, "nft table %s: not read: it judges what containers send, and import knows rules of iptables alone\n", printable(t))
+		fmt.Fprintf(stderr, "nft table %s: not read: it filters what containers send, and import reads only rules of iptables\n", printable(t))
 	}
 	return nil
 }

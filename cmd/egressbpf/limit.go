@@ -15,7 +15,7 @@ func newLimit(g *globals) *cobra.Command {
 		Use:   "limit",
 		Short: "Give a container its own mail limit",
 		Long: `Sets, shows or removes a container's own limit on new mail connections, at once.
-Tokens that are missing from its bucket stay missing. NAME is the container's name
+The tokens that are missing from its bucket stay missing. NAME is the container's name
 in Docker, its id or the beginning of it, or its cgroup by name or path.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: help,
@@ -25,7 +25,7 @@ in Docker, its id or the beginning of it, or its cgroup by name or path.`,
 }
 
 // errNoPolicy means that the limit of a container is not known, nor whether it is one.
-var errNoPolicy = errors.New("no program in force tells the policy: attach again")
+var errNoPolicy = errors.New("no attached program holds the policy: attach again")
 
 // withContainer calls do with the container that goes by a name.
 func (g *globals) withContainer(cmd *cobra.Command, name string, do func(*stats.Reader, *stats.Container) error) error {
@@ -68,7 +68,7 @@ func newLimitSet(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "set NAME --rate R --burst B",
 		Short:   "Give a container its own limit",
-		Long:    `Gives a container its own limit. What is left out stays as it is.`,
+		Long:    `Gives a container its own limit. A value whose flag is left out stays as it is.`,
 		Example: `  egressbpf limit set mailer --rate 120/minute --burst 30`,
 		Args:    usageArgs(oneContainer),
 	}

@@ -16,8 +16,8 @@ func newMan() *cobra.Command {
 	return &cobra.Command{
 		Use:   "man DIRECTORY",
 		Short: "Write the manual pages",
-		Long: `Writes a page of section 8 for each command into a directory, which is made if it does
-not exist. They say what --help says.`,
+		Long: `Writes a manual page (section 8) for each command into a directory, which is made if
+it does not exist. The pages say what --help says.`,
 		Example: "  egressbpf man /usr/local/share/man/man8",
 		Args:    usageArgs(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {

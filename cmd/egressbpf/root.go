@@ -100,8 +100,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return exitFailed
 }
 
-// cannotBe says whether the filter cannot be in force on this host, whoever tries and
-// however often.
+// cannotBe says whether the filter cannot be in force on this host, so that trying again
+// does not help.
 func cannotBe(err error) bool {
 	rejected := (*ebpf.VerifierError)(nil)
 	for _, cause := range []error{cgroup.ErrNoCgroup2, cgroup.ErrNotInitialNamespace, loader.ErrCannotRecognise, loader.ErrPrivateMount, ebpf.ErrNotSupported} {
@@ -117,12 +117,12 @@ func newRoot(g *globals) *cobra.Command {
 		Use:   "egressbpf",
 		Short: "Keep containers from cloud metadata services and from sending spam",
 		Long: `egressbpf keeps containers from reaching the cloud's metadata service, which hands
-out the machine's credentials, and limits the mail connections of each. It decides
-in the kernel, with eBPF programs on the containers' parent cgroup, and needs no
-process to stay in force.
+out the machine's credentials, and limits the mail connections of each container. It
+works in the kernel, with eBPF programs on the containers' parent cgroups, and needs
+no process to stay in force.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not fully in force (status), or cannot be
-on this host (check, attach, run).`,
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not fully in force (status) or not
+possible on this host (check, attach, run).`,
 		Args:          usageArgs(cobra.NoArgs),
 		RunE:          help,
 		SilenceErrors: true,
@@ -141,8 +141,8 @@ on this host (check, attach, run).`,
 	return cmd
 }
 
-// checkFlags refuses empty values where these would mean something, such as the working
-// directory: more likely they come from a variable that is not set.
+// checkFlags refuses empty values of flags for which an empty value would mean something, such
+// as the working directory: it probably comes from a variable that is not set.
 func checkFlags(flags *pflag.FlagSet) (err error) {
 	flags.Visit(func(f *pflag.Flag) {
 		values := []string{f.Value.String()}
@@ -159,8 +159,8 @@ func checkFlags(flags *pflag.FlagSet) (err error) {
 	return err
 }
 
-// addCompletion adds cobra's command, which writes to what is the output now, and
-// which would take an unknown shell for a call for help.
+// addCompletion adds cobra's command, which writes to the output that is set now. Without
+// this, cobra would answer an unknown shell with its help.
 func addCompletion(root *cobra.Command) {
 	root.InitDefaultCompletionCmd()
 	for _, cmd := range root.Commands() {
@@ -210,16 +210,16 @@ func remedyFor(err error) string {
 		{cgroup.ErrNoCgroup2, "a cgroup v2 hierarchy is needed: boot with systemd.unified_cgroup_hierarchy=1, or mount one with `mount -t cgroup2 none DIR` and name it with --cgroup-root"},
 		{cgroup.ErrNotBelowRoot, "name a directory of the cgroup2 mount, such as its docker directory"},
 		{cgroup.ErrNotInitialNamespace, "run it on the host, outside of any container, or with `nsenter --target 1 --cgroup`"},
-		{loader.ErrWholeHost, "name the cgroup whose children are containers, or tell with --scopes what containers' cgroups are called"},
+		{loader.ErrWholeHost, "name the cgroup whose children are containers, or list the names of containers' cgroups with --scopes"},
 		{loader.ErrCannotRecognise, "let Docker put its containers into a cgroup of their own, and name that with --cgroup: /sys/fs/cgroup/docker with its cgroupfs driver, or with its systemd driver a slice (\"cgroup-parent\": \"docker.slice\" in /etc/docker/daemon.json) and --scopes any"},
 		{loader.ErrPrivateMount, "run it on the host; in a container, with --pid=host and the host's /sys/fs/bpf mounted (-v /sys/fs/bpf:/sys/fs/bpf)"},
 		{loader.ErrUnmounted, "on the host, mount one first: `mount -t bpf bpf /sys/fs/bpf`"},
-		{loader.ErrExcluded, "it was attached to that cgroup, or to one above it, without BPF_F_ALLOW_MULTI: see `bpftool cgroup tree`, and detach it, or have its owner attach it with that flag"},
-		{loader.ErrNested, "name only the outer one, which takes over from those inside of it"},
+		{loader.ErrExcluded, "that program was attached to this cgroup, or to one above it, without BPF_F_ALLOW_MULTI: find it with `bpftool cgroup tree`, and detach it, or have its owner attach it with that flag"},
+		{loader.ErrNested, "name only the outer cgroup, which takes over from those inside it"},
 		{loader.ErrPinPath, "use a directory in a bpf filesystem as --pin-path (`mount -t bpf bpf DIR`, then DIR/egressbpf), or leave --pin-path out"},
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},
 		{loader.ErrServed, "stop it first: `systemctl stop egressbpf`"},
-		{loader.ErrStillPinned, "it judges no packets any more; it is gone once its pins are: unmount what is mounted over their bpf filesystem, and remove them or `egressbpf detach` there"},
+		{loader.ErrStillPinned, "this link judges no packets any more, but ends only when its pins are removed: unmount what hides their bpf filesystem, and remove the pins or run `egressbpf detach` there"},
 		{loader.ErrBusy, "try again; if it persists, see who holds the directory with `fuser -v`"},
 		{loader.ErrOtherVersion, "run `egressbpf detach`, then attach again; counters and buckets start anew"},
 	} {
@@ -267,7 +267,7 @@ func writeJSON(w io.Writer, v any) error {
 	return enc.Encode(v)
 }
 
-// visible replaces what a terminal would obey.
+// visible replaces characters that a terminal would obey.
 func visible(r rune) rune {
 	if !strconv.IsPrint(r) && r != '\n' && r != '\t' {
 		return '\uFFFD'

@@ -34,14 +34,14 @@ func newRun(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run [flags]",
 		Short: "Keep the filter in force and apply rules to containers as they start",
-		Long: `Puts the filter in force as attach does, and keeps it so: applies the config file's
-rules for single containers to those that Docker runs and starts, reads the file
-again when it changes and on SIGHUP, and restores what another program detaches. A
-file with an error is refused, and the policy that was in force stays. Until its
-rule is applied, a new container gets the default policy.
+		Long: `Puts the filter in force as attach does, and keeps it in force. It applies the config
+file's rules for single containers to the containers that Docker runs or starts, reads
+the file again when it changes and on SIGHUP, and restores what another program
+detaches. A file with an error is refused, and the policy that was in force stays.
+Until its rule is applied, a new container gets the default policy.
 
-However run ends, the filter stays in force; see detach. It works as a systemd
-service of Type=notify or notify-reload, with a watchdog.`,
+When run ends, however that happens, the filter stays in force; detach removes it. run
+works as a systemd service of Type=notify or notify-reload, with a watchdog.`,
 		Example: `  egressbpf run
   egressbpf run --config /etc/egressbpf/config.yaml --allow-dns`,
 		Args: usageArgs(cobra.NoArgs),
@@ -85,8 +85,8 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	return d.Run(ctx)
 }
 
-// putDefaults has something in force where a config file that is refused would leave
-// nothing, as after a boot.
+// putDefaults puts the defaults in force if a config file is refused and nothing is in force,
+// as after a boot.
 func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stderr io.Writer) error {
 	config, err := o.withoutFile(flags)
 	if !o.orDefaults || err != nil {
@@ -104,12 +104,12 @@ func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stde
 	if err := filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {
 		return err
 	}
-	newLogger(stderr).Warn("the defaults are in force, since nothing was")
+	newLogger(stderr).Warn("the defaults are in force: nothing was in force before")
 	return nil
 }
 
-// load returns what reads the configuration. That the file at the usual place is
-// missing is no error, unless it was there before.
+// load returns a function that reads the configuration. It is no error if the file at its usual
+// path is missing, unless it was there before.
 func (o *runOptions) load(flags *pflag.FlagSet) func() (policy.Config, error) {
 	optional := !flags.Changed("config")
 	return func() (policy.Config, error) {
@@ -128,7 +128,7 @@ func (o *runOptions) withoutFile(flags *pflag.FlagSet) (policy.Config, error) {
 	return without.read(flags)
 }
 
-// newLogger returns a logger of lines. The journal has clocks of its own.
+// newLogger returns a logger that writes lines, without the time if the journal adds that.
 func newLogger(w io.Writer) *slog.Logger {
 	var options slog.HandlerOptions
 	if os.Getenv("JOURNAL_STREAM") != "" {

@@ -38,10 +38,11 @@ daemon does not answer.
   LIMITED   mail connections dropped because the bucket was empty; repeats count
   NO-BUCKET mail connections dropped because there was no room for a bucket, or, in
             the total, because the container was removed
-  SOCKETS   sockets refused, since they would send past the filter
-  HOST      packets dropped on the host that had come past the container's own
-            filter, of a container where it is known, else in the total alone
-  TOKENS    mail connections that could be made at once now`,
+  SOCKETS   sockets refused because they would bypass the filter
+  HOST      packets that got past the filter and were dropped on the host; counted
+            for the container if it is known, else in the total alone
+  TOKENS    mail connections the container can open right now
+  LIMIT     rate and burst that hold for the container`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.run(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())

@@ -103,7 +103,7 @@ func printStatus(w io.Writer, s *loader.Status) error {
 	}
 	if len(s.Unknown) > 0 {
 		row("")
-		row("unknown pins\t%s: of another version; detach takes them off", join(s.Unknown))
+		row("unknown pins\t%s: of another version; detach removes them", join(s.Unknown))
 	}
 	for i, e := range s.Elsewhere {
 		if i == 0 {
@@ -140,7 +140,7 @@ func printStatus(w io.Writer, s *loader.Status) error {
 			has = append(has, "the host's cgroup namespace (--cgroupns=host)")
 		}
 		if c.Writable {
-			has = append(has, "the host's cgroup tree to write")
+			has = append(has, "the host's cgroup tree, writable")
 		}
 		row("%s\t%s\t%s", title(c.Name, c.ID), printable(c.Cgroup), strings.Join(has, ", "))
 	}
@@ -149,7 +149,7 @@ func printStatus(w io.Writer, s *loader.Status) error {
 			row("")
 			row("NOT POLICED\tCGROUP\tENGINE")
 		}
-		row("%s\t%s\t%s: have it policed with --scopes, if you do not trust it", printable(c.Name), printable(c.Cgroup), c.Engine)
+		row("%s\t%s\t%s: name it with --scopes if you do not trust it", printable(c.Name), printable(c.Cgroup), c.Engine)
 	}
 	for i, u := range s.Uncovered {
 		if i == 0 {
@@ -161,14 +161,14 @@ func printStatus(w io.Writer, s *loader.Status) error {
 	return tw.Flush()
 }
 
-// roomText says how much room there is, and what follows from that.
+// roomText says how much room there is for containers, and what a lack of it means.
 func roomText(r maps.Room) string {
-	text := fmt.Sprintf("state of %d containers of at most %d", r.Containers, r.Of)
+	text := fmt.Sprintf("state of %d containers, of at most %d", r.Containers, r.Of)
 	if r.Removed > 0 {
-		text += fmt.Sprintf(", and %d removed ones, which the kernel has not released yet, of at most %d (what it caches for them goes with `echo 2 > /proc/sys/vm/drop_caches`)", r.Removed, r.OfStateless)
+		text += fmt.Sprintf(", and %d removed containers that the kernel has not released yet, of at most %d (`echo 2 > /proc/sys/vm/drop_caches` frees what it caches for them)", r.Removed, r.OfStateless)
 	}
 	if r.Without > 0 {
-		text += fmt.Sprintf("; %d containers found no room: they are judged, and cannot send mail until there is some and attach has run again", r.Without)
+		text += fmt.Sprintf("; %d containers found no room: they are judged, but cannot send mail until there is room and attach has run again", r.Without)
 	}
 	return text
 }

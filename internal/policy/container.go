@@ -105,10 +105,10 @@ func RuleFor(rules []ContainerRule, s Subject) ContainerRule {
 // Validate refuses what the parser could not have returned.
 func (r ContainerRule) Validate() error {
 	if r.Name == "" && r.Image == "" && r.Label == "" {
-		return errors.New("want a name, an image or a label to tell which containers it is for")
+		return errors.New("want a name, an image or a label, to say which containers the rule is for")
 	}
 	if r.SMTP == nil && r.Metadata == "" && r.Families == "" {
-		return errors.New("want smtp, metadata or socket_families: what is to hold for them")
+		return errors.New("want smtp, metadata or socket_families, to say what holds for them")
 	}
 	if r.Families != "" {
 		if _, err := ParseFamilies(string(r.Families)); err != nil {

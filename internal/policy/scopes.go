@@ -84,10 +84,10 @@ func ParseScope(text string) (Scope, error) {
 		return s, nil
 	}
 	bad := func(why string) (Scope, error) {
-		return "", fmt.Errorf("%q: %s; want a name such as docker-{id}.scope or ci-*, a directory such as /default/*, {build}, default for those that are, or any", text, why)
+		return "", fmt.Errorf("%q: %s; want a name such as docker-{id}.scope or ci-*, a directory such as /default/*, {build}, default for all defaults, or any", text, why)
 	}
 	if strings.Count(text, scopeID)+strings.Count(text, "*") != 1 {
-		return bad("it needs {id} or * once")
+		return bad("want {id} or * exactly once")
 	}
 	p := s.Parts()
 	switch {
@@ -98,7 +98,7 @@ func ParseScope(text string) (Scope, error) {
 	case p.Kind == ScopeAny && p.Prefix == "":
 		return bad("it would match almost every cgroup")
 	case len(p.Prefix) > maxScopePrefix || len(p.Suffix) > maxScopeSuffix:
-		return bad(fmt.Sprintf("longer than %d characters before, or %d behind, the variable part", maxScopePrefix, maxScopeSuffix))
+		return bad(fmt.Sprintf("longer than %d characters before, or %d after, the variable part", maxScopePrefix, maxScopeSuffix))
 	case strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' }):
 		return bad("not a printable name")
 	}

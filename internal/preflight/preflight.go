@@ -1,5 +1,5 @@
-// Package preflight finds out whether the filter would work on this host, without
-// putting it in force.
+// Package preflight finds out whether the filter would work on this host, without putting it
+// in force.
 package preflight
 
 import (
@@ -24,16 +24,16 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// Result is what one check has found.
+// Result is the result of one check.
 type Result string
 
 const (
 	OK   Result = "ok"
-	Warn Result = "warn" // the filter works; something is left open or could surprise
-	Fail Result = "fail" // it cannot be in force
+	Warn Result = "warn" // the filter works; something is left open or may be unexpected
+	Fail Result = "fail" // the filter cannot be in force
 )
 
-// Check is one row of the answer.
+// Check is one row of the report.
 type Check struct {
 	Name   string `json:"name"`
 	Result Result `json:"result"`
@@ -41,9 +41,9 @@ type Check struct {
 	Detail string `json:"detail"`
 }
 
-// Report is the answer.
+// Report holds the results of all checks.
 type Report struct {
-	// Ready is whether the filter can be in force: no check has failed.
+	// Ready says whether the filter can be in force: no check has failed.
 	Ready  bool    `json:"ready"`
 	Checks []Check `json:"checks"`
 }
@@ -53,11 +53,11 @@ func (r *Report) add(name string, result Result, format string, args ...any) {
 	r.Ready = r.Ready && result != Fail
 }
 
-// Host is what is looked at.
+// Host is what the checks look at.
 type Host struct {
 	Filter *loader.Filter
 	Root   cgroup.Root
-	// Docker is asked what it is; nil if nobody is to be.
+	// Docker is the daemon to ask; nil to ask none.
 	Docker *docker.Client
 	Config policy.Config
 	// Resolvers are DNS servers of this host that the policy blocks.
@@ -90,7 +90,7 @@ func (h Host) Run(ctx context.Context) *Report {
 }
 
 // PodsArePoliced says what the default scopes mean on a Kubernetes node.
-const PodsArePoliced = "this is a Kubernetes node, and all pods are policed, those that run it too (CNI, CSI, with the host's network or not): they lose the metadata service and packet sockets; to leave pods out, name with --scopes what is to be policed, such as docker-{id}.scope and {build}"
+const PodsArePoliced = "this is a Kubernetes node: all pods are policed, including those that run the node (CNI, CSI, with the host's network or without), and lose the metadata service and packet sockets; to leave pods out, list only what is to be policed with --scopes, such as docker-{id}.scope and {build}"
 
 // The oldest kernel that is supported.
 const oldestMajor, oldestMinor = 5, 10
@@ -140,7 +140,7 @@ func (h Host) cgroups(r *Report) {
 	}
 }
 
-// needsNames says whether containers are to be told by the names of their cgroups.
+// needsNames says whether the config recognises containers by the names of their cgroups.
 func (h Host) needsNames() bool {
 	if len(h.Config.Cgroups) == 0 {
 		return h.Config.Recognises("/")
@@ -165,15 +165,15 @@ func (h Host) programs(r *Report, state *maps.State) {
 		if h.needsNames() {
 			result = Fail
 		}
-		r.add("recognise", result, "containers cannot be told from services beside them: let Docker put them into a cgroup of their own and name that with --cgroup (%s)", firstLine(err))
+		r.add("recognise", result, "containers cannot be told from services beside them: let Docker put containers into a cgroup of their own, and name it with --cgroup (%s)", firstLine(err))
 	} else {
-		r.add("recognise", OK, "containers are known from the moment that their cgroup is made")
+		r.add("recognise", OK, "a container is recognised as soon as its cgroup is made")
 	}
 	switch err := h.Filter.ProbeFamilies(); {
 	case h.Config.Families == policy.AnyFamily:
-		r.add("socket_families", Warn, "turned off by the policy: containers with CAP_NET_RAW can send past the filter")
+		r.add("socket_families", Warn, "turned off by the policy: containers with CAP_NET_RAW can bypass the filter")
 	case err != nil:
-		r.add("socket_families", Warn, "this kernel refuses no sockets for us; run containers with --cap-drop=NET_RAW where nothing needs it (%s)", oneLine(err))
+		r.add("socket_families", Warn, "egressbpf cannot refuse sockets on this kernel; run containers that do not need CAP_NET_RAW with --cap-drop=NET_RAW (%s)", oneLine(err))
 	default:
 		r.add("socket_families", OK, "a socket that must be refused was refused")
 	}
@@ -190,7 +190,7 @@ func (h Host) programs(r *Report, state *maps.State) {
 			return
 		}
 		prog.Close()
-		r.add("host_side", OK, "the kernel accepts its program, at each bridge of containers that is there at attach (before 6.4 and where the kernel is locked down)")
+		r.add("host_side", OK, "the kernel accepts its program, which judges the bridges that exist at attach (as before 6.4, and where the kernel is locked down)")
 	case err != nil:
 		r.add("host_side", Warn, "%s", firstLine(err))
 	default:
@@ -199,7 +199,7 @@ func (h Host) programs(r *Report, state *maps.State) {
 	}
 }
 
-// others lists the programs of other people at the places where the filter would be.
+// others lists programs of others at the hooks where the filter would be attached.
 func (h Host) others(r *Report) {
 	paths := h.Config.Cgroups
 	if len(paths) == 0 {
@@ -236,7 +236,7 @@ func (h Host) others(r *Report) {
 		r.add("other programs", OK, "none")
 		return
 	}
-	r.add("other programs", OK, "they keep working; a packet must pass all: %s", strings.Join(found, ", "))
+	r.add("other programs", OK, "they keep working; a packet must pass them all: %s", strings.Join(found, ", "))
 }
 
 func programName(id ebpf.ProgramID) string {
@@ -252,7 +252,7 @@ func programName(id ebpf.ProgramID) string {
 	return name
 }
 
-// hybridRoot is where runc looks for the unified hierarchy beside those of v1.
+// hybridRoot is where runc looks for the unified hierarchy on the hybrid layout.
 const hybridRoot = "/sys/fs/cgroup/unified"
 
 func (h Host) docker(ctx context.Context, r *Report) {
@@ -278,7 +278,7 @@ func (h Host) docker(ctx context.Context, r *Report) {
 		r.add("docker", Fail, "%s: containers have cgroups in the unified hierarchy only if that is mounted at %s; boot with systemd.unified_cgroup_hierarchy=1", detail, hybridRoot)
 	case info.CgroupVersion == 1:
 		// On the hybrid layout runc from 1.1 on uses both.
-		r.add("docker", Warn, "%s: runc before 1.1 gives containers no cgroups in the unified hierarchy; see NOT COVERED in egressbpf status when one runs, or boot with systemd.unified_cgroup_hierarchy=1", detail)
+		r.add("docker", Warn, "%s: runc before 1.1 gives containers no cgroups in the unified hierarchy; look for NOT COVERED in egressbpf status while one runs, or boot with systemd.unified_cgroup_hierarchy=1", detail)
 	case info.Rootless:
 		r.add("docker", Warn, "%s, rootless: its bridge is in a network namespace of its own, which host_side does not see", detail)
 	default:
@@ -286,7 +286,7 @@ func (h Host) docker(ctx context.Context, r *Report) {
 	}
 }
 
-// parent says whether containers of a daemon-wide parent would be known.
+// parent says whether containers in the daemon's cgroup-parent would be recognised.
 func (h Host) parent(r *Report, parent string) {
 	const id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 	scope := filepath.Join("/", parent, id)
@@ -294,9 +294,9 @@ func (h Host) parent(r *Report, parent string) {
 		scope = filepath.Join("/", parent, "docker-"+id+".scope")
 	}
 	if h.Config.IsContainer(scope) {
-		r.add("docker config", OK, "cgroup-parent %s: containers there are known", parent)
+		r.add("docker config", OK, "cgroup-parent %s: containers there are recognised", parent)
 	} else {
-		r.add("docker config", Warn, "cgroup-parent %s: containers there are not known by --scopes", parent)
+		r.add("docker config", Warn, "cgroup-parent %s: --scopes does not recognise containers there", parent)
 	}
 }
 
@@ -323,14 +323,14 @@ func (h Host) covered(r *Report) {
 	}
 	systems = slices.DeleteFunc(systems, func(s cgroup.System) bool { return h.polices(s.Cgroup) })
 	if len(systems) > 0 {
-		r.add("containers", Warn, "%d system containers would not be policed, such as %q of %s: if you do not trust them, add names such as lxc.payload.*, systemd-nspawn@* or machine-*.scope to --scopes, after default", len(systems), systems[0].Name, systems[0].Engine)
+		r.add("containers", Warn, "%d system containers would not be policed, such as %q of %s: if you do not trust them, police them with --scopes default,lxc.payload.*,systemd-nspawn@*,machine-*.scope", len(systems), systems[0].Name, systems[0].Engine)
 	}
 	if len(exposed) > 0 {
-		r.add("cgroup_boundary", Warn, "%d containers have the host's cgroup namespace or tree, such as %s: they may leave their cgroups, or start containers beside them", len(exposed), exposed[0])
+		r.add("cgroup_boundary", Warn, "%d containers have the host's cgroup namespace or tree, such as %s: they can leave their cgroups, or start containers beside them", len(exposed), exposed[0])
 	}
 }
 
-// polices says whether the config has a container's cgroup policed.
+// polices says whether the config polices a container's cgroup.
 func (h Host) polices(rel string) bool {
 	if len(h.Config.Cgroups) == 0 {
 		return h.Config.IsContainer(rel)
@@ -346,7 +346,7 @@ func (h Host) resolvers(r *Report) {
 		r.add("resolvers", OK, "the policy blocks no DNS server that containers are given")
 		return
 	}
-	r.add("resolvers", Warn, "containers could not reach the DNS servers %v that they are given: use --allow-dns", h.Resolvers)
+	r.add("resolvers", Warn, "the policy blocks the DNS servers %v that containers are given: use --allow-dns", h.Resolvers)
 }
 
 func firstLine(err error) string {

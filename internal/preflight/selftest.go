@@ -19,30 +19,30 @@ import (
 	"github.com/egressbpf/egressbpf/internal/maps"
 )
 
-// The self-test has a process of its own ask both in a network namespace that holds
-// nothing else, where both are its own.
+// The self-test starts a process that sends to both addresses, in a network namespace of its
+// own where both addresses are local.
 const (
 	blockedAddress = "169.254.169.254"
 	openAddress    = "192.0.2.1"
 	selfTestPort   = 1080
 )
 
-// SelfTestArg, as the first argument of this program, makes it the process that asks.
+// SelfTestArg, as the first argument of this program, makes it the process that sends.
 const SelfTestArg = "preflight-self-test"
 
-// selfTest attaches the programs to a cgroup of its own, puts a process in there, and
-// has it send to a blocked destination and to another one.
+// selfTest attaches the programs to a cgroup of its own, starts a process in it, and lets the
+// process send to a blocked destination and to another one.
 func (h Host) selfTest(ctx context.Context, r *Report) {
 	if !h.Config.Blocks(netip.MustParseAddr(blockedAddress), 6, selfTestPort) {
-		r.add("self-test", Warn, "not made: this policy does not block %s", blockedAddress)
+		r.add("self-test", Warn, "skipped: this policy does not block %s", blockedAddress)
 		return
 	}
 	if h.Config.Blocks(netip.MustParseAddr(openAddress), 6, selfTestPort) {
-		r.add("self-test", Warn, "not made: this policy blocks %s too", openAddress)
+		r.add("self-test", Warn, "skipped: this policy also blocks %s", openAddress)
 		return
 	}
 	if h.Config.Mode != "enforce" {
-		r.add("self-test", Warn, "not made: in mode %s nothing is dropped", h.Config.Mode)
+		r.add("self-test", Warn, "skipped: in mode %s nothing is dropped", h.Config.Mode)
 		return
 	}
 	out, err := h.ask(ctx)
@@ -56,13 +56,13 @@ func (h Host) selfTest(ctx context.Context, r *Report) {
 	}
 }
 
-// ask returns what was wrong with the answers; empty if nothing.
+// ask makes the self-test and returns what was wrong; empty if nothing.
 func (h Host) ask(ctx context.Context) (wrong string, err error) {
 	path, err := os.MkdirTemp(string(h.Root), "egressbpf-check-")
 	if err != nil {
 		return "", err
 	}
-	// Who was in there has ended when Run returns.
+	// The process in it has ended when Run returns.
 	defer func() { err = errors.Join(err, os.Remove(path)) }()
 	rel, err := h.Root.Rel(path)
 	if err != nil {
@@ -88,7 +88,7 @@ func (h Host) ask(ctx context.Context) (wrong string, err error) {
 		return "", fmt.Errorf("attach to a cgroup: %w", err)
 	}
 	defer detach()
-	// A datagram of a connected socket meets the packet hook alone.
+	// A datagram of a connected socket passes only the packet hook.
 	if wrong, err := selfTestIn(ctx, dir, "udp"); wrong != "" || err != nil {
 		return wrong, err
 	}
@@ -100,7 +100,7 @@ func (h Host) ask(ctx context.Context) (wrong string, err error) {
 	return selfTestIn(ctx, dir, "tcp")
 }
 
-// selfTestIn runs the process that asks in a cgroup.
+// selfTestIn runs the sending process in a cgroup.
 func selfTestIn(ctx context.Context, dir *os.File, network string) (wrong string, err error) {
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", SelfTestArg, network)
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -113,8 +113,8 @@ func selfTestIn(ctx context.Context, dir *os.File, network string) (wrong string
 	return strings.TrimSpace(string(out)), nil
 }
 
-// SelfTest is the process that asks: it prints what it could reach and should not have,
-// or the other way round.
+// SelfTest is the sending process. It prints each destination that it could reach and should
+// not have reached, and the other way round.
 func SelfTest(network string) error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
