@@ -1,10 +1,10 @@
-# Needs Go, and Debian's or Ubuntu's apt for what else a target needs.
+# Needs Go. On Debian and Ubuntu, targets install with apt what else they need.
 #
 #   make attach   build, put the filter in force, show its status
-#   make install  the command and a service: systemctl enable --now egressbpf
+#   make install  install the command and a service: systemctl enable --now egressbpf
 #   make test     run all tests
-#   make demo     watch it work, on this machine alone
-#   make bench    what it costs a packet
+#   make demo     show the filter at work, on this machine alone
+#   make bench    measure what the filter costs a packet
 
 SHELL := /bin/bash
 GO ?= go
@@ -33,7 +33,7 @@ install: build
 	$(SUDO) install -D -m 644 dist/config.yaml $(DESTDIR)$(PREFIX)/share/doc/egressbpf/config.yaml
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || { $(SUDO) systemctl daemon-reload && $(SUDO) systemctl try-restart egressbpf; }
 
-# What is in force stays: that is for `egressbpf detach`, before.
+# The filter stays in force: run `egressbpf detach` first to remove it.
 .PHONY: uninstall
 uninstall:
 	-[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --now egressbpf
@@ -52,8 +52,8 @@ bench: build
 	$(GO) build -o bin/bench ./internal/test/bench
 	$(SUDO) bin/bench
 
-# Packages run one after the other: some compare what the whole kernel holds
-# before and after.
+# Packages run one after the other: some compare all BPF objects of the kernel before and
+# after.
 .PHONY: test
 test: test-host test-kernels
 
@@ -61,7 +61,7 @@ test: test-host test-kernels
 test-host: build test-tools
 	$(GO) test -count=1 -timeout 30m -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./...
 
-# The packages in which several goroutines share something; needs cgo.
+# The packages whose goroutines share data; needs cgo.
 .PHONY: test-race
 test-race:
 	@$(INSTALL) gcc:gcc libc6-dev
@@ -78,10 +78,9 @@ test-debian: test-tools
 .PHONY: test-tools
 test-tools:
 	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io $$(internal/test/vmtest/run.sh --packages)
-	@$(INSTALL) docker:docker-cli # apart from docker.io on newer releases
+	@$(INSTALL) docker:docker-cli # not part of docker.io on newer releases
 
-# The committed objects, from the sources: see gen.go. Another compiler makes
-# others.
+# Compiles the committed objects: see gen.go. Another compiler produces other objects.
 .PHONY: generate
 generate:
 	@$(INSTALL) clang-19:clang-19 llvm-strip-19:llvm-19 libbpf-dev

@@ -150,7 +150,7 @@ func (p *policyFlags) apply(flags *pflag.FlagSet, to *policy.Policy) error {
 	}{
 		{"preset", func() (err error) {
 			if len(p.presets) == 0 {
-				// More likely a variable that is not set than a wish.
+				// Probably a variable that is not set.
 				return errors.New("want a preset, or none to block nothing")
 			}
 			to.Presets, err = policy.ParsePresets(p.presets)
@@ -301,7 +301,7 @@ func blockedResolvers(p policy.Policy) []netip.Addr {
 }
 
 func resolvers() (found []string) {
-	// A file that Docker would not read is its problem, and check's.
+	// check reports a file that Docker cannot read.
 	if config, err := docker.ReadConfig(dockerConfig); err == nil && len(config.DNS) > 0 {
 		return config.DNS
 	}

@@ -11,7 +11,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// configOptions are the flags that say what is to be in force.
+// configOptions are the flags that set the configuration.
 type configOptions struct {
 	cgroups []string
 	config  string
@@ -29,8 +29,8 @@ const maxConfig = 16 << 20
 
 var errTooLarge = errors.New("too large")
 
-// readAtMost reads all of what is named. The error wraps errTooLarge if that is more than
-// so many bytes.
+// readAtMost reads all of in, which is called name in errors. The error wraps errTooLarge if
+// there are more than most bytes.
 func readAtMost(in io.Reader, name string, most int64) ([]byte, error) {
 	text, err := io.ReadAll(io.LimitReader(in, most+1))
 	if err != nil {
@@ -42,7 +42,7 @@ func readAtMost(in io.Reader, name string, most int64) ([]byte, error) {
 	return text, nil
 }
 
-// read returns what the file and the flags say.
+// read returns the configuration of the file and the flags.
 func (o *configOptions) read(flags *pflag.FlagSet) (policy.Config, error) {
 	config := policy.Config{Policy: policy.Default()}
 	if o.config != "" {

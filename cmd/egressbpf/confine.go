@@ -11,10 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// needed are the capabilities that the commands use: to load, attach and read BPF
-// objects (the first four), to find a cgroup by its id, to make one below the root,
-// which nobody may write to by its mode, to raise the limit of locked memory before
-// 5.11, and to see which network namespace a process is in.
+// needed are the capabilities that the commands use, in this order: to load, attach and read
+// BPF objects (the first four); to find a cgroup by its id; to make a cgroup below the root,
+// whose mode lets nobody write; to raise the limit of locked memory before 5.11; and to see
+// in which network namespace a process is.
 const needed = 1<<unix.CAP_BPF | 1<<unix.CAP_PERFMON | 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_SYS_ADMIN |
 	1<<unix.CAP_DAC_READ_SEARCH | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_SYS_RESOURCE | 1<<unix.CAP_SYS_PTRACE
 
@@ -32,13 +32,13 @@ type capability struct {
 	name string
 }
 
-// required are those without which no command can say what is in force.
+// required are the capabilities without which no command can say what is in force.
 var required = []capability{
 	{unix.CAP_BPF, "CAP_BPF"}, {unix.CAP_PERFMON, "CAP_PERFMON"}, {unix.CAP_NET_ADMIN, "CAP_NET_ADMIN"},
 	{unix.CAP_SYS_ADMIN, "CAP_SYS_ADMIN"}, {unix.CAP_DAC_READ_SEARCH, "CAP_DAC_READ_SEARCH"},
 }
 
-// errCapabilities means that this process lacks some of those.
+// errCapabilities means that this process lacks required capabilities.
 var errCapabilities = errors.New("not permitted to this process")
 
 // checkCapabilities names the capabilities that are missing, before anything is touched.
@@ -85,8 +85,8 @@ func confine(args []string) error {
 		{unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0},
 		{unix.SYS_CAPSET, uintptr(unsafe.Pointer(&header)), uintptr(unsafe.Pointer(&caps[0])), 0},
 	} {
-		// In a build with cgo there may be threads that Go does not know of, and
-		// this does nothing.
+		// In a build with cgo there may be threads that Go does not know about, and this
+		// fails with ENOTSUP.
 		_, _, errno := syscall.AllThreadsSyscall6(call[0], call[1], call[2], call[3], 0, 0, 0)
 		if errors.Is(errno, unix.ENOTSUP) {
 			return errKept

@@ -70,7 +70,7 @@ attach with that version.`,
 func (o *detachOptions) warnUnknown(w io.Writer, filter *loader.Filter, root cgroup.Root) {
 	status, err := filter.Status()
 	if err != nil {
-		return // Detach says what it thinks of that
+		return // Detach reports this error
 	}
 	for _, path := range o.cgroups {
 		rel, err := root.Rel(path)

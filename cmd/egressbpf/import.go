@@ -85,7 +85,7 @@ func importRules(sources []iptables.Source, stdout, stderr io.Writer) error {
 		return fmt.Errorf("import iptables: %w", err)
 	}
 	config := result.Config.YAML(result.Comments)
-	// What is printed is read back, so that attach takes it.
+	// Read it back, to be sure that attach accepts it.
 	if _, err := policy.ParseConfig("config.yaml", config); err != nil {
 		return fmt.Errorf("import iptables: %w", err)
 	}
@@ -96,8 +96,7 @@ func importRules(sources []iptables.Source, stdout, stderr io.Writer) error {
 	return nil
 }
 
-// maxRules bounds what is read: a million rules are not looked through in a
-// reasonable time.
+// maxRules bounds the bytes that are read: a million rules would take too long.
 const maxRules = 16 << 20
 
 func savedRules(stdin io.Reader, names []string) ([]iptables.Source, error) {
@@ -149,7 +148,7 @@ func liveRules(ctx context.Context, stderr io.Writer) ([]iptables.Source, error)
 				}
 			}
 			fmt.Fprintf(stderr, "%s: %d rules\n", name, rules)
-			if rules > 0 || strings.Contains(out.String(), "incompatible") { // made with nft, and not shown
+			if rules > 0 || strings.Contains(out.String(), "incompatible") { // some rules were made with nft, and are not shown
 				sources = append(sources, iptables.Source{Name: name, Text: out.String(), Live: true})
 			}
 		}
@@ -193,9 +192,9 @@ func warnNative(ctx context.Context, stderr io.Writer) error {
 	return nil
 }
 
-// nativeTables returns the tables, as family and name, that judge what containers send and
-// are not those of iptables, from what nft prints; and whether some are Docker's own, which
-// are left out.
+// nativeTables returns, from the output of nft, the tables (family and name) that filter what
+// containers send and are not those of iptables. It leaves out Docker's own tables; docker
+// says whether there are any.
 func nativeTables(ruleset []byte) (tables []string, docker bool, err error) {
 	var list struct {
 		Nftables []struct {

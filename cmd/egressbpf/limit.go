@@ -24,10 +24,10 @@ in Docker, its id or the beginning of it, or its cgroup by name or path.`,
 	return cmd
 }
 
-// errNoPolicy means that the limit of a container is not known, nor whether it is one.
+// errNoPolicy means that the policy is not known, and so neither is a container's limit.
 var errNoPolicy = errors.New("no attached program holds the policy: attach again")
 
-// withContainer calls do with the container that goes by a name.
+// withContainer calls do with the container of a name.
 func (g *globals) withContainer(cmd *cobra.Command, name string, do func(*stats.Reader, *stats.Container) error) error {
 	names, err := g.names(cmd.ErrOrStderr())
 	if err != nil {
@@ -52,7 +52,7 @@ func (g *globals) withContainer(cmd *cobra.Command, name string, do func(*stats.
 	return do(reader, c)
 }
 
-// oneContainer wants the name of one container, and nothing else.
+// oneContainer accepts the name of one container.
 func oneContainer(_ *cobra.Command, args []string) error {
 	if len(args) != 1 {
 		return fmt.Errorf("want the NAME of one container, got %d arguments", len(args))

@@ -19,8 +19,8 @@ import (
 var inTest bool
 
 func main() {
-	// A panic would end with the code for wrong usage, in any goroutine: SIGABRT instead, and
-	// 1 where it can be caught.
+	// A panic in any goroutine would exit with 2, the code for wrong usage. Make it SIGABRT
+	// instead, and exit with 1 where the panic can be caught.
 	debug.SetTraceback("crash")
 	defer func() {
 		if cause := recover(); cause != nil {
@@ -45,7 +45,8 @@ func main() {
 		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
-	// A second one ends what does not listen to the first, such as waiting for a pipe.
+	// A second signal ends a command that does not react to the first, such as one that waits
+	// for a pipe.
 	context.AfterFunc(ctx, stop)
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()

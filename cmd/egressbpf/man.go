@@ -34,7 +34,7 @@ it does not exist. The pages say what --help says.`,
 	}
 }
 
-// buildDate returns when the source of this build was committed, where that is known.
+// buildDate returns the date of the commit that this build was made from, if it is known.
 func buildDate() time.Time {
 	info, _ := debug.ReadBuildInfo()
 	for _, s := range info.Settings {
@@ -45,8 +45,7 @@ func buildDate() time.Time {
 	return time.Unix(0, 0).UTC()
 }
 
-// keepColumns makes what is set in columns a block that is not filled, as Markdown
-// has it.
+// keepColumns indents columns, so that Markdown keeps their lines.
 func keepColumns(cmd *cobra.Command) {
 	cmd.Long = strings.ReplaceAll(cmd.Long, "\n  ", "\n      ")
 	for _, sub := range cmd.Commands() {

@@ -20,17 +20,17 @@ import (
 )
 
 const (
-	// namesPatience is how long a command waits for what containers are called:
-	// what is in force does not depend on it.
+	// namesPatience is how long a command waits for the names of containers: nothing that is
+	// in force depends on them.
 	namesPatience = 2 * time.Second
-	// namesAge is how long names are good for.
+	// namesAge is how long names stay valid.
 	namesAge = time.Second
-	// namesRetry is when a daemon that has not answered is asked again.
+	// namesRetry is how long to wait before asking a daemon again that has not answered.
 	namesRetry = 30 * time.Second
 )
 
-// names are what Docker calls its containers. There are none where no daemon
-// answers, which is told only to who has named one.
+// names are the names of Docker's containers. If no daemon answers there are none; the user is
+// warned only if the user has named a daemon.
 type names struct {
 	client *docker.Client // nil if there is none to ask
 	asked  bool           // a daemon was named
@@ -41,17 +41,17 @@ type names struct {
 	warned bool
 }
 
-// names returns those of the daemon that the flags or the environment name.
+// names returns the names of the daemon that the flags or the environment name.
 func (g *globals) names(stderr io.Writer) (*names, error) {
 	client, err := docker.Open(g.dockerHost)
 	if err != nil && g.dockerHost != "" {
 		return nil, usageError{fmt.Errorf("--docker-host: %w", err)}
 	}
-	// The environment may be meant for other programs.
+	// No error: the environment may be meant for other programs.
 	return &names{client: client, asked: g.dockerHost != "" || os.Getenv("DOCKER_HOST") != "", stderr: stderr, err: err}, nil
 }
 
-// refresh asks for the names, unless that was just done.
+// refresh asks for the names, unless it has just done so.
 func (n *names) refresh(ctx context.Context) {
 	if now := time.Now(); n.client != nil && !now.Before(n.next) {
 		ctx, cancel := context.WithTimeout(ctx, namesPatience)
@@ -80,10 +80,10 @@ func (n *names) warn() {
 	}
 }
 
-// addTo names the rows.
+// addTo adds names to the rows.
 func (n *names) addTo(ctx context.Context, s *stats.Stats) {
-	// Where there is none to name, asking could start a daemon that waits for its
-	// first client.
+	// If there is no container to name, do not ask: that could start a daemon that waits for
+	// its first client.
 	if !slices.ContainsFunc(s.Containers, func(c stats.Container) bool { return cgroup.ContainerID(c.ID) != "" }) {
 		return
 	}
@@ -93,8 +93,8 @@ func (n *names) addTo(ctx context.Context, s *stats.Stats) {
 	}
 }
 
-// addToStatus names the containers that are not covered, and adds those of which only
-// the daemon knows that they are containers.
+// addToStatus adds names to the containers of a status, and adds uncovered containers that only
+// the daemon knows.
 func (n *names) addToStatus(ctx context.Context, filter *loader.Filter, s *loader.Status) {
 	if len(s.Uncovered)+len(s.MetadataAllowed)+len(s.FamiliesAllowed)+len(s.Exposed) == 0 && !n.asked && !docker.Running() {
 		return
@@ -122,12 +122,12 @@ func (n *names) addToStatus(ctx context.Context, filter *loader.Filter, s *loade
 	}
 }
 
-// selected returns the container that goes by a name.
+// selected returns the container of a name.
 func (n *names) selected(ctx context.Context, r *stats.Reader, s *stats.Stats, name string) (*stats.Container, error) {
-	// No container's name is a path, and whole ids go first.
+	// No container's name is a path, and whole ids take precedence.
 	if !strings.Contains(name, "/") && cgroup.ContainerID(name) == "" {
 		n.addTo(ctx, s)
-		// It may be the name of another container than the one that is found.
+		// Without the names, another container may be found by the beginning of its id.
 		if !errors.Is(n.err, fs.ErrNotExist) {
 			n.warn()
 		}

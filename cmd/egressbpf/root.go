@@ -33,7 +33,7 @@ type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
 
-// errNotInForce ends status when its answer is no; the answer has been printed.
+// errNotInForce ends status if the filter is not in force; the status has been printed.
 var errNotInForce = errors.New("not in force")
 
 // globals are the flags of every command.
@@ -44,7 +44,7 @@ type globals struct {
 	debug      bool
 }
 
-// filter returns the filter that the flags point at.
+// filter returns the filter of the flags.
 func (g *globals) filter() (*loader.Filter, cgroup.Root, error) {
 	if err := checkCapabilities(); err != nil {
 		return nil, "", err
@@ -190,7 +190,7 @@ func report(w io.Writer, err error, debug bool) {
 	fmt.Fprintf(w, "egressbpf: %s\n", strings.Map(visible, err.Error()))
 	var rejected *ebpf.VerifierError
 	if errors.As(err, &rejected) {
-		// As part of another error it shows one line only.
+		// Inside another error, only one line is shown.
 		format := "%-20v\n"
 		if debug {
 			format = "%+v\n"
@@ -227,7 +227,7 @@ func remedyFor(err error) string {
 			return r.remedy
 		}
 	}
-	// Before the permission that it looks like.
+	// This comes first: its error also looks like a missing permission.
 	if rejected := (*ebpf.VerifierError)(nil); errors.As(err, &rejected) {
 		return "this kernel's verifier rejects the program: please report it, with the output of --debug"
 	}

@@ -20,7 +20,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// defaultConfig is read by run if it exists.
+// defaultConfig is the file that run reads if it exists.
 const defaultConfig = "/etc/egressbpf/config.yaml"
 
 type runOptions struct {
@@ -90,7 +90,7 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stderr io.Writer) error {
 	config, err := o.withoutFile(flags)
 	if !o.orDefaults || err != nil {
-		return nil // the flags are wrong, which has been said
+		return nil // the flags are wrong, which load has reported
 	}
 	filter, _, err := o.filter()
 	if err != nil {
@@ -121,7 +121,7 @@ func (o *runOptions) load(flags *pflag.FlagSet) func() (policy.Config, error) {
 	}
 }
 
-// withoutFile returns the defaults and what the flags say.
+// withoutFile returns the defaults, changed by the flags.
 func (o *runOptions) withoutFile(flags *pflag.FlagSet) (policy.Config, error) {
 	without := o.configOptions
 	without.config = ""

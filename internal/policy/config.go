@@ -15,16 +15,16 @@ import (
 
 // Config is what the config file holds.
 type Config struct {
-	// Cgroups are the absolute paths of the cgroups to police. Empty: the root, or
-	// what is policed already.
+	// Cgroups are the absolute paths of the cgroups to police. If empty, those that are
+	// policed already, else the root.
 	Cgroups []string `json:"cgroups" yaml:"cgroups"`
 	Policy  `yaml:",inline"`
 }
 
 // ParseConfig reads the YAML of a config file over the defaults. A key that is
-// absent keeps its default; an empty list is an empty list. Refused are unknown
-// and repeated keys, keys without a value, YAML tags and merges, a second
-// document, and every malformed value. Errors begin with "name:line: key: ".
+// absent keeps its default; an empty list is an empty list. ParseConfig refuses unknown
+// and repeated keys, keys without a value, YAML tags and merges, a second document, and
+// every malformed value. Errors begin with "name:line: key: ".
 func ParseConfig(name string, data []byte) (Config, error) {
 	cfg := Config{Cgroups: []string{}, Policy: Default()}
 	at := place{file: name}
@@ -46,7 +46,7 @@ func ParseConfig(name string, data []byte) (Config, error) {
 		{"over_limit", value(&smtp.OverLimit, ParseOverLimit)},
 		{"exempt", list(&smtp.Exempt, ParsePrefix, distinct)},
 	}
-	// Their limits begin with what smtp says, wherever that stands.
+	// Their limits start from the values of smtp, wherever that key is in the file.
 	containers := func() error { return nil }
 	err = fields{
 		{"mode", value(&cfg.Mode, ParseMode)},
@@ -100,7 +100,7 @@ func parseBurst(s string) (uint32, error) {
 	return uint32(n), nil
 }
 
-// parseBool knows one spelling of each: YAML 1.1 and 1.2 differ about the rest.
+// parseBool accepts only true and false: YAML 1.1 and 1.2 disagree about other spellings.
 func parseBool(s string) (bool, error) {
 	if s != "true" && s != "false" {
 		return false, fmt.Errorf("%q: want true or false", s)
@@ -110,7 +110,7 @@ func parseBool(s string) (bool, error) {
 
 func distinct[T comparable](list []T) ([]T, error) { return unique(list), nil }
 
-// documents returns the first two documents, which is one more than is allowed.
+// documents returns up to two documents: one more than is allowed.
 func documents(r io.Reader) (docs []*yaml.Node, err error) {
 	dec := yaml.NewDecoder(r)
 	for len(docs) < 2 {
@@ -127,12 +127,12 @@ func documents(r io.Reader) (docs []*yaml.Node, err error) {
 
 var yamlPrefix = regexp.MustCompile(`^yaml: (line \d+: )?`)
 
-// syntaxError puts a place to an error of the library. The line it names itself
-// is that of the enclosing block, counted from 0 or 1 by the kind of error, or
-// missing. Better is the line at which the file stops being YAML: the first one
-// after the longest run of whole lines that parses. It is looked for from where
-// the parser stopped, backwards, since a quote or bracket that is never closed
-// is at fault where it was opened.
+// syntaxError adds the line to an error of the library. The line that the library
+// names is that of the enclosing block, counted from 0 or 1 depending on the error, or
+// missing. A better line is the one at which the file stops being YAML: the first one
+// after the longest run of whole lines that parses. syntaxError looks for it backwards
+// from where the parser stopped, since a quote or bracket that is never closed is wrong
+// where it was opened.
 func syntaxError(name string, data []byte, read int, err error) error {
 	parses := func(lines int) bool {
 		end := 0
@@ -149,14 +149,14 @@ func syntaxError(name string, data []byte, read int, err error) error {
 		line--
 	}
 	if far > 0 && line == far {
-		// Then by bisection, which an earlier bracket over many lines can fool.
+		// Then by bisection. A bracket that spans many lines can mislead it.
 		line = sort.Search(far+1, func(n int) bool { return !parses(n) }) - 1
 	}
 	return fmt.Errorf("%s:%d: not YAML: %s", name, line+1, yamlPrefix.ReplaceAllString(err.Error(), ""))
 }
 
-// lineReader hands out one line at a time, so that read tells how far the
-// parser got: the line it stopped in, give or take what it looks ahead.
+// lineReader returns one line at a time, so that read shows how far the parser got: the
+// line in which it stopped, apart from what it reads ahead.
 type lineReader struct {
 	data []byte
 	read int // bytes
@@ -175,7 +175,7 @@ func (r *lineReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// place is where in the file a value stands, for errors.
+// place is the place of a value in the file, for errors.
 type place struct{ file, key string }
 
 func (at place) under(key string) place {
@@ -196,8 +196,8 @@ func (at place) errorf(n *yaml.Node, format string, args ...any) error {
 // setter stores the value of one key.
 type setter func(at place, n *yaml.Node) error
 
-// fields are the keys that a mapping may have. It is walked as nodes, not
-// decoded, since only nodes know the line of every value.
+// fields are the keys that a mapping may have. The mapping is walked as nodes instead of
+// decoded, since only nodes have the line of each value.
 type fields []struct {
 	key string
 	set setter
@@ -211,8 +211,8 @@ func (f fields) names() []string {
 	return names
 }
 
-// set stores every key of the mapping n. One without any, which is what is left
-// when all of them are commented out, changes nothing.
+// set stores every key of the mapping n. An empty mapping, as when all keys are commented
+// out, changes nothing.
 func (f fields) set(at place, n *yaml.Node) error {
 	n, err := at.resolve(n)
 	if err != nil || n.ShortTag() == nullTag {
@@ -259,7 +259,7 @@ func value[T any](dst *T, parse func(string) (T, error)) setter {
 	}
 }
 
-// list stores a list, as a whole checked or put in order by finish.
+// list stores a list that finish has checked and put in order.
 func list[T any](dst *[]T, parse func(string) (T, error), finish func([]T) ([]T, error)) setter {
 	return func(at place, n *yaml.Node) error {
 		entries, err := at.sequence(n)
@@ -282,7 +282,7 @@ func list[T any](dst *[]T, parse func(string) (T, error), finish func([]T) ([]T,
 	}
 }
 
-// familiesOf stores families, in one value or in a list.
+// familiesOf stores socket families, given as one value or as a list.
 func familiesOf(dst *Families) setter {
 	return func(at place, n *yaml.Node) error {
 		r, err := at.resolve(n)
@@ -330,7 +330,7 @@ func scalar[T any](at place, n *yaml.Node, parse func(string) (T, error)) (v T, 
 	case n.ShortTag() == nullTag:
 		return v, at.errorf(n, "want a value")
 	case n.Kind != yaml.ScalarNode:
-		// Brackets and colons of IPv6 are YAML's too.
+		// IPv6 addresses have brackets and colons, which mean something in YAML.
 		return v, at.errorf(n, "want a single value; put quotes around one with brackets or colons")
 	}
 	if v, err = parse(n.Value); err != nil {

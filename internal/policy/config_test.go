@@ -94,7 +94,7 @@ scopes: ["docker-{id}.scope", /ci/*]
 func TestParseConfigRefused(t *testing.T) {
 	long, entries := strings.Repeat("# long\n", 1000), strings.Repeat("  - 10.0.0.0/8\n", 1000)
 	for _, tt := range []struct{ in, want string }{
-		// Values, with the line each stands on.
+		// Values, with the line of each.
 		{"mode: off\n", `1: mode: "off": want enforce or audit`},
 		{"mode: [enforce]\n", "1: mode: want a single value"},
 		{"mode:\n", "1: mode: want a value"},
@@ -179,8 +179,8 @@ func TestParseConfigRefused(t *testing.T) {
 		{"\x00", "1: not YAML: "},
 		{"mode: audit\nsmtp: {rate: 1/day", "2: not YAML: "},
 
-		// Not YAML, and long: the culprit is far from either end of the file,
-		// or of the place where it shows.
+		// Not YAML, and long: the mistake is far from both ends of the file, or from the
+		// place where it shows.
 		{long + "mode: a: b\n" + long, "1001: not YAML: "},
 		{"block:\n" + entries + " - 10.0.0.0/8\n" + entries, "1002: not YAML: "},
 		{long + "block: [\n" + entries, "1001: not YAML: "},
@@ -202,7 +202,7 @@ func TestParseConfigRefused(t *testing.T) {
 	}
 }
 
-// A cycle or a bomb of aliases costs no more than its text.
+// A cycle of aliases, or a bomb of them, costs no more than its text.
 func TestParseConfigAliases(t *testing.T) {
 	for _, in := range []string{
 		"block: &x [*x]\n",
@@ -247,7 +247,7 @@ func FuzzParseConfig(f *testing.F) {
 	})
 }
 
-// The example says what the defaults are.
+// The example file has the defaults.
 func TestExampleConfig(t *testing.T) {
 	const path = "../../dist/config.yaml"
 	text, err := os.ReadFile(path)
@@ -259,7 +259,7 @@ func TestExampleConfig(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, %v, want %+v", got, err, want)
 	}
-	// What is commented out is right too.
+	// What is commented out must be valid too.
 	uncommented := strings.NewReplacer("\n#containers:", "\ncontainers:", "\n#  ", "\n  ").Replace(string(text))
 	if got, err := ParseConfig(path, []byte(uncommented)); err != nil || len(got.Containers) != 3 {
 		t.Errorf("got %+v, %v, want three rules", got.Containers, err)

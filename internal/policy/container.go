@@ -20,33 +20,33 @@ const (
 // ParseAccess reads allow or block.
 func ParseAccess(s string) (Access, error) { return oneOf(s, Allowed, Denied) }
 
-// ContainerRule is what holds for containers that are picked by their names, images or
-// labels, beside the policy. Whoever may start containers chooses these.
+// ContainerRule is an exception to the policy for the containers with a name, an image or a
+// label. Whoever may start containers chooses these.
 type ContainerRule struct {
-	// Name, Image and Label pick the containers for which all that are not empty hold.
-	// A star stands for any characters, without a slash in Name. Label is KEY or
-	// KEY=VALUE.
+	// Name, Image and Label select containers: all that are not empty must match. A star
+	// stands for any characters. Label is KEY or KEY=VALUE.
 	Name  string `json:"name,omitempty" yaml:"name,omitempty"`
 	Image string `json:"image,omitempty" yaml:"image,omitempty"`
 	Label string `json:"label,omitempty" yaml:"label,omitempty"`
 
-	// SMTP is their limit; nil for the policy's.
+	// SMTP is the containers' limit; nil for the policy's.
 	SMTP *Limit `json:"smtp,omitempty" yaml:"smtp,omitempty"`
-	// Metadata is Allowed if what the presets block is open to them. What Block lists
-	// never is.
+	// Metadata is Allowed if the containers may reach what the presets block. What Block
+	// lists stays blocked.
 	Metadata Access `json:"metadata,omitempty" yaml:"metadata,omitempty"`
-	// Families are those that are open to them beside the policy's; empty for none.
+	// Families are socket families that the containers may use in addition to the policy's;
+	// empty for none.
 	Families Families `json:"socket_families,omitempty" yaml:"socket_families,omitempty"`
 }
 
-// Subject is a container as rules see it.
+// Subject holds what rules can match of a container.
 type Subject struct {
 	Names  []string
 	Image  string
 	Labels map[string]string
 }
 
-// Matches says whether the rule is for a container.
+// Matches says whether the rule holds for a container.
 func (r ContainerRule) Matches(s Subject) bool {
 	if r.Name != "" && !anyMatches(r.Name, s.Names) {
 		return false
@@ -71,7 +71,7 @@ func anyMatches(pattern string, names []string) bool {
 	return false
 }
 
-// glob knows stars only, which stand for any characters.
+// glob matches a pattern in which a star stands for any characters.
 func glob(pattern, text string) bool {
 	parts := strings.Split(pattern, "*")
 	if len(parts) == 1 {
@@ -92,7 +92,7 @@ func glob(pattern, text string) bool {
 	return true
 }
 
-// RuleFor returns the first rule that is for a container; the zero rule if none is.
+// RuleFor returns the first rule that matches a container; the zero rule if none does.
 func RuleFor(rules []ContainerRule, s Subject) ContainerRule {
 	for _, r := range rules {
 		if r.Matches(s) {
@@ -102,7 +102,7 @@ func RuleFor(rules []ContainerRule, s Subject) ContainerRule {
 	return ContainerRule{}
 }
 
-// Validate refuses what the parser could not have returned.
+// Validate refuses a rule that the parser could not have returned.
 func (r ContainerRule) Validate() error {
 	if r.Name == "" && r.Image == "" && r.Label == "" {
 		return errors.New("want a name, an image or a label, to say which containers the rule is for")
@@ -130,7 +130,7 @@ func parsePattern(s string) (string, error) {
 	return s, nil
 }
 
-// nameCharacters are those of Docker's names, and the star.
+// nameCharacters are the characters of Docker's names, and the star.
 const nameCharacters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-*"
 
 func parseNamePattern(s string) (string, error) {

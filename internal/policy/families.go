@@ -8,24 +8,23 @@ import (
 	"strings"
 )
 
-// Families are the socket families that containers may use: Restrict, AnyFamily,
-// or names of more families than Restrict lets them, in order and separated by
-// commas.
+// Families are the socket families that containers may use: Restrict, AnyFamily, or the
+// names of families to add to Restrict, in order and separated by commas.
 type Families string
 
 const (
-	// Restrict leaves those whose sockets send through the filter, or nothing at
-	// all: unix, inet, inet6, netlink and alg.
+	// Restrict allows unix, inet, inet6, netlink and alg: the packets of such sockets pass
+	// the filter, or the sockets send none.
 	Restrict Families = "restrict"
-	// AnyFamily refuses none.
+	// AnyFamily allows all families.
 	AnyFamily Families = "any"
 )
 
-// always are the families that Restrict leaves, by number (AF_UNIX and so on in
+// always are the families that Restrict allows, by number (AF_UNIX and so on in
 // include/linux/socket.h).
 var always = []uint{1, 2, 10, 16, 38}
 
-// families are those that can be let through beside them, by number.
+// families are those that can be allowed in addition, by number.
 var families = map[string]uint{
 	"ax25": 3, "ipx": 4, "appletalk": 5, "netrom": 6, "x25": 9, "rose": 11, "key": 15, "packet": 17,
 	"rds": 21, "pppox": 24, "llc": 26, "ib": 27, "mpls": 28, "can": 29, "tipc": 30, "bluetooth": 31,
@@ -52,12 +51,12 @@ func ParseFamilies(s string) (Families, error) {
 	return Families(strings.Join(slices.Compact(names), ",")), nil
 }
 
-// FamilyNumbers returns the numbers of the families that can be let through beside those
-// that Restrict leaves, in ascending order.
+// FamilyNumbers returns the numbers of the families that can be allowed in addition to
+// Restrict, in ascending order.
 func FamilyNumbers() []uint { return slices.Sorted(maps.Values(families)) }
 
-// FamiliesOf returns the Families that let through these numbers of FamilyNumbers, in any
-// order, beside those that Restrict leaves.
+// FamiliesOf returns the Families that allow, in addition to Restrict, the given numbers of
+// FamilyNumbers, in any order.
 func FamiliesOf(numbers []uint) Families {
 	switch len(numbers) {
 	case 0:
@@ -75,7 +74,7 @@ func FamiliesOf(numbers []uint) Families {
 	return Families(strings.Join(names, ","))
 }
 
-// Allows says whether containers may make sockets of a family, by name.
+// Allows says whether containers may open sockets of a family, given by its name.
 func (f Families) Allows(name string) bool { return f.Mask()>>families[name]&1 != 0 }
 
 // UnmarshalText is [ParseFamilies].
@@ -118,8 +117,7 @@ func (s *Switch) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-// Device is the name of a network device, or with a star at its end the beginning
-// of names.
+// Device is the name of a network device or, with a star at its end, a prefix of names.
 type Device string
 
 // ParseDevice reads a Device.
@@ -138,7 +136,7 @@ func (d *Device) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-// Matches says whether d stands for the device with a name.
+// Matches says whether d matches the name of a device.
 func (d Device) Matches(name string) bool {
 	if begin, ok := strings.CutSuffix(string(d), "*"); ok {
 		return strings.HasPrefix(name, begin)

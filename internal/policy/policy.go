@@ -1,9 +1,9 @@
 // Package policy says what containers may send: which destinations are blocked,
-// which are allowed all the same, and how many new mail connections a container
+// which of them are allowed after all, and how many new mail connections a container
 // may open. It parses and validates; nothing in it touches the kernel.
 //
-// What is malformed is refused by the parsers, with what would be right instead.
-// The values they return are canonical, so that equal rules compare equal.
+// The parsers refuse malformed input and say what would be right. The values that they
+// return are canonical, so that equal rules compare equal.
 package policy
 
 import (
@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// Mode says what becomes of a packet that the policy is against.
+// Mode says what happens to a packet that the policy refuses.
 type Mode string
 
 const (
@@ -33,7 +33,7 @@ func (m *Mode) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-// OverLimit says what becomes of a mail connection over the limit.
+// OverLimit says what happens to a mail connection over the limit.
 type OverLimit string
 
 const (
@@ -68,7 +68,7 @@ type SMTP struct {
 	Rate      Rate           `json:"rate" yaml:"rate"`
 	Burst     uint32         `json:"burst" yaml:"burst"` // connections, 1 to 1,000,000
 	OverLimit OverLimit      `json:"over_limit" yaml:"over_limit"`
-	Exempt    []netip.Prefix `json:"exempt" yaml:"exempt"` // destinations that cost nothing, canonical as in a [Rule]
+	Exempt    []netip.Prefix `json:"exempt" yaml:"exempt"` // destinations that take no token, canonical as in a [Rule]
 }
 
 // Limit returns the token bucket that every container gets.
@@ -137,22 +137,22 @@ type Policy struct {
 	AllowDNS bool     `json:"allow_dns" yaml:"allow_dns"`
 	SMTP     SMTP     `json:"smtp" yaml:"smtp"`
 
-	// Families are the sockets that containers may make.
+	// Families are the socket families that containers may use.
 	Families Families `json:"socket_families" yaml:"socket_families"`
-	// HostSide is the second judge, on the host, of what comes from the
-	// bridges of Docker and from HostDevices.
+	// HostSide says whether the host judges again what comes from Docker's bridges and
+	// from HostDevices.
 	HostSide    Switch   `json:"host_side" yaml:"host_side"`
 	HostDevices []Device `json:"host_devices" yaml:"host_devices"`
 
-	// Scopes are how containers are told from what is beside them.
+	// Scopes are the names by which containers' cgroups are recognised.
 	Scopes []Scope `json:"scopes" yaml:"scopes"`
 
-	// Containers are exceptions for some containers; the first that matches holds.
+	// Containers are rules for single containers; the first that matches holds.
 	Containers []ContainerRule `json:"containers,omitempty" yaml:"containers,omitempty"`
 }
 
-// Default returns what is in force where nothing else is said: metadata blocked,
-// 5 new mail connections per minute and container.
+// Default returns the default policy: metadata services blocked, and 5 new mail connections
+// a minute for each container.
 func Default() Policy {
 	return Policy{
 		Mode:    Enforce,
@@ -173,7 +173,7 @@ func Default() Policy {
 	}
 }
 
-// Validate refuses what the parsers could not have returned; the error begins
+// Validate refuses a policy that the parsers could not have returned. The error begins
 // with the key in the config file.
 func (p Policy) Validate() error {
 	if _, err := ParseMode(string(p.Mode)); err != nil {
@@ -272,13 +272,13 @@ func (p Policy) Opens() map[Rule]Rule {
 	return opened
 }
 
-// Blocks reports whether the policy is against a packet to dst: on the block
-// list and not on the allow list. A v4-mapped address is judged as its IPv4
+// Blocks reports whether the policy blocks a packet to dst: dst is on the block list and
+// not on the allow list. A v4-mapped address is judged as its IPv4
 // address, one that embeds an IPv4 address as both, and a zone does not matter.
-// Port 0 means that none is known, as in a later fragment: no rule with a port
+// Port 0 means that the port is not known, as in a later fragment: no rule with a port
 // matches then, on either list.
 //
-// The datapath must agree with it; this is the plain statement of the rule, and
+// The BPF programs must agree with it. This is the plain statement of the rule, which
 // walks the lists.
 func (p Policy) Blocks(dst netip.Addr, proto uint8, port uint16) bool {
 	dst = unmap(dst)

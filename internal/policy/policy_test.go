@@ -266,8 +266,7 @@ func TestBlocks(t *testing.T) {
 		}
 	}
 
-	// ::/0 says nothing about IPv4 in IPv6 spelling, 0.0.0.0/0 does; both do
-	// about NAT64.
+	// ::/0 does not hold for IPv4 in IPv6 spelling, and 0.0.0.0/0 does. Both hold for NAT64.
 	for rule, want := range map[string]bool{"::/0": false, "0.0.0.0/0": true} {
 		p := Policy{Block: rules(t, rule)}
 		if !p.Blocks(netip.MustParseAddr("64:ff9b::1.2.3.4"), tcp, 80) {

@@ -7,16 +7,16 @@ import (
 )
 
 const (
-	// Metadata is the default preset: what every other preset blocks, save
-	// the opt-in ones.
+	// Metadata is the default preset: what every other preset blocks, except the opt-in
+	// ones.
 	Metadata = "metadata"
-	// None is the preset that blocks nothing. It stands alone.
+	// None is the preset that blocks nothing. It cannot be combined with others.
 	None = "none"
 )
 
-// preset is one cloud's credential endpoints. Addresses next to them that serve
-// something else (AWS's DNS at 169.254.169.253 and NTP at .123, Oracle's iSCSI
-// at 169.254.0.2 and 169.254.2.0/24) are left alone, hence no networks here.
+// preset holds the credential endpoints of one cloud. They are single addresses, not
+// networks, since neighbouring addresses serve something else: AWS's DNS at
+// 169.254.169.253 and NTP at .123, Oracle's iSCSI at 169.254.0.2 and 169.254.2.0/24.
 type preset struct {
 	name       string
 	optIn      bool // not part of Metadata
@@ -117,7 +117,7 @@ var presets = []preset{
 	},
 }
 
-// PresetNames returns the names of all presets: [Metadata], the clouds', [None].
+// PresetNames returns the names of all presets: [Metadata], those of the clouds, [None].
 func PresetNames() []string {
 	names := []string{Metadata}
 	for _, p := range presets {
@@ -126,8 +126,8 @@ func PresetNames() []string {
 	return append(names, None)
 }
 
-// Preset returns the rules of a preset, without duplicates; those of [None] are
-// none. An unknown name is an error that lists the known ones.
+// Preset returns the rules of a preset, without duplicates. [None] has none. The error for
+// an unknown name lists the known names.
 func Preset(name string) ([]Rule, error) {
 	if err := checkPreset(name); err != nil {
 		return nil, err
@@ -135,9 +135,9 @@ func Preset(name string) ([]Rule, error) {
 	return presetRules(name, func(p preset) []string { return p.rules }), nil
 }
 
-// Exceptions returns the rules to allow beside a preset so that containers on
-// that cloud keep DNS and the time; for [Metadata] those of all clouds in it.
-// They are advice: nothing applies them. An unknown name has none.
+// Exceptions returns rules to allow together with a preset so that containers on that
+// cloud keep DNS and time; for [Metadata], those of all its clouds. They are advice:
+// nothing applies them. An unknown name has none.
 func Exceptions(name string) []Rule {
 	return presetRules(name, func(p preset) []string { return p.exceptions })
 }
@@ -187,8 +187,8 @@ func checkPreset(name string) error {
 	return fmt.Errorf("unknown preset %q%s; want %s", name, suggest(name, names), strings.Join(names, ", "))
 }
 
-// suggest returns the known name that was probably meant, as part of an error
-// message, or nothing.
+// suggest returns the known name that was probably meant, as part of an error message; empty
+// if there is none.
 func suggest(name string, known []string) string {
 	best, least := "", 5 // two letters off, or it is another word
 	for _, k := range known {

@@ -11,9 +11,9 @@ import (
 const (
 	maxCount = 1_000_000
 	maxBurst = 1_000_000
-	// maxFill bounds the time in which an empty bucket fills up. The kernel
-	// side keeps it in int64 nanoseconds, which end at 292 years; the rest is
-	// left for the clock it is added to.
+	// maxFill bounds the time in which an empty bucket fills up. The programs keep it in
+	// int64 nanoseconds, which hold 292 years; the rest is left for the clock that it is
+	// added to.
 	maxFill = 100 * 365 * 24 * time.Hour
 )
 
@@ -35,8 +35,8 @@ type Rate struct {
 }
 
 // ParseRate reads N/second, N/minute, N/hour, N/day or unlimited, N from 1 to
-// 1,000,000. A rate of 0 would be a block, and is refused with the rules that
-// make one.
+// 1,000,000. A rate of 0 would block mail: it is refused, and the error says which rules
+// block mail.
 func ParseRate(s string) (Rate, error) {
 	if s == "unlimited" {
 		return Rate{}, nil

@@ -61,7 +61,7 @@ func TestParseRate(t *testing.T) {
 	}
 }
 
-// The remedy for a rate of 0 has to work as printed.
+// The remedy for a rate of 0 must work as printed.
 func TestZeroRateRemedyParses(t *testing.T) {
 	_, err := ParseRate("0/day")
 	for _, s := range []string{"0.0.0.0/0:25/tcp", "[::/0]:25/tcp"} {

@@ -11,16 +11,15 @@ import (
 // Rule names destinations: the addresses of Prefix, on one port and of one IP
 // protocol where these are given.
 //
-// Prefix is canonical: no host bits set, and IPv4 whenever all of it lies in
-// the v4-mapped block ::ffff:0:0/96 (RFC 4291, 2.5.5.2). A packet to either
-// spelling ends at the IPv4 address, so the datapath looks both up as that
-// address, and a rule left in IPv6 spelling would never match. For the same
-// reason an IPv6 prefix that covers the block from outside, such as ::/0, stays
-// IPv6 and says nothing about the IPv4 addresses inside: these take a rule of
-// their own, such as 0.0.0.0/0.
+// Prefix is canonical: no host bits are set, and it is IPv4 if all of it lies in the
+// v4-mapped block ::ffff:0:0/96 (RFC 4291, 2.5.5.2). A packet to either spelling reaches
+// the IPv4 address, so the programs look up both as that address, and a rule in IPv6
+// spelling would never match. For the same reason an IPv6 prefix that contains the block,
+// such as ::/0, stays IPv6 and says nothing about the IPv4 addresses inside: they need a
+// rule of their own, such as 0.0.0.0/0.
 //
-// A rule for an IPv4 address holds for the IPv6 addresses that embed it too, beside
-// the rules for these: behind the NAT64 prefixes 64:ff9b::/96 (RFC 6052, 2.1) and
+// A rule for an IPv4 address also holds for the IPv6 addresses that embed it, in addition
+// to the rules for these: behind the NAT64 prefixes 64:ff9b::/96 (RFC 6052, 2.1) and
 // 64:ff9b:1::/48 (RFC 8215), in 2002::/16 (RFC 3056) and in ::/96 (RFC 4291, 2.5.5.1).
 type Rule struct {
 	Prefix netip.Prefix
@@ -47,7 +46,7 @@ var protocols = []struct {
 
 const protoICMP = 1
 
-// What embeds IPv4 addresses: see Rule.
+// The networks whose addresses embed IPv4 addresses: see Rule.
 var (
 	nat64      = netip.MustParsePrefix("64:ff9b::/96")
 	localNAT64 = netip.MustParsePrefix("64:ff9b:1::/48")
@@ -68,9 +67,9 @@ var (
 // (malformed) network, and protocol 6 of that address is 1.2.3.4/32/6 or
 // 1.2.3.4/tcp. Without brackets 2001:db8::1:80 is an address that ends in :80.
 //
-// Refused, with the right spelling where there is one: host bits in a CIDR,
-// zones, host names, port 0, a port for a protocol that has none, signs, spaces
-// and leading zeros.
+// ParseRule refuses host bits in a CIDR, zones, host names, port 0, a port for a protocol
+// that has none, signs, spaces and leading zeros. The error gives the right spelling if
+// there is one.
 func ParseRule(s string) (Rule, error) {
 	r, err := parseRule(s)
 	if err != nil {
@@ -124,7 +123,7 @@ func cutHost(s string) (host, tail string, err error) {
 		case !strings.Contains(host, ":"):
 			return "", "", fmt.Errorf("brackets are for IPv6: want %s%s", host, tail)
 		case !strings.Contains(host, "/") && startsLength(tail):
-			// Length or protocol number: either reading would surprise someone.
+			// A length or a protocol number: either reading would surprise somebody.
 			return "", "", errors.New("the prefix length belongs inside the brackets: want [ADDR/LENGTH]")
 		}
 		return host, tail, nil
@@ -133,7 +132,7 @@ func cutHost(s string) (host, tail string, err error) {
 	if end < 0 {
 		end = len(s)
 	}
-	// One colon is IPv4's port, more are an IPv6 address.
+	// One colon begins the port of an IPv4 address; more are an IPv6 address.
 	if strings.Count(s[:end], ":") == 1 {
 		end = strings.IndexByte(s, ':')
 	}
@@ -189,7 +188,7 @@ func (r Rule) Validate() error {
 	case r.Port != 0 && !hasPorts(r.Proto):
 		return fmt.Errorf("protocol %s has no ports: leave out the port or the protocol", protoName(r.Proto))
 	case r.Proto == protoICMP && r.Prefix.Addr().Is6():
-		// Nothing would ever match, and a block list that matches nothing is open.
+		// It would never match, and a block list that matches nothing is open.
 		return errors.New("protocol icmp is IPv4's: want icmpv6")
 	}
 	return nil
@@ -209,8 +208,8 @@ func (r *Rule) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-// matches reports whether a packet falls under the rule; dst went through
-// [unmap]. Port 0 stands for a packet whose port is not known.
+// matches reports whether the rule matches a packet; dst went through [unmap]. Port 0
+// means that the packet's port is not known.
 func (r Rule) matches(dst netip.Addr, proto uint8, port uint16) bool {
 	return r.Prefix.Contains(dst) &&
 		(r.Proto == 0 || r.Proto == proto) &&
@@ -230,7 +229,7 @@ func ParsePrefix(s string) (netip.Prefix, error) {
 	return p, nil
 }
 
-// parsePrefix leaves host bits in, for the caller to name the right spelling.
+// parsePrefix keeps host bits, so that the caller can name the right spelling.
 func parsePrefix(s string) (netip.Prefix, error) {
 	host, length, cidr := strings.Cut(s, "/")
 	addr, err := netip.ParseAddr(host)
@@ -263,7 +262,7 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	return p, nil
 }
 
-// canonical is the one form that a prefix has in a rule.
+// canonical returns the form that a prefix has in a rule.
 func canonical(p netip.Prefix) netip.Prefix {
 	p = p.Masked()
 	if v4 := unmap(p.Addr()); v4 != p.Addr() && p.Bits() >= 96 {
@@ -272,12 +271,12 @@ func canonical(p netip.Prefix) netip.Prefix {
 	return p
 }
 
-// unmap returns the address that a packet to addr is judged as. Zones go:
+// unmap returns the address by which a packet to addr is judged. It removes the zone:
 // fe80::a9fe:a9fe is the metadata service on every link.
 func unmap(addr netip.Addr) netip.Addr { return addr.Unmap().WithZone("") }
 
 // embedded returns the IPv4 addresses that an IPv6 address embeds, or may embed: a local
-// NAT64 prefix has one of four lengths (RFC 6052, 2.2), and read with a wrong one, an
+// NAT64 prefix has one of four lengths (RFC 6052, 2.2). Read with the wrong length, an
 // address begins or ends with zeros.
 func embedded(addr netip.Addr) (is, maybe []netip.Addr) {
 	b := addr.As16()
@@ -342,8 +341,8 @@ func hasPorts(number uint8) bool {
 	return number == 0
 }
 
-// number reads a decimal number the one way it can be written: no sign, space
-// or leading zero, which elsewhere would mean octal.
+// number reads a decimal number without sign, space or leading zero, which elsewhere would
+// mean octal.
 func number(s string, low, high uint64) (uint64, bool) {
 	n, err := strconv.ParseUint(s, 10, 64)
 	return n, err == nil && strconv.FormatUint(n, 10) == s && low <= n && n <= high

@@ -9,10 +9,10 @@ import (
 	"strings"
 )
 
-// Scope is what the cgroups of containers are called, where a policed cgroup holds
-// other things too: a name with {id}, which stands for the 64 hexadecimal digits of a
-// container's id, or with one *, which stands for anything, at any depth, such as
-// docker-{id}.scope; or all that is in one directory, such as /default/*; or BuildScope.
+// Scope tells the cgroups of containers from others below a policed cgroup. It is a name with
+// {id}, which stands for the 64 hexadecimal digits of a container's id, or with one *, which
+// stands for any characters, at any depth, such as docker-{id}.scope; or everything in one
+// directory, such as /default/*; or BuildScope.
 type Scope string
 
 // AnyScope, alone, means that every child of a policed cgroup is a container.
@@ -21,19 +21,20 @@ const AnyScope Scope = "any"
 // defaultsScope stands for DefaultScopes in a list.
 const defaultsScope Scope = "default"
 
-// BuildScope stands for the containers of BuildKit, in which it runs the steps of a build:
-// 25 letters and digits, alone or behind a colon.
+// BuildScope stands for the containers in which BuildKit runs the steps of a build: 25 letters
+// and digits, alone or after a colon.
 const BuildScope Scope = "{build}"
 
 const (
 	scopeID = "{id}"
-	// The lengths of bpf/types.h.
+	// As in bpf/types.h.
 	maxScopePrefix, maxScopeSuffix, maxScopes = 96, 16, 32
 	containerID                               = 64
 )
 
-// DefaultScopes are those of Docker, with either cgroup driver, BuildKit, Podman (Quadlet's
-// payloads and builds too), containerd (ctr's in its default namespace too) and CRI-O.
+// DefaultScopes returns the scopes of Docker with either cgroup driver, BuildKit, Podman
+// (including Quadlet's payloads and builds), containerd (including those of ctr in its
+// default namespace) and CRI-O.
 func DefaultScopes() []Scope {
 	return []Scope{
 		"docker-{id}.scope", "{id}", BuildScope,
@@ -54,7 +55,7 @@ const (
 	ScopeChild                  // any name, in the directory prefix
 )
 
-// ScopeParts are a [Scope] taken apart.
+// ScopeParts are the parts of a [Scope].
 type ScopeParts struct {
 	Kind           ScopeKind
 	Prefix, Suffix string
@@ -62,7 +63,7 @@ type ScopeParts struct {
 	Level int
 }
 
-// Parts takes apart what [ParseScope] has accepted.
+// Parts splits a scope that [ParseScope] has accepted.
 func (s Scope) Parts() ScopeParts {
 	if s == BuildScope {
 		return ScopeParts{Kind: ScopeBuild}
@@ -77,7 +78,7 @@ func (s Scope) Parts() ScopeParts {
 	return ScopeParts{Kind: ScopeAny, Prefix: prefix, Suffix: suffix}
 }
 
-// ParseScope reads a Scope, any, or in a list default.
+// ParseScope reads a Scope, any, or default, which has a meaning only in a list.
 func ParseScope(text string) (Scope, error) {
 	s := Scope(text)
 	if s == AnyScope || s == BuildScope || s == defaultsScope {
@@ -105,7 +106,7 @@ func ParseScope(text string) (Scope, error) {
 	return s, nil
 }
 
-// ParseScopes reads all of a policy's scopes.
+// ParseScopes reads the scopes of a policy.
 func ParseScopes(texts []string) ([]Scope, error) {
 	var scopes []Scope
 	for _, text := range texts {
@@ -142,7 +143,7 @@ func (s *Scope) UnmarshalText(text []byte) (err error) {
 
 var buildName = regexp.MustCompile(`^(?:.*:)?[0-9a-z]{25}$`)
 
-// Matches says whether the cgroup at a path, from the root on, is one of the scope's.
+// Matches says whether the scope matches the cgroup at a path from the root.
 func (s Scope) Matches(cgroup string) bool {
 	p, name := s.Parts(), path.Base(cgroup)
 	switch p.Kind {
@@ -158,19 +159,19 @@ func (s Scope) Matches(cgroup string) bool {
 	return p.Kind == ScopeAny || len(middle) == containerID && strings.Trim(middle, "0123456789abcdef") == ""
 }
 
-// Recognises says whether containers below the policed cgroup rel are known by their
-// names: where systemd puts its units, and in the root. Elsewhere each child is one.
+// Recognises says whether containers below the policed cgroup rel are recognised by name: in
+// systemd's slices and in the root. Elsewhere each child is a container.
 func (p Policy) Recognises(rel string) bool {
 	return (rel == "/" || strings.HasSuffix(rel, ".slice")) && !slices.Contains(p.Scopes, AnyScope)
 }
 
-// IsContainer says whether the cgroup at a path is a container's by its name.
+// IsContainer says whether the cgroup at a path is a container, by its name.
 func (p Policy) IsContainer(cgroup string) bool {
 	return slices.ContainsFunc(p.Scopes, func(s Scope) bool { return s.Matches(cgroup) })
 }
 
-// PolicesPods says whether containers of a Kubernetes node's pods are containers, by the
-// names that containerd or CRI-O give their cgroups with the systemd driver.
+// PolicesPods says whether the policy polices the pods of a Kubernetes node, by the names that
+// containerd and CRI-O give to cgroups with the systemd driver.
 func (p Policy) PolicesPods() bool {
 	const pod = "/kubepods.slice/kubepods-pod0.slice/"
 	id := strings.Repeat("0", containerID)

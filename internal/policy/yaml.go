@@ -8,12 +8,13 @@ import (
 	"strings"
 )
 
-// YAML returns the config file that [ParseConfig] reads to the same Config. comments
-// are lines to put above keys, named as in errors: block, smtp, smtp.exempt; those
-// under "" stand at the head of the file.
+// YAML returns a config file that [ParseConfig] reads back as the same Config. comments
+// holds the lines to put above each key, named as in errors: block, smtp, smtp.exempt.
+// The lines of "" go to the head of the file.
 func (c Config) YAML(comments map[string][]string) []byte {
 	var b bytes.Buffer
-	// Lists in flow style, each entry in quotes: IPv6 and stars are YAML's too.
+	// Lists in flow style, each entry in quotes: IPv6 addresses and stars mean something in
+	// YAML.
 	list := func(entries []string) string {
 		for i, e := range entries {
 			entries[i] = strconv.Quote(e)
@@ -48,7 +49,7 @@ func (c Config) YAML(comments map[string][]string) []byte {
 	rules("allow", c.Allow)
 	key("allow_dns", strconv.FormatBool(c.AllowDNS))
 	key("socket_families", string(c.Families))
-	key("host_side", strconv.Quote(string(c.HostSide))) // YAML 1.1 takes on and off for booleans
+	key("host_side", strconv.Quote(string(c.HostSide))) // in YAML 1.1, on and off are booleans
 	key("host_devices", list(strs(c.HostDevices)))
 	if !slices.Equal(c.Scopes, DefaultScopes()) {
 		key("scopes", list(strs(c.Scopes)))
@@ -108,7 +109,7 @@ func texts(list []Rule) []string {
 	return all
 }
 
-// plain replaces what would end a comment, or what YAML does not take in one.
+// plain replaces characters that would end a comment or that YAML refuses in one.
 func plain(r rune) rune {
 	if r == '\t' {
 		return ' '

@@ -45,7 +45,7 @@ func TestYAML(t *testing.T) {
 	}
 }
 
-// Whatever is in a comment, it stays one, above its key.
+// A comment stays a comment above its key, whatever is in it.
 func TestYAMLComments(t *testing.T) {
 	cfg := Config{Cgroups: []string{}, Policy: Default()}
 	cfg.Block = rules(t, "10.0.0.1", "10.0.0.2")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Shows the filter at work on this machine alone: a "cloud" and a "container" in
-# network namespaces of their own, joined by a virtual cable, with no way out.
+# Shows the filter at work on this machine alone: a "cloud" and a "container", each in a
+# network namespace of its own, joined by a virtual cable, with no way out.
 # Needs root, ip (iproute2) and busybox. Usage: demo.sh EGRESSBPF
 set -euo pipefail
 
 egressbpf=$(realpath "${1:?usage: demo.sh EGRESSBPF}")
 
-# A mount namespace: the bpf filesystem below, with its pins, ends with it.
+# In a mount namespace of its own: the bpf filesystem below, with its pins, ends with it.
 if [ -z "${EGRESSBPF_DEMO:-}" ]; then
 	EGRESSBPF_DEMO=1 exec unshare --mount --propagation private "$0" "$egressbpf"
 fi
@@ -45,8 +45,7 @@ get='exec 3<>/dev/tcp/$0/80 && printf "GET /$1 HTTP/1.0\r\n\r\n" >&3 && tail -n 
 fetch() {
 	show "GET http://$1/$2"
 	local from=$EPOCHREALTIME
-	# The shell's own message, without the name of this script.
-	# Of two messages of the shell, the first, without the name of the script.
+	# The first of the shell's two messages, without the name of this script.
 	{ in_box bash -c "$get" "$1" "$2" 2>&1 || true; } | sed -n '1s/^.*: connect: //; 1p'
 	echo "  ($(((${EPOCHREALTIME/./} - ${from/./}) / 1000)) ms)"
 }
