@@ -22,13 +22,13 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// beside is something that the filter's other defences see, and do not stop: with one
-// of them in force and with none.
+// beside is an operation that another defence sees and lets pass. It is measured with the
+// defence in force and without.
 type beside struct {
 	name string
-	// defence is the one, by its name in status.
+	// defence is the defence's name in status.
 	defence string
-	// do does it n times.
+	// do does the operation n times.
 	do func(n int) error
 	n  int
 
@@ -38,8 +38,8 @@ type beside struct {
 
 const attaches = 11 // with each defence and without
 
-// measureBeside attaches the filter, to a cgroup that nothing is in, again and again. It
-// needs a network namespace of its own, and leaves its thread in there.
+// measureBeside attaches the filter to an empty cgroup, again and again. It needs a network
+// namespace of its own, and leaves its thread in it.
 func measureBeside(root cgroup.Root, policed string) (_ []*beside, err error) {
 	send, err := newSender()
 	if err != nil {
@@ -120,8 +120,8 @@ func sockets(n int) error {
 	return nil
 }
 
-// udpSender sends datagrams from a container, which this host discards as it looks for
-// their route. All of it happens within sendto(), on the thread's time.
+// udpSender sends datagrams from a container. This host discards them when it looks for
+// their route. All of it happens within sendto(), in the thread's time.
 type udpSender struct{ fd int }
 
 func (s udpSender) close() { unix.Close(s.fd) }
@@ -136,7 +136,7 @@ func (s udpSender) datagrams(n int) error {
 	return nil
 }
 
-// newSender makes the networks of a host and a container.
+// newSender makes the networks of a host and of a container.
 func newSender() (s udpSender, err error) {
 	runtime.LockOSThread()
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
@@ -206,7 +206,7 @@ func newSender() (s udpSender, err error) {
 	if err := unix.Connect(s.fd, &unix.SockaddrInet4{Port: 9, Addr: netip.MustParseAddr(target).As4()}); err != nil {
 		return s, err
 	}
-	// The filter is the host's.
+	// The filter runs on the host.
 	return s, unix.Setns(int(host.Fd()), unix.CLONE_NEWNET)
 }
 

@@ -1,14 +1,14 @@
-// Command bench measures what the egress program costs a packet, by
-// BPF_PROG_TEST_RUN, and says whether each figure is within its bound. It needs
-// root, and exits with 1 if one is not.
+// Command bench measures with BPF_PROG_TEST_RUN what the egress program costs a packet,
+// and says whether each figure is within its bound. It needs root. It exits with 1 if a
+// figure is not within its bound.
 //
-// A figure is the difference to an empty program in the same run, in nanoseconds
-// of CPU time. How fast a program is depends on where the kernel happened to put
-// it, by tens of nanoseconds for as long as it is loaded: every case is therefore
-// loaded anew many times, in random order, and the median load counts.
+// A figure is the difference to an empty program in the same run, in nanoseconds of CPU
+// time. The speed of a program varies by tens of nanoseconds with the address at which the
+// kernel loads it. So every case is loaded many times, in random order, and the median
+// counts.
 //
-// What the other defences cost is the ratio of the same with and without them; with the
-// argument beside, that alone is measured.
+// The cost of another defence is the ratio of the same operation with and without it. With
+// the argument beside, only these ratios are measured.
 package main
 
 import (
@@ -45,20 +45,20 @@ const (
 	containers = 10_000
 )
 
-// benchmark is a packet, and what it may cost.
+// benchmark is a packet and what it may cost.
 type benchmark struct {
 	name   string
 	packet []byte
-	// verdict is what the program must answer: 1 pass, 0 drop.
+	// verdict is what the program must return: 1 pass, 0 drop.
 	verdict uint32
 	policy  policy.Policy
-	// crowded runs it beside the state of many other containers.
+	// crowded adds the state of many other containers.
 	crowded bool
-	// sender is who sends, if the root is policed; empty for a container that is a child
-	// of the policed cgroup.
+	// sender is the cgroup that sends, if the root is policed. If it is empty, the sender is
+	// a container that is a child of the policed cgroup.
 	sender sender
-	// bound is in nanoseconds over the empty program, or over the benchmark
-	// named by base.
+	// bound is in nanoseconds above the empty program, or above the benchmark that base
+	// names.
 	bound float64
 	base  string
 
@@ -78,7 +78,7 @@ func main() {
 	}
 }
 
-// measure prints what it measures, and says whether all is within its bounds.
+// measure prints the figures, and says whether all are within their bounds.
 func measure(besideAlone bool) (ok bool, err error) {
 	if err := rlimit.RemoveMemlock(); err != nil {
 		return false, err
@@ -240,7 +240,7 @@ func measureAll(root cgroup.Root, policed string) (_ []*benchmark, err error) {
 	return all, nil
 }
 
-// lab is where the packets seem to be.
+// lab is the place in which the packets seem to be.
 type lab struct {
 	policed   string
 	id        uint64
@@ -263,8 +263,8 @@ func newLab(root cgroup.Root, policed, container string) (l lab, err error) {
 	if l.container, err = root.ID(inner); err != nil {
 		return l, err
 	}
-	// They leave by any device but the loopback, over which mail is free.
-	// Nothing is sent.
+	// The packets seem to leave by a device other than the loopback, over which mail is
+	// free. Nothing is sent.
 	devices, err := net.Interfaces()
 	if err != nil {
 		return l, err
@@ -297,7 +297,7 @@ func (b *benchmark) load(l lab) error {
 		}
 		return err
 	}
-	// Empties the bucket.
+	// Empty the bucket.
 	for range policy.Default().SMTP.Burst {
 		if err := run(1); err != nil {
 			return err
@@ -311,8 +311,8 @@ func (b *benchmark) load(l lab) error {
 	return nil
 }
 
-// fastest does something timings times, and returns the least that one of the n runs in it
-// took of the thread's time, in nanoseconds.
+// fastest does something with n runs several times (timings), and returns the least thread time
+// that one run took, in nanoseconds.
 func fastest(n int, do func() error) (float64, error) {
 	least := math.Inf(1)
 	for range timings {
@@ -333,7 +333,7 @@ func threadTime() int64 {
 	return ts.Nano()
 }
 
-// program loads the program of the benchmark; free frees it.
+// program loads the program of the benchmark. The caller calls free.
 func (b *benchmark) program(l lab) (_ *ebpf.Program, free func(), err error) {
 	if b.name == emptyProgram {
 		prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{

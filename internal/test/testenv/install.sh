@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs what is missing, from Debian's or Ubuntu's packages.
+# Installs missing packages of Debian or Ubuntu.
 # Usage: install.sh [COMMAND:]PACKAGE...
-# A package is missing if its command is, or where none is named, if it is not
-# installed. Services that come along are not started.
+# A package is missing if COMMAND is missing or, without a COMMAND, if the package is not
+# installed. Services of the packages are not started.
 set -euo pipefail
 
 missing=()

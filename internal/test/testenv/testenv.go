@@ -1,6 +1,6 @@
-// Package testenv gives tests what they need of the kernel, and takes it away
-// after them: cgroups, bpf filesystems, processes. It needs root; a test that
-// cannot have what it asks for fails.
+// Package testenv makes what tests need in the kernel, and removes it after them:
+// cgroups, bpf filesystems, processes. It needs root. A test fails if it cannot have
+// what it asks for.
 package testenv
 
 import (
@@ -31,8 +31,8 @@ func Root(t testing.TB) cgroup.Root {
 	return root
 }
 
-// LockHost keeps other test processes that lock the host waiting until unlock is
-// called. It is for tests that use what there is one of, such as Docker's cgroup.
+// LockHost makes other test processes that lock the host wait until unlock is called. It
+// is for tests that use something of which there is only one, such as Docker's cgroup.
 func LockHost() (unlock func(), err error) {
 	root, err := cgroup.FindRoot()
 	if err != nil {
@@ -62,8 +62,8 @@ func Cgroup(t testing.TB) string {
 	return path
 }
 
-// CgroupName returns the path of a cgroup that does not exist. If the test makes
-// it, it is removed as those of Cgroup are.
+// CgroupName returns the path of a cgroup that does not exist. If the test makes that
+// cgroup, it is removed as by Cgroup.
 func CgroupName(t testing.TB) string {
 	t.Helper()
 	path := Root(t).Path(fmt.Sprintf("/egressbpf-test-%d-%d", os.Getpid(), serial.Add(1)))
@@ -103,12 +103,12 @@ func removeCgroup(t testing.TB, path string) {
 			_ = unix.Kill(n, unix.SIGKILL)
 		}
 	}
-	// A killed process leaves the cgroup when it has been reaped.
+	// A killed process stays in the cgroup until it is reaped.
 	Eventually(t, "remove "+path, func() bool { return unix.Rmdir(path) != unix.EBUSY })
 }
 
-// PinPath mounts a bpf filesystem for the test alone and returns a pin path in
-// it that does not exist.
+// PinPath mounts a bpf filesystem for the test and returns a pin path in it that does not
+// exist.
 func PinPath(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -123,8 +123,7 @@ func PinPath(t testing.TB) string {
 	return filepath.Join(dir, "egressbpf")
 }
 
-// Filter returns a filter with a pin path of its own, which is detached after
-// the test.
+// Filter returns a filter with a pin path of its own. It is detached after the test.
 func Filter(t testing.TB) *loader.Filter {
 	t.Helper()
 	f := loader.New(PinPath(t), Root(t))
@@ -136,7 +135,7 @@ func Filter(t testing.TB) *loader.Filter {
 	return f
 }
 
-// Command returns a command that starts in a cgroup, from its first instruction.
+// Command returns a command that is in a cgroup from its first instruction.
 func Command(t testing.TB, cgroupPath, name string, args ...string) *exec.Cmd {
 	t.Helper()
 	dir, err := os.Open(cgroupPath)
@@ -165,8 +164,8 @@ func Enter(t testing.TB, cgroupPath string) {
 	t.Cleanup(func() { move(Root(t).Path(home)) })
 }
 
-// Eventually waits until a condition that no event tells of is true, and fails
-// the test if that takes too long.
+// Eventually waits until a condition is true that no event announces. It fails the test if
+// that takes too long.
 func Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	const patience = 20 * time.Second

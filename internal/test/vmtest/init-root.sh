@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 #
-# PID 1 of the guest that run.sh --root boots.  It makes a root of the host's,
-# and goes on in there with init.sh.  Errors end in a panic, as in init.sh.
+# PID 1 of the guest that run.sh --root boots.  It makes a root from the host's root
+# and runs init.sh in it.  Errors end in a panic, as in init.sh.
 # shellcheck shell=sh
 set -eu
 
@@ -24,7 +24,7 @@ mount -t proc proc proc
 mount -t sysfs sysfs sys
 mount -t devtmpfs devtmpfs dev
 mkdir -p dev/pts dev/shm
-# The kernel, too, looks for these: TOMOYO, when runc executes a descriptor.
+# The kernel needs these too: TOMOYO looks for them when runc executes a descriptor.
 ln -s /proc/self/fd dev/fd
 ln -s fd/0 dev/stdin
 ln -s fd/1 dev/stdout
@@ -43,7 +43,7 @@ mount -t tracefs tracefs sys/kernel/tracing
 cp -a /vmtest .
 cp /bin/busybox vmtest/tools
 chroot . /vmtest/tools/busybox --install -s /vmtest/tools
-# The kernel asks for modules with this, and not every host has it.
+# The kernel loads modules with this, and not every host has it.
 [ -e sbin/modprobe ] || ln -s /vmtest/tools/modprobe sbin/modprobe
 
 dir=/host$(cat /vmtest/kernel_dir)

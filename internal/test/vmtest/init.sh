@@ -7,7 +7,7 @@
 set -eu
 
 if [ -d /vmtest/tools ]; then
-    # init-root.sh was here.
+    # init-root.sh has run before this.
     export PATH=/vmtest/tools
 else
     /bin/busybox mount -t proc proc /proc
@@ -29,7 +29,7 @@ stty -F /dev/ttyS2 raw -echo
 code=0
 /vmtest/command </dev/null >/dev/ttyS1 2>&1 || code=$?
 
-# Processes left behind stop writing, then stty waits until all output is sent.
+# Stop processes that are left from writing; then stty waits until all output is sent.
 kill -KILL -1 || true
 stty -F /dev/ttyS1 raw
 echo "exit $code" >/dev/ttyS2

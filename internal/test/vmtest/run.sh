@@ -3,8 +3,8 @@
 # Runs a program as root on one of Debian's kernels, in QEMU.  See usage.
 set -euo pipefail
 
-# A row a kernel: the name given to run.sh, then the Debian release whose kernel
-# it is: the cloud kernel, or with --root the plain one, as only that has 9p.
+# One kernel a line: its name for run.sh, and the Debian release that it comes from.  It
+# is the cloud kernel or, with --root, the plain kernel, since only that has 9p.
 kernels='
 5.10  bullseye
 6.1   bookworm
@@ -14,20 +14,20 @@ kernels='
 # The guest loads these before the binary starts.
 loaded_modules=(veth bridge nf_defrag_ipv4 nf_defrag_ipv6 nf_conntrack nf_tables)
 
-# The guest's kernel loads these by itself once something asks for them, as on a
-# real host.  What a kernel does not have is left out.
+# The guest's kernel loads these by itself when something needs them, as on a real
+# host.  Modules that a kernel does not have are left out.
 extra_modules=(dummy tun vxlan 8021q macvlan ipvlan br_netfilter sch_ingress cls_bpf
     act_bpf nft_ct nft_chain_nat nft_masq)
 
-# With --root, these are loaded before, to get at the root, where all others are;
-# crc32c_generic is asked for by libcrc32c, where it is not built in.
+# With --root, these are loaded first, to reach the root, where all others are.
+# libcrc32c needs crc32c_generic if the kernel does not have it built in.
 root_modules=(virtio_pci 9pnet_virtio 9p overlay)
 root_extra_modules=(crc32c_generic)
 
-# The Debian packages whose commands are used here, beyond the essential ones.
+# The Debian packages whose commands are used here, apart from the essential ones.
 packages=(qemu-system-x86 busybox-static debian-archive-keyring xz-utils python-apt-common)
 
-# What exits with this code is the harness, not the binary.
+# The exit code of the harness itself, not of the binary.
 readonly harness_failed=125
 
 usage() {
@@ -87,8 +87,8 @@ release() {
     awk -v kernel="$1" '$1 == kernel { print $2 }' <<<"$kernels"
 }
 
-# mirror prints the URL of the Debian archive: the one that apt uses here, or on
-# another distribution the one that its apt knows of.
+# mirror prints the URL of the Debian archive: the one that apt uses here or, on another
+# distribution, the one that its apt knows.
 mirror() {
     local codename templates=/usr/share/python-apt/templates/Debian.info
     if [[ -n ${VMTEST_MIRROR:-} ]]; then
@@ -104,9 +104,9 @@ mirror() {
     fi
 }
 
-# fetch KERNEL METAPACKAGE DIR downloads the kernel and makes DIR/kernel of it: the
-# kernel's folder of /lib/modules with uncompressed modules, and in it vmlinuz,
-# config and the kernel's version.
+# fetch KERNEL METAPACKAGE DIR downloads the kernel and makes DIR/kernel from it: the
+# kernel's folder of /lib/modules with uncompressed modules, vmlinuz, config and the
+# kernel's version.
 fetch() {
     local kernel=$1 metapackage=$2 dir=$3
     local suite url keyring=/usr/share/keyrings/debian-archive-keyring.gpg
@@ -120,9 +120,9 @@ fetch() {
     url=$(mirror) || true
     [[ -n $url ]] || die 'no Debian archive found in the apt sources: set VMTEST_MIRROR'
 
-    # An apt of its own, so that neither the machine's lists nor its hooks are
-    # touched; how to reach an archive (proxies) is still the machine's affair,
-    # whether to trust one is not.
+    # A separate apt, which does not touch the machine's lists and hooks. The
+    # machine's settings say how to reach an archive (proxies), but not which
+    # archive to trust.
     mkdir -p "$apt"/{state/lists/partial,cache/archives/partial}
     echo "deb [arch=amd64 signed-by=$keyring] $url $suite main" >"$apt/sources.list"
     {
@@ -150,12 +150,12 @@ END
     apt-get update -qq >&2 ||
         die "cannot read Debian $suite from $url: if its key is unknown, upgrade the package" \
             "debian-archive-keyring; if it has moved to an archive, set VMTEST_MIRROR"
-    # The metapackage depends on the kernel of the day, in its signed variant.
+    # The metapackage depends on the current kernel, in its signed variant.
     package=$(apt-cache depends "$metapackage" |
         awk '$1 == "Depends:" && $2 ~ /^linux-image-[0-9]/ { print $2; exit }')
     [[ -n $package ]] || die "Debian $suite has no $metapackage"
     version=${package#linux-image-}
-    # Newer releases split it: vmlinuz and the modules are in packages it needs.
+    # Newer releases split the package: vmlinuz and the modules are in its dependencies.
     mapfile -t parts < <(echo "$package" && apt-cache depends "$package" |
         awk -v suffix="-$version" '
             $1 == "Depends:" && substr($2, length($2) - length(suffix) + 1) == suffix { print $2 }')
@@ -177,7 +177,7 @@ END
     mv "$tree" "$dir/kernel"
 }
 
-# cached KERNEL METAPACKAGE DIR makes DIR of the kernel unless it is there.
+# cached KERNEL METAPACKAGE DIR makes DIR for the kernel unless it exists.
 cached() {
     local dir=$3
     [[ ! -e $dir ]] || return 0
@@ -278,21 +278,21 @@ build_initramfs() {
         echo "cd / && exec env -i $(quote "$path" ${env[@]+"${env[@]}"} "$program" "${@:2}")"
     } >"$initramfs/vmtest/command"
     chmod 755 "$initramfs/vmtest/command"
-    # Not compressed: unpacking is what takes time under emulation.
+    # Not compressed: under emulation, unpacking takes long.
     (cd "$initramfs" && find . -mindepth 1 -print0 |
         busybox cpio -o -0 -H newc -R 0:0) >"$work/initramfs.cpio" 2>"$work/cpio.log" ||
         die "cannot build the initramfs: $(<"$work/cpio.log")"
     rm -rf "$initramfs"
 }
 
-# boot runs the machine.  Three serial ports keep apart the console, what the
-# binary writes, and its exit code, so that none can be taken for another.
+# boot runs the machine.  The console, the binary's output and its exit code have a
+# serial port each, so that none can be taken for another.
 boot() {
     local status=0 out output machine_flags=(-m 1G)
     [[ -z $root ]] || machine_flags=(-m 3G -device "virtio-9p-pci,fsdev=root,mount_tag=root"
         -fsdev "local,id=root,path=/,readonly=on,security_model=none,multidevs=remap")
-    # The output goes through a cat, because QEMU makes the file it writes to
-    # non-blocking, which must not happen to the caller's.
+    # The output goes through cat, because QEMU makes the file that it writes to
+    # non-blocking, which must not happen to the caller's file.
     exec {out}> >(exec cat)
     output=$!
     timeout --kill-after=5 "$timeout" qemu-system-x86_64 \
@@ -330,7 +330,7 @@ cleanup() {
         wait "$machine" 2>/dev/null || true
     fi
     rm -rf -- ${work:+"$work"} ${fetching:+"$fetching"}
-    # A command of this script that failed must not look like the binary's result.
+    # The failure of a command of this script must not look like the binary's result.
     [[ -n $finished || $status -ge 128 ]] || exit "$harness_failed"
 }
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 #
-# Runs the tests whose answer can differ from kernel to kernel on each of Debian's
-# kernels, and egressbpf's life on a whole Debian. Emulation is some ten times slower: what
-# is only arithmetic stays out.
+# Runs the tests whose result can differ between kernels on each of Debian's kernels, and
+# egressbpf as a service on a whole Debian. Emulation is about ten times slower, so tests of
+# mere arithmetic are left out.
 # Usage: test.sh [KERNEL|debian]...   (default: all that run.sh knows, and debian)
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-# What compilers and verifiers see in another way: on the oldest.
+# For the oldest kernel: tests whose result depends on the compiler or the verifier.
 oldest='^(TestVerdict|TestOwner|TestRecognised|TestPermitted|TestContention|TestHostIngress.+)$'
 loader='^(TestAttach|TestRecognise|TestRemovedContainers|TestRefusedSocketsOfRecognised|TestHostSideBefore64)$'
 on_some='^(TestSwap|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestKeptFamiliesRefuse)$'
@@ -25,8 +25,8 @@ for package in internal/loader internal/test/{verdict,dockertest,e2e}; do
 done
 CGO_ENABLED=0 go build -buildvcs=false -o "$dir/egressbpf" ./cmd/egressbpf
 
-# guest NAME MACHINE COMMAND... once more if no result came back: emulation can fail by
-# itself.
+# guest NAME MACHINE COMMAND... runs the command, and again if no result came back:
+# emulation itself can fail.
 guest() {
     local name=$1 machine=$2 from=$SECONDS code=0
     shift 2
@@ -43,19 +43,19 @@ guest() {
     echo "ok   $name on $machine, $((SECONDS - from)) s"
 }
 
-# alone KERNEL PACKAGE TESTS [OPTION]..., with nothing else on the machine.
+# alone KERNEL PACKAGE TESTS [OPTION]... runs tests with nothing else on the machine.
 alone() {
     guest "$2" "$1" internal/test/vmtest/run.sh --timeout 1500 "${@:4}" "$1" "$dir/$2" -test.short -test.run "$3"
 }
 
-# in_root KERNEL PACKAGE TESTS, with this machine's root and Docker.
+# in_root KERNEL PACKAGE TESTS runs tests with this machine's root and Docker.
 in_root() {
     guest "$2" "$1" internal/test/vmtest/run.sh --root --timeout 1500 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
         "$1" "$dir/$2" -test.run "$3"
 }
 
-# With real packets and containers goes what this machine's own kernel may not be able to,
-# to refuse sockets, or does in another way: before 6.4 the host side is another one.
+# Tests with real packets and containers run for what this machine's own kernel may lack
+# (refusing sockets) or does differently (the host side before 6.4).
 on_kernel() {
     local failed=0
     case $1 in
@@ -76,7 +76,7 @@ on_kernel() {
     return "$failed"
 }
 
-# on_debian installs what `make install` does, on a whole Debian.
+# on_debian runs `make install` and tests the service on a whole Debian.
 on_debian() {
     mkdir "$dir/debian"
     cp internal/test/vmtest/debian/run "$dir/debian"
@@ -87,7 +87,7 @@ on_debian() {
     guest 'all of egressbpf' debian "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1500 "$dir/debian"
 }
 
-# As many at once as there are processors, the longest first.
+# As many machines at once as there are processors, the longest test first.
 failed=0
 for machine in $(printf '%s\n' "${machines[@]}" | sort -rV); do
     while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do
