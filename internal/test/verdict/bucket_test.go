@@ -20,12 +20,12 @@ import (
 // clock is the time at which the simulations begin, a minute after boot.
 const clock = uint64(time.Minute)
 
-// bucket is the programs' token bucket on a clock of the test's own.
+// bucket is the programs' token bucket, with a clock that the test sets.
 type bucket struct {
 	BucketObjects
 }
 
-// newBucket returns one that was never used.
+// newBucket returns a bucket that was never used.
 func newBucket(t *testing.T) *bucket {
 	t.Helper()
 	if err := rlimit.RemoveMemlock(); err != nil {
@@ -39,8 +39,8 @@ func newBucket(t *testing.T) *bucket {
 	return b
 }
 
-// ask asks for a token at least n times, and returns how many it got. It may be
-// more often if it is more than once: where signals interrupt the test run.
+// ask asks for a token at least n times, and returns how many it got. If n is more than 1, it
+// may ask more often, where signals interrupt the test run.
 func (b *bucket) ask(t *testing.T, l policy.Limit, now uint64, n uint32) (taken int64) {
 	t.Helper()
 	input, err := binary.Append(binary.NativeEndian.AppendUint64(nil, now), binary.NativeEndian, maps.LimitOf(l))
@@ -54,8 +54,8 @@ func (b *bucket) ask(t *testing.T, l policy.Limit, now uint64, n uint32) (taken 
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A look at the bucket must not refuse what it gives; where the limit has not
-	// just changed, it should refuse the rest.
+	// Looking at the bucket must not refuse a token that the bucket gives. Unless the limit
+	// has just changed, it should refuse all others.
 	if last != 1 && last != 2 {
 		t.Errorf("at %d: took a token: %t; seemed empty before: %t", now, last&1 != 0, last&2 != 0)
 	}
@@ -65,13 +65,13 @@ func (b *bucket) ask(t *testing.T, l policy.Limit, now uint64, n uint32) (taken 
 	return taken
 }
 
-// drain asks until there is nothing left.
+// drain asks until the bucket is empty.
 func (b *bucket) drain(t *testing.T, l policy.Limit, now uint64) int64 {
 	t.Helper()
 	return b.ask(t, l, now, l.Burst+2)
 }
 
-// exactBucket is what a token bucket is meant to be.
+// exactBucket is a token bucket as it should be.
 type exactBucket struct {
 	rate, burst *big.Rat // tokens in a nanosecond; tokens
 	tokens      *big.Rat
@@ -127,8 +127,8 @@ type taken struct {
 	n  int64
 }
 
-// checkWindows compares what was taken within any two moments, both included,
-// with what burst and rate allow.
+// checkWindows compares the tokens that were taken between any two moments, inclusive, with
+// what burst and rate allow.
 func checkWindows(t *testing.T, l policy.Limit, log []taken) {
 	t.Helper()
 	e := newExactBucket(l, 0)
@@ -168,7 +168,7 @@ func bucketLimits(t *testing.T) (limits []policy.Limit) {
 	return limits
 }
 
-// simulation is a bucket and what it is meant to be, at one moment.
+// simulation is a bucket and the exact bucket, at one moment.
 type simulation struct {
 	*bucket
 	*exactBucket
@@ -196,7 +196,7 @@ func (s *simulation) expect(t *testing.T, what string, got, want int64) {
 	}
 }
 
-// one asks for a token, and all for as many as there are.
+// one asks for one token; all asks for all tokens.
 func (s *simulation) one(t *testing.T, what string) {
 	t.Helper()
 	s.expect(t, what, s.ask(t, s.limit, s.now, 1), s.take(s.now, 1))
@@ -207,12 +207,11 @@ func (s *simulation) all(t *testing.T, what string) {
 	s.expect(t, what, s.drain(t, s.limit, s.now), s.take(s.now, 1<<62))
 }
 
-// token is what a token lasts, in nanoseconds rounded down.
+// token is the time for one token, in nanoseconds rounded down.
 func (s *simulation) token() int64 { return floor(over(ratio(1, 1), s.rate)) }
 
-// TestBucket asks in every way, and wants to the token what is exact: when it
-// asks the moment a token is there and one nanosecond before, when it has not
-// asked for long, and at random.
+// TestBucket compares the bucket with the exact bucket, to the token: asked at the moment when
+// there is a token and one nanosecond before, after a long pause, and at random.
 func TestBucket(t *testing.T) {
 	simulate(t, func(t *testing.T, s *simulation) {
 		s.all(t, "full")
@@ -241,9 +240,9 @@ func TestBucket(t *testing.T) {
 	})
 }
 
-// TestBucketLateCPU has a CPU ask that read the clock, and got the lock after
-// others with a later time. It may be refused a token that is there; it must not
-// get, nor leave to others, one that is not.
+// TestBucketLateCPU simulates a CPU that reads the clock and then gets the lock after CPUs with
+// a later time. It may be refused a token that is there. It must not get a token that is not
+// there, nor leave one to others.
 func TestBucketLateCPU(t *testing.T) {
 	simulate(t, func(t *testing.T, s *simulation) {
 		s.all(t, "full")
@@ -265,7 +264,7 @@ func TestBucketLateCPU(t *testing.T) {
 	})
 }
 
-// TestBucketUnlimited takes without end, at any time.
+// TestBucketUnlimited takes any number of tokens at any time.
 func TestBucketUnlimited(t *testing.T) {
 	b := newBucket(t)
 	for _, now := range []uint64{0, clock, clock, 1 << 62} {
@@ -275,9 +274,9 @@ func TestBucketUnlimited(t *testing.T) {
 	}
 }
 
-// TestBucketChange changes the limit of a bucket in use. The tokens that were
-// missing are missing still, give or take a fraction of one, and come back at the
-// new rate; more than the new burst cannot be missing.
+// TestBucketChange changes the limit of a bucket in use. Missing tokens stay missing, within a
+// fraction of a token, and come back at the new rate. No more than the new burst can be
+// missing.
 func TestBucketChange(t *testing.T) {
 	limits := []policy.Limit{}
 	for _, rate := range []policy.Rate{{Count: 1, Period: 24 * time.Hour}, {Count: 7, Period: time.Minute}, {Count: 1000, Period: time.Second}, {Count: 999_999, Period: time.Second}} {

@@ -1,5 +1,4 @@
-// Package verdict has no code of its own, only tests: they run the programs in
-// the kernel on packets and moments of their own making (BPF_PROG_TEST_RUN),
-// attached to nothing, and hold each verdict and every counter against tables
-// and against a model in Go.
+// Package verdict holds only tests. They run the programs in the kernel without attaching
+// them (BPF_PROG_TEST_RUN), on packets and at times that the tests make, and compare each
+// verdict and every counter with tables and with a model in Go.
 package verdict

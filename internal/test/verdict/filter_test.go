@@ -34,8 +34,8 @@ const (
 // longest is the size of the longest packet that the kernel test-runs.
 const longest = 3712 - etherSize
 
-// place is where packets are sent from: a cgroup nested in a container of a
-// policed cgroup, in a network namespace that has a device beside loopback.
+// place is where packets are sent from: a cgroup nested in a container of a policed cgroup, in a
+// network namespace that has another device besides the loopback.
 type place struct {
 	rel       string // of the policed cgroup
 	policed   uint64
@@ -44,8 +44,8 @@ type place struct {
 	netns     *os.File
 }
 
-// newPlace moves the test process into such a cgroup. Each goroutine that sends
-// has to go inside.
+// newPlace moves the test process into such a cgroup. Each goroutine that sends must call
+// inside.
 func newPlace(t testing.TB) *place {
 	t.Helper()
 	policed := testenv.Cgroup(t)
@@ -126,8 +126,8 @@ func (p *place) inside(t testing.TB, fn func()) {
 	defer before.Close()
 	setNetns(t, p.netns)
 	defer setNetns(t, before)
-	// Before 5.12 a test run that a signal interrupts returns no verdict, and
-	// Go's scheduler sends signals.
+	// Before 5.12, a test run that is interrupted by a signal returns no verdict. Go's
+	// scheduler sends signals.
 	var signals, old unix.Sigset_t
 	signals.Val[0] = 1 << (unix.SIGURG - 1)
 	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &signals, &old); err != nil {
@@ -137,7 +137,7 @@ func (p *place) inside(t testing.TB, fn func()) {
 	fn()
 }
 
-// filter is the egress program with a policy, loaded and attached to nothing.
+// filter is the egress program with a policy, loaded and not attached.
 type filter struct {
 	*place
 	prog   *ebpf.Program
@@ -169,8 +169,8 @@ func (p *place) loadWith(t testing.TB, pol policy.Policy, state *maps.State) *fi
 	return &filter{p, programs.Egress(), state, pol, false}
 }
 
-// run sends a packet out of a device, and returns what the program does. The
-// caller has to be inside.
+// run sends a packet out of a device, and returns what the program does. The caller must be
+// inside.
 func (f *filter) run(t testing.TB, etherType uint16, packet []byte, device int) uint32 {
 	t.Helper()
 	frame := make([]byte, etherSize, etherSize+len(packet))
@@ -185,8 +185,8 @@ func (f *filter) run(t testing.TB, etherType uint16, packet []byte, device int) 
 	return got
 }
 
-// compare sends a packet and returns how what the program does, to it and to
-// each counter, differs from what it should do.
+// compare sends a packet and returns how the verdict and the counters differ from what they
+// should be.
 func (f *filter) compare(t testing.TB, etherType uint16, packet []byte, device int, want verdict) (difference string) {
 	t.Helper()
 	before := f.counts(t)
@@ -215,7 +215,7 @@ func (f *filter) compare(t testing.TB, etherType uint16, packet []byte, device i
 	return difference
 }
 
-// counts is what is counted for the container and for all, at one moment.
+// counts holds the counters of the container and the total, at one moment.
 type counts struct {
 	known            bool // the container, at all
 	container, total maps.Counters
@@ -235,7 +235,7 @@ func (f *filter) counts(t testing.TB) (c counts) {
 	return counts{err == nil, container.Counters, total}
 }
 
-// forget makes the container one that nothing is known of.
+// forget removes everything that is known about the container.
 func (f *filter) forget(t testing.TB) {
 	t.Helper()
 	if err := f.state.Forget(f.container); err != nil {
@@ -254,7 +254,7 @@ func subtract(after, before maps.Counters) maps.Counters {
 	return after
 }
 
-// verdict is what should become of a packet.
+// verdict says what should happen to a packet.
 type verdict string
 
 const (
@@ -274,7 +274,7 @@ var reasons = map[verdict]bpf.EgressReason{
 	noBucket:    bpf.EgressReasonREASON_NO_BUCKET,
 }
 
-// returns is what the program returns for it.
+// returns is what the program returns for the verdict.
 func (v verdict) returns(mode policy.Mode) uint32 {
 	if _, drop := reasons[v]; drop && mode == policy.Enforce {
 		return 0
@@ -282,7 +282,7 @@ func (v verdict) returns(mode policy.Mode) uint32 {
 	return 1
 }
 
-// counts is what is counted for a packet of n bytes.
+// counts returns what is counted for a packet of n bytes.
 func (v verdict) counts(n int) (c maps.Counters) {
 	if reason, drop := reasons[v]; drop {
 		c.Dropped[reason].Packets = 1

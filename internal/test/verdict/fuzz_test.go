@@ -20,8 +20,8 @@ type contest struct {
 	spent bool // the one token that the limit of the policies gives
 }
 
-// contests returns one for each policy of the tables, for one with many rules,
-// and for one that only audits.
+// contests returns a contest for each policy of the tables, for a policy with many rules, and
+// for one in audit mode.
 func (p *place) contests(t testing.TB) []*contest {
 	t.Helper()
 	all := policies(t)
@@ -58,8 +58,8 @@ func randomRules(seed uint64, n int) (list []policy.Rule) {
 	return list
 }
 
-// hold lets both judge a packet, and returns how they differ. What cannot be run
-// they cannot differ about.
+// hold lets both judge a packet, and returns how they differ. They cannot differ about a packet
+// that cannot be run.
 func (c *contest) hold(t testing.TB, etherType uint16, packet []byte, device int) (want verdict, difference string) {
 	t.Helper()
 	shortest := map[uint16]int{etherIPv4: 20, etherIPv6: 40}
@@ -81,7 +81,7 @@ func (c *contest) hold(t testing.TB, etherType uint16, packet []byte, device int
 	return want, difference
 }
 
-// TestModel holds the model against the tables.
+// TestModel compares the model with the tables.
 func TestModel(t *testing.T) {
 	all := policies(t)
 	for _, table := range tables() {
@@ -94,8 +94,7 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// TestPolicyBlocks holds what the controller believes to be blocked against the
-// model, around the edges of all rules.
+// TestPolicyBlocks compares Policy.Blocks with the model, at the edges of all rules.
 func TestPolicyBlocks(t *testing.T) {
 	choose := chooser(rand.New(rand.NewPCG(0, 0)).IntN)
 	all := policies(t)
@@ -117,8 +116,8 @@ func TestPolicyBlocks(t *testing.T) {
 	}
 }
 
-// TestRandom holds the program against the model on random packets, the same at
-// each run.
+// TestRandom compares the program with the model on random packets, which are the same in each
+// run.
 func TestRandom(t *testing.T) {
 	packets := 200_000
 	if testing.Short() {
@@ -159,9 +158,8 @@ func allRows() (rows []row) {
 	return rows
 }
 
-// FuzzVerdict holds the program against the model on what the fuzzer comes up
-// with: in form 0 data is a frame, from the type of its packet on, in form 1 it
-// is the decisions of the generator.
+// FuzzVerdict compares the program with the model on data of the fuzzer. In form 0, data is a
+// frame from the type of its packet on; in form 1, it is the decisions of the generator.
 func FuzzVerdict(f *testing.F) {
 	place := newPlace(f)
 	contests := place.contests(f)

@@ -14,8 +14,8 @@ func (c chooser) once(in int) bool { return c(in) == in-1 }
 
 func pick[T any](c chooser, list []T) T { return list[c(len(list))] }
 
-// fromBytes takes the choices from data, and always the first when that is used
-// up: whatever a fuzzer changes, it changes one decision about the packet.
+// fromBytes takes the choices from data, and always the first choice when data is used up.
+// Each change that a fuzzer makes then changes one decision about the packet.
 func fromBytes(data []byte) chooser {
 	next := func() (b byte) {
 		if len(data) > 0 {
@@ -31,9 +31,8 @@ func fromBytes(data []byte) chooser {
 	}
 }
 
-// generator makes packets that are about a policy: to and from the addresses and
-// ports where its rules begin and end, in all spellings, and most of them nearly
-// well-formed.
+// generator makes packets that test a policy: to and from the addresses and ports at which its
+// rules begin and end, in all spellings. Most of them are nearly well-formed.
 type generator struct {
 	addresses4, addresses6 []netip.Addr
 	ports                  []uint16
@@ -70,7 +69,7 @@ func newGenerator(p policy.Policy) *generator {
 	return g
 }
 
-// packet returns a packet from its IP header on, and its type on the link.
+// packet returns a packet from its IP header on, and its EtherType.
 func (g *generator) packet(c chooser) (etherType uint16, bytes []byte) {
 	p := packet{payload: g.segment(c)}
 	addresses := g.addresses4
@@ -150,8 +149,7 @@ func (g *generator) segment(c chooser) segment {
 	return s
 }
 
-// extend puts an IPv6 extension header before a segment; that of one in 32
-// tells another size than its own.
+// extend puts an IPv6 extension header before a segment. One in 32 states a wrong size.
 func extend(c chooser, s segment) segment {
 	switch c(10) {
 	case 0:

@@ -5,15 +5,15 @@ import (
 	"fmt"
 )
 
-// Destinations that no policy of the tables blocks but those that block all, and
-// the metadata service of most clouds.
+// Destinations that no policy of the tables blocks, except those that block everything, and the
+// metadata service of most clouds.
 const (
 	open4    = "192.0.2.99"
 	open6    = "2001:4860::99"
 	metadata = "169.254.169.254"
 )
 
-// headerTables are about what lies between the link and the transport header.
+// headerTables test what is between the link header and the transport header.
 func headerTables() []table {
 	return []table{
 		{"frames", "nothing", frameRows()},
@@ -58,8 +58,7 @@ func ipv4Rows() []row {
 		}
 		rows = append(rows, row{fmt.Sprint("version ", version), packet{dst: open4, payload: udp(53), first: new(version<<4 | 5)}, want})
 	}
-	// A header of any length but the true one puts the ports elsewhere, or the
-	// options; here these are NOP.
+	// A wrong header length moves the ports or the options, which are NOP here.
 	for ihl := range uint8(16) {
 		p := packet{dst: open4, payload: bare(protoTest, 40), first: new(4<<4 | ihl)}
 		p.payload.data = bytes.Repeat([]byte{1}, 40)
@@ -133,7 +132,7 @@ func optionRows() []row {
 		for _, n := range []byte{0, 1, 2, 3, 6, 8, 255} {
 			rows = append(rows, row{fmt.Sprint(name, " of length ", n), packet{options: append([]byte{kind, n}, route[1:]...)}, malformed})
 		}
-		// All that tells an option from it is one bit of its type.
+		// Only one bit of its type tells this option from a source route.
 		for bit := range 8 {
 			near := kind ^ 1<<bit
 			rows = append(rows, row{fmt.Sprint("neighbour ", near, " of ", name), packet{options: append([]byte{near}, route...)}, pass})
@@ -142,7 +141,7 @@ func optionRows() []row {
 	for i := range rows {
 		rows[i].packet.dst, rows[i].packet.payload = open4, udp(53)
 	}
-	// The ports are behind the options, however long.
+	// The ports follow the options, whatever their length.
 	for n := 0; n <= 40; n += 4 {
 		rows = append(rows,
 			row{fmt.Sprint("mail behind ", n, " bytes"), packet{dst: open4, payload: tcp(25, syn), options: nops(n)}, admitted},
@@ -179,7 +178,7 @@ func fragment4Rows() []row {
 			if offset < 20 {
 				tcpWant = malformed
 			}
-			// What would be a header in a whole packet is data here.
+			// Bytes that would be a header in a whole packet are data here.
 			rows = append(rows,
 				row{"TCP" + what, packet{dst: open4, payload: tcp(25, syn), flags: more, offset: offset}, tcpWant},
 				row{"short TCP" + what, packet{dst: open4, payload: bare(protoTCP, 0), flags: more, offset: offset}, tcpWant},
@@ -298,7 +297,7 @@ func extensionRows() []row {
 			row{fmt.Sprint("chain of ", n, ", blocked"), packet{dst: "fd00:ec2::254", payload: chain(n, udp(53))}, stop},
 			row{fmt.Sprint("chain of ", n, ", a later fragment at the end"), packet{dst: open6, payload: chain(n-1, fragment(1448, true, bare(protoTCP, 8)))}, web})
 	}
-	// IPv4 knows one of them; the others' numbers are protocols without ports.
+	// IPv4 has only one of them; there, the others' numbers are protocols without ports.
 	for _, ext := range extensions() {
 		name, before := ext.name, ext.before
 		s := before(tcp(25, syn))

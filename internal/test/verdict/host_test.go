@@ -30,8 +30,8 @@ const (
 	actShot   = 2
 )
 
-// ingress is the host side as a filter of devices, loaded and attached to none. The
-// sockets that test runs have are in the place's container, so that is the sender.
+// ingress is the host side of kernels before 6.4, loaded and not attached. The sockets of test
+// runs are in the place's container, so that container is the sender.
 type ingress struct {
 	*filter
 }
@@ -51,7 +51,7 @@ func (p *place) loadIngress(t testing.TB, pol policy.Policy) *ingress {
 	return &ingress{&filter{p, prog, state, pol, false}}
 }
 
-// wants receives a frame and holds what becomes of it against what should.
+// wants receives a frame and checks what happens to it.
 func (f *ingress) wants(t *testing.T, what string, etherType uint16, data []byte, passes bool) {
 	t.Helper()
 	before := f.counts(t)
@@ -92,13 +92,13 @@ func byReason(c maps.Counters) (n uint64) {
 	return n
 }
 
-// refill gives the device its tokens back, and forgets mail connections.
+// refill fills the device's bucket, and forgets mail connections.
 func (f *ingress) refill(t *testing.T) {
 	t.Helper()
 	f.empty(t, bpf.TcMapDevices, bpf.TcMapMails)
 }
 
-// empty removes all that is in some maps.
+// empty removes all entries of some maps.
 func (f *ingress) empty(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
@@ -112,11 +112,11 @@ func (f *ingress) empty(t *testing.T, names ...string) {
 	}
 }
 
-// carriesBlocked are rows with a packet for a blocked destination in the packet: a far end
-// may unpack it, but so may a route of the host's.
+// carriesBlocked are rows whose packet contains a packet for a blocked destination. The far end
+// may unpack it, but so may a route of the host.
 var carriesBlocked = []string{"IPv6 in IPv6"}
 
-// TestHostIngress holds the rows of all tables against it. A mail connection that the
+// TestHostIngress tests the host side with the rows of all tables. A mail connection that the
 // egress hook has not announced takes a token of the device.
 func TestHostIngress(t *testing.T) {
 	place := newPlace(t)
@@ -136,8 +136,8 @@ func TestHostIngress(t *testing.T) {
 					place.inside(t, func() {
 						for _, f := range all {
 							f.refill(t)
-							// What no TCP socket has paid for takes a token too, but for
-							// answers, which are dropped, and resets.
+							// A packet that no TCP socket has paid for takes a token too,
+							// except answers, which are dropped, and resets.
 							h, _ := read(etherType, row.packet.bytes())
 							resets := row.want == rateLimited && h.flags&rst != 0 && h.flags&syn == 0
 							takes := row.want == admitted || row.want == rateLimited && h.flags&(syn|ack) != syn|ack
@@ -145,7 +145,7 @@ func TestHostIngress(t *testing.T) {
 							f.wants(t, string(f.policy.Mode), etherType, row.packet.bytes(),
 								passes || takes || resets || etherType == etherARP)
 							if row.want == admitted {
-								// With data it is not free: some servers have a connection from it.
+								// With data it is not free: some servers accept a connection from it.
 								f.wants(t, string(f.policy.Mode)+", repeated", etherType, row.packet.bytes(), !h.data || f.policy.SMTP.Rate.Unlimited())
 								f.empty(t, bpf.TcMapMails)
 								f.wants(t, string(f.policy.Mode)+", again", etherType, row.packet.bytes(), f.policy.SMTP.Rate.Unlimited())
@@ -161,7 +161,7 @@ func TestHostIngress(t *testing.T) {
 // The addresses of the host that forwards.
 const host4, host6 = "192.0.2.1", "2001:db8:77::1"
 
-// forwards makes the place a host with a way to everywhere. The caller has to be inside.
+// forwards makes the place a host with routes to all destinations. The caller must be inside.
 func (p *place) forwards(t *testing.T) {
 	t.Helper()
 	for _, args := range []string{
@@ -184,7 +184,7 @@ func (p *place) forwards(t *testing.T) {
 	}
 }
 
-// tagged puts VLAN tags before a packet, and returns it with the type of the first one.
+// tagged puts VLAN tags before a packet, and returns it with the type of the first tag.
 func tagged(p packet, tags ...uint16) (etherType uint16, data []byte) {
 	etherType, data = p.etherType(), p.bytes()
 	for _, tag := range slices.Backward(tags) {
@@ -194,7 +194,7 @@ func tagged(p packet, tags ...uint16) (etherType uint16, data []byte) {
 	return etherType, data
 }
 
-// TestHostIngressFrames is about what lies around the packet.
+// TestHostIngressFrames tests what is before and after the packet.
 func TestHostIngressFrames(t *testing.T) {
 	place := newPlace(t)
 	f := place.loadIngress(t, policies(t)["default"])
@@ -227,8 +227,8 @@ func TestHostIngressFrames(t *testing.T) {
 	})
 }
 
-// announce tells the host side, as the egress hook does, of mail that it let through some
-// time ago.
+// announce announces mail to the host side as the egress hook does, for mail that was let
+// through some time ago.
 func (f *ingress) announce(t *testing.T, p packet, seq uint32, ago time.Duration) {
 	t.Helper()
 	key := bpf.EgressAnnouncement{Dst: netip.MustParseAddr(p.dst).As16(), Dport: htons(25), Seq: bits.ReverseBytes32(seq)}
@@ -246,13 +246,13 @@ func (f *ingress) announce(t *testing.T, p packet, seq uint32, ago time.Duration
 	}
 }
 
-// segmentOf is one of a mail connection: its number and what it acknowledges are small.
+// segmentOf returns a segment of a mail connection, with small sequence numbers.
 func segmentOf(flags byte, seq, acknowledged byte) packet {
 	return packet{dst: open4, payload: tcp(25, flags).edit(7, seq).edit(11, acknowledged)}
 }
 
-// TestHostIngressMail lets pass what the egress hook has announced, once each time, and
-// what goes on with it.
+// TestHostIngressMail checks that packets that the egress hook has announced pass, once for each
+// announcement, and so do the packets that continue the connection.
 func TestHostIngressMail(t *testing.T) {
 	place := newPlace(t)
 	f := place.loadIngress(t, policies(t)["default"])
@@ -285,8 +285,8 @@ func TestHostIngressMail(t *testing.T) {
 	})
 }
 
-// TestHostIngressCookies: a server that answers with SYN cookies takes up a connection from
-// any segment with the first number and the acknowledgement of its answer.
+// TestHostIngressCookies sends segments from which a server with SYN cookies accepts a connection:
+// any segment with the first sequence number that acknowledges the server's answer.
 func TestHostIngressCookies(t *testing.T) {
 	place := newPlace(t)
 	f := place.loadIngress(t, policies(t)["default"])
@@ -345,8 +345,8 @@ func TestHostIngressCookies(t *testing.T) {
 	})
 }
 
-// TestHostIngressPermits lets pass as many packets to the metadata service as the
-// egress hook has permitted.
+// TestHostIngressPermits checks that as many packets to the metadata service pass as the egress
+// hook has permitted.
 func TestHostIngressPermits(t *testing.T) {
 	place := newPlace(t)
 	f := place.loadIngress(t, policies(t)["default"])
@@ -379,7 +379,7 @@ func TestHostIngressPermits(t *testing.T) {
 	})
 }
 
-// tunnelInsides has what is inside read as closely as what is not.
+// tunnelInsides are packets inside a tunnel, which must be read as closely as others.
 func (f *ingress) tunnelInsides(t *testing.T, wants func(what, to string, payload segment, passes bool)) {
 	t.Helper()
 	const lsrr = 131
@@ -404,7 +404,7 @@ func (f *ingress) tunnelInsides(t *testing.T, wants func(what, to string, payloa
 	wants("VXLAN with an innocent one there", host6, hopOpts(dstOpts(vxlan(packet{dst: open4, payload: udp(53)}))), true)
 }
 
-// tunnelPorts closes some ports, whatever is sent there.
+// tunnelPorts closes some ports to all packets.
 func (f *ingress) tunnelPorts(t *testing.T, wants func(what, to string, payload segment, passes bool)) {
 	t.Helper()
 	if err := f.state.SetTunnels(map[uint16]bool{4789: true, 7777: true}); err != nil {
@@ -436,7 +436,7 @@ func vxlanGPE(p packet) segment {
 	return within(p, header)
 }
 
-// within puts a packet behind the header of a tunnel.
+// within puts a packet after the header of a tunnel.
 func within(p packet, header segment) segment {
 	header.data = append(slices.Clone(header.data), p.bytes()...)
 	return header
@@ -473,7 +473,7 @@ func gue(p packet) segment {
 	return within(p, header)
 }
 
-// typed is GRE of any type.
+// typed is GRE with any type.
 func typed(etherType uint16, data []byte) segment {
 	return segment{protoGRE, append([]byte{0, 0, byte(etherType >> 8), byte(etherType)}, data...)}
 }
@@ -505,8 +505,8 @@ func ipip(p packet) segment {
 	return within(p, segment{protoIPv4, nil})
 }
 
-// TestHostIngressTunnels sends to the host what its tunnels might unpack, and elsewhere
-// what others might.
+// TestHostIngressTunnels sends packets to the host that its tunnels might unpack, and to others
+// packets that those might unpack.
 func TestHostIngressTunnels(t *testing.T) {
 	place := newPlace(t)
 	f := place.loadIngress(t, policies(t)["default"])
@@ -531,7 +531,7 @@ func TestHostIngressTunnels(t *testing.T) {
 				"frame in FOU": inFOU(ethernet(p)), "frame with tags in FOU": inFOU(ethernet(p, ether8Q, etherAD, ether8Q)),
 				"VXLAN-GPE": vxlanGPE(p),
 			}
-			// Tunnels over IP are closed whatever is in them, and so is one in another.
+			// Tunnels over IP are closed whatever is in them, and so are nested tunnels.
 			closed := []string{"GRE", "GRE with a key", "GRE with all", "IPIP", "IPIP in VXLAN", "VXLAN in GRE", "WCCP", "WCCP with a header", "frame", "frame with tags"}
 			wants("frame with four tags, "+dst, host4, inFOU(ethernet(p, ether8Q, ether8Q, ether8Q, ether8Q)), false)
 			wants("frame with four tags, "+dst, "192.0.2.77", inFOU(ethernet(p, ether8Q, ether8Q, ether8Q, ether8Q)), true)
@@ -540,15 +540,15 @@ func TestHostIngressTunnels(t *testing.T) {
 				for _, host := range []string{host4, host6} {
 					wants(name+" with "+dst, host, tunnel, harmless)
 				}
-				// To others: what they unpack is theirs.
+				// To others, who may unpack what they like.
 				wants(name+" with "+dst, "192.0.2.77", tunnel, true)
-				// But a route of IPv6 might unpack it here.
+				// But an IPv6 route might unpack it on this host.
 				wants(name+" with "+dst, "2001:4860::99", tunnel, name != "IPIP" || dst == open4 || dst == open6)
-				// To all, the host among them.
+				// To a broadcast address, which includes the host.
 				for _, group := range []string{"224.0.0.1", "255.255.255.255", "0.0.0.0", "ff02::1"} {
 					wants(name+" with "+dst, group, tunnel, harmless)
 				}
-				// In fragments: the first tells, or is too short to.
+				// In fragments: the first shows what is inside, or is too short for that.
 				for n := 8; n < len(tunnel.data) && !harmless; n += 8 {
 					part := packet{dst: host4, payload: tunnel.cut(n), flags: 1}
 					f.wants(t, fmt.Sprintf("%s with %s, %d bytes of it", name, dst, n), etherIPv4, part.bytes(), false)
@@ -575,7 +575,7 @@ func TestHostIngressTunnels(t *testing.T) {
 		wants("an empty datagram", host4, udp(53), true)
 		f.wants(t, "a long datagram's first fragment", etherIPv4, packet{dst: host4, payload: udp(2049).grow(1400), flags: 1}.bytes(), true)
 		wants("a small datagram as an atomic fragment", host6, fragment(0, false, udp(53).grow(30)), true)
-		// As OpenVPN's data: what reads as an IP header cannot be one.
+		// Like the data of OpenVPN: what looks like an IP header cannot be one.
 		data := udp(1194).grow(100)
 		data.data[8] = 0x48
 		copy(data.data[8+16:], netip.MustParseAddr(metadata).AsSlice())
@@ -588,5 +588,5 @@ func TestHostIngressTunnels(t *testing.T) {
 
 func addressOf(ip4 []byte) [16]byte { return netip.AddrFrom4([4]byte(ip4)).As16() }
 
-// htons returns a port as it lies in a key.
+// htons returns a port as it is in a key.
 func htons(port uint16) uint16 { return bits.ReverseBytes16(port) }

@@ -28,8 +28,8 @@ func loadSpec(t *testing.T) *ebpf.CollectionSpec {
 	return spec
 }
 
-// TestLayout holds what is shared between the programs and Go against the types
-// that the compiler of the programs saw.
+// TestLayout compares the types that the programs and Go share with those that the programs'
+// compiler saw.
 func TestLayout(t *testing.T) {
 	spec := loadSpec(t)
 	for name, value := range map[string]any{
@@ -68,7 +68,7 @@ func TestLayout(t *testing.T) {
 	}
 }
 
-// checkLayout compares a type's size, and of all members names and offsets.
+// checkLayout compares the size of a type, and the names and offsets of its members.
 func checkLayout(t *testing.T, path string, c btf.Type, g reflect.Type) {
 	t.Helper()
 	c = btf.UnderlyingType(c)
@@ -103,7 +103,7 @@ func checkLayout(t *testing.T, path string, c btf.Type, g reflect.Type) {
 	}
 }
 
-// TestEnums holds the names of numbers against the programs'.
+// TestEnums compares the names of constants with those of the programs.
 func TestEnums(t *testing.T) {
 	spec := loadSpec(t)
 	for name, want := range map[string][]btf.EnumValue{
@@ -138,9 +138,9 @@ func TestEnums(t *testing.T) {
 	}
 }
 
-// TestSwitches loads the programs with each combination of the constants that
-// are switches, with a limit and without: the verifier sees other programs each
-// time. What the kernel lacks is left off.
+// TestSwitches loads the programs with each combination of the boolean constants, with a limit
+// and without: the verifier sees a different program each time. Features that the kernel lacks
+// stay off.
 func TestSwitches(t *testing.T) {
 	if err := rlimit.RemoveMemlock(); err != nil {
 		t.Fatal(err)

@@ -21,7 +21,7 @@ var (
 	web  = packet{dst: open4, payload: tcp(443, syn)}
 )
 
-// strict is a limit of one connection in the time that a test takes.
+// strict is a limit of one connection during a test.
 var strict = policy.Limit{Rate: policy.Rate{Count: 1, Period: 24 * time.Hour}, Burst: 1}
 
 func (f *filter) wants(t *testing.T, what string, p packet, want verdict) {
@@ -54,8 +54,8 @@ func TestDefaultLimit(t *testing.T) {
 	})
 }
 
-// TestOwner sends from all places below and in policed cgroups: what is counted
-// and limited is the container one level below, however deep the sender.
+// TestOwner sends from policed cgroups and from cgroups below them. The container one level below
+// is counted and limited, however deep the sender is.
 func TestOwner(t *testing.T) {
 	top := testenv.Cgroup(t)
 	first := testenv.Child(t, top, "first")
@@ -88,8 +88,8 @@ func TestOwner(t *testing.T) {
 	}
 }
 
-// TestFullMap fills the map of the containers: who has no entry is not let
-// through, and counted in total.
+// TestFullMap fills the map of the containers: mail of a container without an entry is dropped,
+// and counted in the total.
 func TestFullMap(t *testing.T) {
 	place := newPlace(t)
 	for _, mode := range []policy.Mode{policy.Enforce, policy.Audit} {
@@ -133,11 +133,11 @@ func TestFullMap(t *testing.T) {
 	}
 }
 
-// TestChangedLimit changes the limit of a container that is in use, by a limit
-// of its own and by another policy. It holds at once: what was spent is spent,
-// and comes back at the new rate.
+// TestChangedLimit changes the limit of a container in use, by a limit of its own and by another
+// policy. The new limit holds at once: tokens that were spent stay spent, and come back at the
+// new rate.
 func TestChangedLimit(t *testing.T) {
-	// Slow enough that a change, which loads a program, takes less than to fill up.
+	// So slow that the bucket does not fill up during a change, which loads a program.
 	fast := policy.Limit{Rate: policy.Rate{Count: 500, Period: time.Second}, Burst: 1000}
 	const fill = 2 * time.Second
 	place := newPlace(t)
@@ -178,7 +178,7 @@ func TestChangedLimit(t *testing.T) {
 		t.Run(tt.name+", down", func(t *testing.T) {
 			place.inside(t, func() {
 				f := changed(t, fast, strict)
-				// Until all would be back at the old rate.
+				// Until all tokens would be back at the old rate.
 				for start := time.Now(); time.Since(start) < fill; {
 					if f.admits(t) {
 						t.Fatalf("a token after %v at %s", time.Since(start), strict.Rate)
@@ -225,8 +225,8 @@ func monotonic(t *testing.T) int64 {
 	return clockNow(t, unix.CLOCK_MONOTONIC)
 }
 
-// hammer sends mail from all CPUs for a while, and returns how often it was
-// admitted and refused.
+// hammer sends mail from all CPUs for a while, and returns how often it was admitted and how
+// often it was refused.
 func (f *filter) hammer(t *testing.T, duration time.Duration) (taken, refused int64) {
 	t.Helper()
 	var answers [2]atomic.Int64
@@ -256,16 +256,16 @@ func (f *filter) counted(t *testing.T, taken, refused int64) {
 	}
 }
 
-// TestContention asks for more than there is from all CPUs at once. To the token,
-// it gets what burst and rate allow for the time between the calls that began and
-// ended it, and all is counted.
+// TestContention asks for more tokens than there are, from all CPUs at once. It gets exactly what
+// burst and rate allow for the time between the first call and the last, and everything is
+// counted.
 func TestContention(t *testing.T) {
-	// The bucket is full again, and loses tokens, only if nobody asks for a second.
+	// Only if nobody asks for a second does the bucket fill up and lose tokens.
 	limit := policy.Limit{Rate: policy.Rate{Count: 1000, Period: time.Second}, Burst: 1000}
 	place := newPlace(t)
 	f := place.load(t, limited(limit))
 	var taken, refused int64
-	// drain returns when the call that found the bucket empty began and ended.
+	// drain returns the times at which the call that found the bucket empty began and ended.
 	drain := func() (began, ended int64) {
 		place.inside(t, func() {
 			for empty := false; !empty; {
@@ -275,8 +275,8 @@ func TestContention(t *testing.T) {
 					taken++
 				} else {
 					refused++
-					// In an emulator the clock's tick may be so late that there is
-					// a token again without the program's first look seeing it.
+					// In an emulator the clock's tick may be so late that there is a token
+					// again and the program's first look does not see it.
 					empty = !late
 				}
 				ended = monotonic(t)
@@ -303,10 +303,10 @@ func TestContention(t *testing.T) {
 	f.counted(t, taken, refused)
 }
 
-// refill is how many whole tokens come in some nanoseconds.
+// refill returns how many whole tokens come back in some nanoseconds.
 func refill(l policy.Limit, ns int64) int64 { return ns * int64(l.Rate.Count) / int64(l.Rate.Period) }
 
-// TestCollisions has a limit so high that CPUs take tokens at the same moment.
+// TestCollisions uses a limit so high that CPUs take tokens at the same moment.
 func TestCollisions(t *testing.T) {
 	limit := policy.Limit{Rate: policy.Rate{Count: 20_000, Period: time.Second}, Burst: 10_000}
 	f := newPlace(t).load(t, limited(limit))
@@ -318,8 +318,8 @@ func TestCollisions(t *testing.T) {
 	f.counted(t, taken, refused)
 }
 
-// TestFirstContact sends the first packets of a container from two CPUs at once:
-// both count for the same entry, and share its bucket.
+// TestFirstContact sends the first packets of a container from two CPUs at once. Both count for
+// the same entry, and share its bucket.
 func TestFirstContact(t *testing.T) {
 	place := newPlace(t)
 	f := place.load(t, limited(strict))

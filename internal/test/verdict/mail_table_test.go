@@ -21,8 +21,7 @@ func mailTables() []table {
 	}
 }
 
-// mailPortRows has the mail ports, their neighbours and what they become in the
-// other byte order.
+// mailPortRows has the mail ports, the ports next to them, and those with the bytes swapped.
 func mailPortRows(ports ...uint16) []row {
 	mail := map[uint16]bool{}
 	for _, port := range ports {
@@ -36,8 +35,8 @@ func mailPortRows(ports ...uint16) []row {
 				continue
 			}
 			tried[near] = true
-			// What does not ask for a connection belongs to one that a TCP socket has paid
-			// for; test runs have no such socket.
+			// A packet that does not ask for a connection must belong to one that a TCP
+			// socket has paid for; test runs have no such socket.
 			want, rest := pass, pass
 			if mail[near] {
 				want, rest = admitted, rateLimited
@@ -76,7 +75,7 @@ func exemptRows() []row {
 		{"2001:db8:f::1", pass}, {"2001:db8:f::2", admitted},
 		{"::ffff:198.51.100.9", pass}, {"::ffff:198.51.101.9", admitted},
 		{"64:ff9b::c633:6409", pass}, {"64:ff9b::c633:6509", admitted},
-		// Exempt is not allowed, and allowed is not exempt.
+		// Exempt does not mean allowed, and allowed does not mean exempt.
 		{"10.1.2.3", pass}, {"10.1.2.4", admitted}, {"10.1.3.3", blocked}, {"10.4.4.4", blocked}, {"10.4.4.5", pass},
 		{"2001:db8:e:1::1", blocked}, {metadata, blocked},
 	} {

@@ -9,9 +9,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// model is what the documentation says becomes of a packet, in the plainest Go.
-// It shares neither code nor shape with the programs: it walks the lists, and
-// gives up on a packet by panicking.
+// model says in plain Go what the documentation says happens to a packet. It shares neither code
+// nor structure with the programs: it walks the lists, and panics to give up on a packet.
 type model struct {
 	blocked, single, allowed []policy.Rule
 	smtp                     policy.SMTP
@@ -39,7 +38,8 @@ func (m *model) judge(etherType uint16, packet []byte, device int) verdict {
 		m.perhaps(m.blocked, h.dst, h.proto, h.dport), m.perhaps(m.single, h.src, h.proto, h.sport):
 		return blocked
 	}
-	// What the host's tunnels take for somebody else's, and a TCP socket for a mail server's.
+	// Packets that a tunnel of the host would take for somebody else's, and packets that a TCP
+	// socket would take for a mail server's.
 	if device == loopback && slices.Contains(tunnelProtocols, h.proto) {
 		return blocked
 	}
@@ -64,8 +64,8 @@ func (m *model) exempt(a netip.Addr) bool {
 	return slices.ContainsFunc(m.smtp.Exempt, func(p netip.Prefix) bool { return covers(p, a) })
 }
 
-// listed says whether any rule holds for an address, a protocol and a port, which
-// is below 0 if it is not known or does not exist.
+// listed says whether any rule holds for an address, a protocol and a port. The port is below 0
+// if it is not known or does not exist.
 func listed(list []policy.Rule, a netip.Addr, proto uint8, port int) bool {
 	return slices.ContainsFunc(list, func(r policy.Rule) bool {
 		return covers(r.Prefix, a) && (r.Proto == 0 || r.Proto == proto) && (r.Port == 0 || int(r.Port) == port)
@@ -79,8 +79,8 @@ var (
 	sixToFour  = netip.MustParsePrefix("2002::/16")
 )
 
-// covers looks at each meaning of an address: a v4-mapped one is IPv4's only, one
-// that embeds an IPv4 address is both.
+// covers looks at each meaning of an address: a v4-mapped address is only the IPv4 address; an
+// address that embeds an IPv4 address is both.
 func covers(p netip.Prefix, a netip.Addr) bool {
 	b := a.As16()
 	switch {
@@ -96,8 +96,8 @@ func covers(p netip.Prefix, a netip.Addr) bool {
 	return p.Contains(a.Unmap())
 }
 
-// perhaps says whether a list has what an address may stand for, read with one of the
-// lengths that a local NAT64 prefix can have (RFC 6052, 2.2), unless that is allowed.
+// perhaps says whether a list has an IPv4 address that an address may stand for, read with one of
+// the lengths that a local NAT64 prefix can have (RFC 6052, 2.2), unless that is allowed.
 func (m *model) perhaps(list []policy.Rule, a netip.Addr, proto uint8, port int) bool {
 	if !localNAT64.Contains(a) {
 		return false
@@ -118,7 +118,7 @@ func (m *model) perhaps(list []policy.Rule, a netip.Addr, proto uint8, port int)
 	return false
 }
 
-// headers is what a packet says about itself.
+// headers holds what a packet says about itself.
 type headers struct {
 	src, dst     netip.Addr
 	proto        uint8
@@ -145,8 +145,8 @@ func (r *reader) take(n int) []byte {
 	return taken
 }
 
-// read returns the headers, or false for a packet that cannot be judged or does
-// not say where it really goes.
+// read returns the headers; false if the packet cannot be judged or does not say where it really
+// goes.
 func read(etherType uint16, packet []byte) (h headers, ok bool) {
 	defer func() {
 		if err := recover(); err != nil && err != errUnreadable {
@@ -176,7 +176,7 @@ func read(etherType uint16, packet []byte) (h headers, ok bool) {
 		h.readTransport(&rest)
 		return h, true
 	}
-	// A later fragment must not overwrite what the first was judged by.
+	// A later fragment must not overwrite the bytes by which the first was judged.
 	must(!slices.Contains(extensions, h.proto))
 	must(h.proto != protoTCP || position >= 20)
 	return h, true

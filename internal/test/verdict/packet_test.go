@@ -50,7 +50,7 @@ const (
 	cwr
 )
 
-// segment is what follows a header, and the number by which that header calls it.
+// segment is what follows a header, with its protocol number.
 type segment struct {
 	proto uint8
 	data  []byte
@@ -104,7 +104,7 @@ func extension(proto uint8, size int, s segment) segment {
 func hopOpts(s segment) segment { return extension(protoHopOpts, 8, s) }
 func dstOpts(s segment) segment { return extension(protoDstOpts, 8, s) }
 
-// routing is of type 253, for experiments.
+// routing has type 253, which is for experiments.
 func routing(left uint8, s segment) segment {
 	return extension(protoRouting, 8, s).edit(2, 253, left)
 }
@@ -132,8 +132,8 @@ func chain(n int, s segment) segment {
 	return s
 }
 
-// packet is an IPv4 or IPv6 packet, by the spelling of dst; ::ffff:192.0.2.1
-// makes it IPv6. What is not given is as a well-behaved sender sets it.
+// packet is an IPv4 or IPv6 packet, depending on the spelling of dst; ::ffff:192.0.2.1 makes it
+// IPv6. Fields that are not given have the values that a well-behaved sender sets.
 type packet struct {
 	src, dst string
 	payload  segment

@@ -47,7 +47,7 @@ func TestPermitted(t *testing.T) {
 		}
 		f.wants(t, "closed again", web(metadata), blocked)
 	})
-	// The host side is told of each packet that may pass.
+	// Each packet that may pass is announced to the host side.
 	counts := map[uint32]int{}
 	for key, n := range announced() {
 		if netip.AddrFrom16(key.Dst).Unmap().String() != metadata {

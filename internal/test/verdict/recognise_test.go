@@ -7,8 +7,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
-// TestRecognised sends from a slice, in which only what has been recognised is a
-// container: all else passes, whatever it sends, and leaves no trace.
+// TestRecognised sends from a slice, in which only recognised cgroups are containers. Packets of
+// other cgroups pass, whatever they are, and leave no trace.
 func TestRecognised(t *testing.T) {
 	slice := testenv.Child(t, testenv.Cgroup(t), "own.slice")
 	service := testenv.Child(t, slice, "a.service")
@@ -79,7 +79,7 @@ func TestRecognised(t *testing.T) {
 	}
 }
 
-// TestAnyScope takes each child of a slice for a container.
+// TestAnyScope checks that with scope any, each child of a slice is a container.
 func TestAnyScope(t *testing.T) {
 	slice := testenv.Child(t, testenv.Cgroup(t), "own.slice")
 	service := testenv.Child(t, slice, "a.service")

@@ -24,7 +24,7 @@ func ruleTables() []table {
 	}
 }
 
-// rowsTo sends UDP, TCP, ICMP and something without ports to each address.
+// rowsTo sends UDP, TCP, ICMP and a protocol without ports to each address.
 func rowsTo(want verdict, addresses ...string) []row {
 	var rows []row
 	for _, dst := range addresses {
@@ -41,7 +41,7 @@ func rowsTo(want verdict, addresses ...string) []row {
 func presetRows() []row {
 	rows := rowsTo(blocked, metadata, "fd00:ec2::254", "fd20:ce::254", "fd00:c1::a9fe:a9fe", "192.0.0.192",
 		"100.100.100.200", "fe80::a9fe:a9fe", "169.254.42.42", "fd00:42::42", "fd00:a9fe:a9fe::1")
-	// What clouds serve next to them: DNS, the time, disks, package mirrors.
+	// Neighbouring addresses that clouds use for DNS, time, disks and package mirrors.
 	rows = append(rows, rowsTo(pass, "169.254.169.253", "169.254.169.123", "169.254.0.2", "169.254.2.0", "169.254.2.255",
 		"169.254.169.255", "169.254.168.254", "169.253.169.254", "169.254.170.2", "169.254.170.23", "169.254.42.41",
 		"169.254.42.43", "192.0.0.191", "192.0.0.193", "100.100.100.199", "100.100.100.201", "100.100.2.136",
@@ -120,7 +120,7 @@ func spellingRows() []row {
 		"64:ff9b:1::a9fe:a9fe", "64:ff9b:1:ffff:ffff:ffff:a9fe:a9fe", "64:ff9b:1:0:a9:fea9:fe00:0", "64:ff9b:1:7:a9:fea9:fe00:0",
 		"64:ff9b:1:a9:fe:a9fe::", "64:ff9b:1:7a9:fe:a9fe::", "64:ff9b:1:a9fe:a9:fe00::")
 	rows = append(rows, rowsTo(pass, "::ffff:169.254.169.253", "64:ff9b::a9fe:a9fd", "64:ff9b::a9fe:a9ff",
-		// One bit from the block of v4-mapped or NAT64 addresses.
+		// One bit away from the block of v4-mapped or NAT64 addresses.
 		"::fffe:a9fe:a9fe", "::1:ffff:a9fe:a9fe", "8000::ffff:a9fe:a9fe", "0:1::ffff:a9fe:a9fe",
 		"64:ff9a::a9fe:a9fe", "65:ff9b::a9fe:a9fe", "64:ff9b::1:a9fe:a9fe", "64:ff9b:2::a9fe:a9fe", "64:ff9b:0:1::a9fe:a9fe",
 		"64:ff9b:0:0:1:0:a9fe:a9fe", "fe80::ffff:a9fe:a9fe",
@@ -144,7 +144,7 @@ func spellingRows() []row {
 		row{"mail to a NAT64 address", packet{dst: "64:ff9b::c000:263", payload: tcp(25, syn)}, admitted})
 }
 
-// spellings returns an address as IPv6 packets can carry it too.
+// spellings returns an address in the spellings that IPv6 packets can carry.
 func spellings(a netip.Addr) []netip.Addr {
 	if !a.Is4() {
 		return []netip.Addr{a}
@@ -163,8 +163,8 @@ func lastOf(p netip.Prefix) netip.Addr {
 	return last
 }
 
-// prefixRows has the first and last address of each prefix of the policy, as
-// destination and as source, and those next to it.
+// prefixRows has the first and last address of each prefix of the policy and the addresses next
+// to the prefix, as destination and as source.
 func prefixRows() []row {
 	var rows []row
 	for _, text := range []string{"9.0.0.0/8", "11.22.0.0/15", "12.34.0.0/16", "13.37.128.0/17", "100.64.0.0/10",
@@ -217,11 +217,11 @@ func all4Rows() []row {
 }
 
 func all6Rows() []row {
-	// A rule for IPv6 says nothing of v4-mapped addresses, which are IPv4's, but
-	// NAT64 addresses are of both.
+	// A rule for IPv6 does not hold for v4-mapped addresses, which are IPv4 addresses. NAT64
+	// addresses are both.
 	rows := rowsTo(blocked, "::", "::1", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", open6, "2001:db8:9:ffff::", "2001:db8:b::1",
 		"::fffe:ffff:ffff", "::1:0:0:0", "64:ff9b::c000:263", "64:ff9b::",
-		// Nearly v4-mapped.
+		// Almost v4-mapped.
 		"8000::ffff:c000:263", "1::ffff:c000:263", "0:0:8000::ffff:c000:263", "::1:0:ffff:c000:263", "::8000:ffff:c000:263", "::7fff:c000:263")
 	rows = append(rows, rowsTo(pass, open4, "169.254.169.253", "169.254.100.200", "0.0.0.0", "255.255.255.255", "::ffff:192.0.2.99", "::ffff:169.254.169.253",
 		"::ffff:0.0.0.0", "::ffff:255.255.255.255", "2001:db8:a::", "2001:db8:a:ffff:ffff:ffff:ffff:ffff")...)
@@ -233,8 +233,8 @@ func all6Rows() []row {
 		row{"mail on IPv4", packet{dst: open4, payload: tcp(25, syn)}, admitted})
 }
 
-// transports are one segment for each kind of protocol that a rule can name, to
-// a port where there is one.
+// transports has one segment for each kind of protocol that a rule can name, to a port if the
+// protocol has ports.
 func transports(port uint16) []segment {
 	return []segment{
 		tcp(port, ack), udp(port), withPorts(protoUDPLite, port, 8), withPorts(protoSCTP, port, 12),
@@ -242,7 +242,7 @@ func transports(port uint16) []segment {
 	}
 }
 
-// service is one of the policy's block rules, or two for the same protocols.
+// service is a block rule of the policy, or two for the same protocols.
 type service struct {
 	dst    string
 	ports  []uint16 // none: all
@@ -271,7 +271,7 @@ func services() []service {
 	}
 }
 
-// serviceVerdict is that on a protocol and port of an address in services.
+// serviceVerdict returns the verdict for a protocol and port of an address in services.
 func serviceVerdict(dst string, proto uint8, port uint16) verdict {
 	for _, s := range services() {
 		if s.dst == dst && slices.Contains(s.protos, proto) && (s.ports == nil || slices.Contains(s.ports, port)) {
@@ -301,8 +301,7 @@ func serviceRows() []row {
 		row{"mail data, blocked", packet{dst: "203.0.113.7", payload: tcp(25, ack)}, blocked},
 		row{"other mail, limited", packet{dst: "203.0.113.7", payload: tcp(587, syn)}, admitted},
 		row{"port 25 of UDP", packet{dst: "203.0.113.7", payload: udp(25)}, pass},
-		// A later fragment has no port, and its data is not one; its protocol it
-		// does have.
+		// A later fragment has a protocol but no port, and its data must not be read as one.
 		row{"later fragment, rule with a port", later("203.0.113.2", protoUDP), pass},
 		row{"later fragment, rule for the protocol", later("203.0.113.3", protoUDP), blocked},
 		row{"later fragment, rule for another protocol", later("203.0.113.4", protoUDP), pass},
@@ -379,8 +378,8 @@ func nestedRows() []row {
 	}
 }
 
-// sourceRows are of packets sent as somebody else. Only single addresses are
-// blocked as sources: a network that is may hold the containers themselves.
+// sourceRows are packets with a forged source. Only single addresses are blocked as sources: a
+// blocked network may contain the containers themselves.
 func sourceRows() []row {
 	return []row{
 		{"metadata", packet{src: metadata, dst: open4, payload: udp(53)}, blocked},
@@ -390,7 +389,7 @@ func sourceRows() []row {
 		{"metadata on IPv6", packet{src: "fd00:ec2::254", dst: open6, payload: bare(protoICMPv6, 8)}, blocked},
 		{"next to metadata", packet{src: "169.254.169.253", dst: open4, payload: icmp()}, pass},
 		{"single address within an allowed port", packet{src: "172.17.0.1", dst: open4, payload: icmp()}, blocked},
-		// The allow list is of destinations.
+		// The allow list holds for destinations only.
 		{"port that is allowed as destination", packet{src: metadata, dst: open4, payload: udp(40000).from(123)}, blocked},
 		{"single address, from the allowed port", packet{src: "172.17.0.1", dst: open4, payload: udp(40000).from(9)}, blocked},
 		{"protocol of a single address", packet{src: "172.16.1.1", dst: open4, payload: udp(1)}, blocked},
@@ -399,7 +398,7 @@ func sourceRows() []row {
 		{"network, mail", packet{src: "10.0.0.1", dst: open4, payload: tcp(25, syn)}, admitted},
 		{"network with a port", packet{src: "172.16.1.2", dst: open4, payload: tcp(1, ack).from(443)}, pass},
 		{"network on IPv6", packet{src: "2001:db8::9", dst: open6, payload: udp(53)}, pass},
-		// An allowed destination is not blocked, whoever it is sent as.
+		// An allowed destination is not blocked, whatever the source.
 		{"metadata, to an allowed service of a blocked address", packet{src: metadata, dst: metadata, payload: udp(123)}, pass},
 		{"metadata, to an allowed part of a blocked network", packet{src: metadata, dst: "10.2.2.2", payload: udp(53)}, pass},
 		{"metadata, to an allowed address", packet{src: metadata, dst: "198.51.100.9", payload: udp(53)}, pass},
@@ -408,8 +407,8 @@ func sourceRows() []row {
 	}
 }
 
-// sourceServiceRows are of rules with ports and protocols: as a source, their
-// port is the one the packet is sent from.
+// sourceServiceRows test rules with ports and protocols. For a source, the port of the rule is
+// the source port.
 func sourceServiceRows() []row {
 	var rows []row
 	for _, s := range services() {

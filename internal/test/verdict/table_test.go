@@ -7,15 +7,15 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// row is a packet and its verdict on its way out of an ordinary device.
-// Admitted means that it takes a token: sent again, with none left, it is held.
+// row is a packet and its verdict when it leaves by an ordinary device. Admitted means that the
+// packet takes a token: sent again, with no token left, it is dropped.
 type row struct {
 	name   string
 	packet packet
 	want   verdict
 }
 
-// table is rows under one of the policies.
+// table holds rows under one of the policies.
 type table struct {
 	name   string
 	policy string
@@ -26,8 +26,8 @@ func tables() []table {
 	return slices.Concat(headerTables(), transportTables(), ruleTables(), mailTables())
 }
 
-// TestVerdict holds every row of every table against the program: the verdict,
-// and all that is counted and remembered, or not.
+// TestVerdict checks the program with every row of every table: the verdict, and what is counted
+// and remembered.
 func TestVerdict(t *testing.T) {
 	place := newPlace(t)
 	for i, table := range tables() {

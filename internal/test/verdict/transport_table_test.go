@@ -48,9 +48,9 @@ func shortRows() []row {
 	return rows
 }
 
-// protocolRows has every protocol, on both versions, to everyone and to the
-// metadata service, with a header that would be a mail SYN. Read as a fragment
-// header, it is that of a later fragment, of an unknown protocol.
+// protocolRows has every protocol on IPv4 and IPv6, to an open destination and to the metadata
+// service, with a header that would be a mail SYN. Read as a fragment header, it is that of a
+// later fragment of an unknown protocol.
 func protocolRows() []row {
 	var rows []row
 	for proto := range 256 {
@@ -102,8 +102,7 @@ func flagRows() []row {
 			row{name + " to the web", packet{dst: open4, payload: tcp(443, uint8(flags))}, pass},
 			row{name + " to metadata", packet{dst: metadata, payload: tcp(80, uint8(flags))}, blocked})
 	}
-	// The data offset says nothing about where a packet goes, and Linux sends
-	// SYNs with data.
+	// The data offset does not say where a packet goes, and Linux sends SYNs with data.
 	for doff := range uint8(16) {
 		for _, n := range []int{0, 1, 40, 1400} {
 			s := tcp(25, syn).doff(doff).grow(n)
@@ -113,7 +112,7 @@ func flagRows() []row {
 				row{name + " on IPv6", packet{dst: open6, payload: s}, admitted})
 		}
 	}
-	// Flags are read from the header, not from what surrounds it.
+	// Flags are read from the header, not from the bytes around it.
 	return append(rows,
 		row{"reserved bits set", packet{dst: open4, payload: tcp(25, syn).edit(12, 0x5f)}, admitted},
 		row{"all else set", packet{dst: open4, payload: tcp(25, syn).edit(4, 255, 255, 255, 255, 255, 255, 255, 255)}, admitted},
