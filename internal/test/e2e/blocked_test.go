@@ -30,12 +30,12 @@ const (
 type attempt struct {
 	name string
 	do   func(*container) lab.Result
-	// What it comes to with the filter.
+	// What happens with the filter.
 	errno                        syscall.Errno
 	connects, packets, malformed uint64
 }
 
-// attempts returns all ways.
+// attempts returns all attempts.
 func attempts() []attempt {
 	var all []attempt
 	add := func(name string, errno syscall.Errno, connects, packets, malformed uint64, do func(*container) lab.Result) {
@@ -109,7 +109,7 @@ func attempts() []attempt {
 		add("as "+from.String()+in, denied, 0, 1, 0, func(c *container) lab.Result {
 			return c.Raw(lab.Header{Src: from, Dst: to, Proto: unix.IPPROTO_UDP}.Packet(lab.UDP(80, 1024, 8)), to)
 		})
-		// The ports and flags of the first are what the second says.
+		// The second fragment overwrites the ports and flags of the first.
 		add("a TCP header in two fragments"+in, denied, 0, 0, 2, func(c *container) lab.Result {
 			return c.fragments(to, unix.IPPROTO_TCP, append(lab.TCP(1024, 25, 1, 0x02), make([]byte, 20)...), 16)
 		})
@@ -134,7 +134,7 @@ func attempts() []attempt {
 		return c.Raw(h.Packet(lab.UDP(1024, 80, 8)), lab.Gateway4)
 	})
 	add("a segment route", denied, 0, 0, 1, func(c *container) lab.Result {
-		// RFC 8754: the segments are listed from the last one on.
+		// RFC 8754: the list of segments begins with the last one.
 		route := slices.Concat([]byte{unix.IPPROTO_UDP, 4, segmentRoute, 1, 1, 0, 0, 0},
 			lab.Metadata6.AsSlice(), lab.Gateway6.AsSlice())
 		h := lab.Header{Src: c.IPv6, Dst: lab.Gateway6, Proto: unix.IPPROTO_ROUTING}
@@ -169,8 +169,8 @@ func (c *container) echo(typ int, to netip.Addr) lab.Result {
 
 var fragmentID uint16
 
-// fragments sends a packet in two, of which the first has so many bytes of the
-// payload, and returns the result of the last one that failed.
+// fragments sends a packet in two fragments, the first with so many bytes of the payload, and
+// returns the result of the last fragment that failed.
 func (c *container) fragments(to netip.Addr, proto uint8, payload []byte, first int) lab.Result {
 	fragmentID++
 	h := lab.Header{Src: c.addr(to), Dst: to, Proto: proto, ID: fragmentID, More: true}
@@ -228,7 +228,7 @@ func TestMetadataIsOutOfReach(t *testing.T) {
 	}
 }
 
-// On some clouds the service is on the containers' own link.
+// On some clouds the metadata service is on the containers' own link.
 func TestLinkLocalMetadataIsOutOfReach(t *testing.T) {
 	s := newScene(t)
 	seen := s.CaptureBridge(t)
@@ -264,8 +264,8 @@ func TestAuditLetsEverythingArriveAndCounts(t *testing.T) {
 			t.Errorf("%s: nothing arrived", a.name)
 		}
 		row := s.row(s.a)
-		// Once it is not refused, there are packets too, and each datagram of a
-		// connected socket to a v4-mapped address passes the socket hook again.
+		// An attempt that is not refused also sends packets, and each datagram of a connected
+		// socket to a v4-mapped address passes the socket hook again.
 		dropped := row.Blocked.Packets - before.Blocked.Packets + row.Malformed.Packets - before.Malformed.Packets
 		if connects := row.Blocked.Connects - before.Blocked.Connects; connects < a.connects || dropped == 0 {
 			t.Errorf("%s: counted %d connects and %d packets, want at least %d and 1", a.name, connects, dropped, a.connects)
@@ -279,9 +279,9 @@ func TestAuditLetsEverythingArriveAndCounts(t *testing.T) {
 	s.expectMail(s.b, 1, 9)
 }
 
-// Conntrack in a container's namespace puts fragments together before they are
-// judged, into a packet that is not in one piece of memory: of the TCP header only
-// as much as the first fragment had is where programs look first.
+// Conntrack in a container's namespace reassembles fragments before they are judged, into a packet
+// that is not contiguous in memory: the part that programs can read directly has only as much of
+// the TCP header as the first fragment.
 func TestReassembledFragments(t *testing.T) {
 	s := newScene(t)
 	firsts := []int{8, 16, 24, 1440}
@@ -292,7 +292,7 @@ func TestReassembledFragments(t *testing.T) {
 	datagram := lab.UDP(1024, 80, 1440)
 	stream := append(lab.TCP(1024, 80, 1, 0x10), make([]byte, 1440)...)
 	mail := append(lab.TCP(1024, 25, 1, 0x02), make([]byte, 1440)...)
-	// As it is without conntrack, where that leaves it alone (RFC 8200, 4.5).
+	// As without conntrack, if conntrack leaves it alone (RFC 8200, 4.5).
 	incomplete := func(to netip.Addr, proto uint8, first int) bool {
 		return to.Is6() && proto == unix.IPPROTO_TCP && first < 20
 	}
@@ -323,8 +323,8 @@ func TestReassembledFragments(t *testing.T) {
 			if r := s.a.fragments(send.to, send.proto, send.payload, first); r.Errno != send.errno {
 				t.Errorf("%s: %v, want %v", name, r.Errno, send.errno)
 			}
-			// The container's kernel makes the same fragments of it again, and the host
-			// judges these.
+			// The container's kernel fragments the packet in the same way again, and the
+			// host judges the fragments.
 			want := send.errno == ok && (send.proto != unix.IPPROTO_TCP || first >= 20)
 			if arrived := len(seen.Settle(t)) > 0; arrived != want {
 				t.Errorf("%s: arrived: %v", name, arrived)
@@ -334,7 +334,7 @@ func TestReassembledFragments(t *testing.T) {
 			}
 		}
 	}
-	// Each packet is counted as one: it was put together.
+	// Each packet counts once, since it was reassembled.
 	if row := s.row(s.a); row.Blocked.Packets != blocked || row.Malformed.Packets != 0 {
 		t.Errorf("counted %+v, malformed %+v, want %d packets and none", row.Blocked, row.Malformed, blocked)
 	}

@@ -16,7 +16,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// serve starts the service, which ends with the test, and waits until it is in force.
+// serve starts the service and waits until the filter is in force. The service ends with the test.
 func (s *scene) serve() {
 	s.t.Helper()
 	service := exec.Command(lab.Binary(s.t), "run", "--cgroup", s.policed, "--docker-host", "unix:///nowhere")
@@ -43,8 +43,8 @@ func (s *scene) serve() {
 	go io.Copy(io.Discard, stderr)
 }
 
-// soon waits for what nothing tells of. It takes a moment, but under emulation, where an
-// attach alone takes half a minute.
+// soon waits for a condition that no event announces. It takes a moment, except under emulation,
+// where an attach alone takes half a minute.
 func soon(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	const patience = 3 * time.Minute
@@ -55,8 +55,8 @@ func soon(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// TestNewTunnel makes a tunnel while the service runs: it is closed to containers soon,
-// whatever is sent there.
+// TestNewTunnel makes a tunnel while the service runs. Soon after that the tunnel is closed to all
+// packets of containers.
 func TestNewTunnel(t *testing.T) {
 	s := newScene(t)
 	s.serve()
@@ -81,8 +81,8 @@ func TestNewTunnel(t *testing.T) {
 	soon(t, "the port is open again", arrives)
 }
 
-// TestNewBridge makes bridges as Docker does, while the service runs: what comes from them
-// is judged soon, also where the kernel judges devices one by one.
+// TestNewBridge makes bridges as Docker does, while the service runs. Soon after that their packets
+// are judged, also on kernels with a filter for each bridge.
 func TestNewBridge(t *testing.T) {
 	s := newScene(t)
 	s.serve()

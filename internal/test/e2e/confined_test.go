@@ -13,7 +13,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// A command that stays has no capability that it does not need, in any thread.
+// A command that keeps running has only the capabilities that it needs, in every thread.
 func TestCommandIsConfined(t *testing.T) {
 	s := newScene(t)
 	s.attach()

@@ -1,6 +1,6 @@
-// Package e2e tests the real command with real packets: containers made of
-// network namespaces and cgroups send, and what arrives at a server beyond the
-// host is what counts.
+// Package e2e tests the real command with real packets. Containers, which are made of network
+// namespaces and cgroups, send packets, and the tests check what arrives at a server beyond the
+// host.
 package e2e
 
 import (
@@ -48,8 +48,8 @@ func (s *scene) container(name string) *container {
 	return c
 }
 
-// help has a process that is not policed forge the peers of the container's sockets. It may
-// not forge itself what mail servers say.
+// help lets a process that is not policed forge the peers of the container's sockets. The container
+// itself may not forge packets of mail servers.
 func (s *scene) help(c *container) *container {
 	s.t.Helper()
 	c.Accomplice(s.agent(c, filepath.Join(filepath.Dir(s.policed), "accomplice")))
@@ -65,8 +65,8 @@ func (s *scene) agent(c *container, cgroup string) *lab.Agent {
 	return c.Container.Agent(s.t, cgroup)
 }
 
-// attach puts the filter in force; the process that did it has ended then. What
-// is attached is detached with the test.
+// attach attaches the filter and waits for the command to end. The filter is detached after the
+// test.
 func (s *scene) attach(flags ...string) {
 	s.t.Helper()
 	s.t.Cleanup(func() { s.Egressbpf(s.t, "detach") })
@@ -91,8 +91,8 @@ func (s *scene) row(c *container) stats.Container {
 	return stats.Container{}
 }
 
-// expectMail checks a container's mail counters. Limited SYNs are repeated, so
-// there may be more of them than wanted, save where none is.
+// expectMail checks a container's mail counters. SYNs over the limit are repeated, so there may be
+// more of them than wanted, unless none are wanted.
 func (s *scene) expectMail(c *container, allowed, limited uint64) {
 	s.t.Helper()
 	got := s.row(c).SMTP
@@ -102,8 +102,8 @@ func (s *scene) expectMail(c *container, allowed, limited uint64) {
 	}
 }
 
-// connections returns how many connections to a port the SYNs among the packets
-// are of, from one address if that is valid.
+// connections returns the number of connections to a port that the SYNs among the packets belong
+// to, from one address if that is valid.
 func connections(packets []lab.Packet, port uint16, from netip.Addr) int {
 	type key struct {
 		src, dst netip.AddrPort
@@ -120,7 +120,7 @@ func connections(packets []lab.Packet, port uint16, from netip.Addr) int {
 
 func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
 
-// promptly checks that a refusal did not wait for anything.
+// promptly checks that a refusal came at once.
 func promptly(t *testing.T, what string, elapsed time.Duration) {
 	t.Helper()
 	if elapsed > time.Second {

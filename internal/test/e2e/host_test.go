@@ -18,18 +18,18 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// toHost is the link by which a container reaches the host.
+// toHost is the link through which a container reaches the host.
 var toHost = lab.Link{Device: "eth0", Source: net.HardwareAddr{2, 0, 0, 0, 0x90, 0x99}, Gateway: net.HardwareAddr{2, 0, 0, 0, 0x90, 1}}
 
 const tcpSYN, tcpRST, tcpACK = 0x02, 0x04, 0x10
 
-// attachHost puts in force what does without refusing sockets.
+// attachHost attaches the filter and the host side, without socket_families.
 func (s *scene) attachHost(flags ...string) {
 	s.t.Helper()
 	s.attach(append([]string{"--host-devices", "br0", "--socket-families", "any", "--smtp-rate", scarce}, flags...)...)
 }
 
-// forge sends IP packets to the host by a packet socket.
+// forge sends IP packets to the host from a packet socket.
 func (s *scene) forge(c *container, packets ...[]byte) {
 	s.t.Helper()
 	if err := c.Send("AF_PACKET", toHost, packets...); err != nil {
@@ -53,8 +53,8 @@ func mac(c *container) (addr net.HardwareAddr) {
 	return addr
 }
 
-// A SYN that is let through, and repeated, leads to somebody else than the host. The host
-// gets others like it, from other ports.
+// A SYN that was let through, and its repeats, go to somebody other than the host. The host gets
+// similar SYNs, from other ports.
 func TestRepeatsThatGoElsewhere(t *testing.T) {
 	s := newScene(t)
 	s.Host.NoBridgeNetfilter(t, "iptables") // which would have what passes the bridge judged
@@ -81,14 +81,14 @@ func TestRepeatsThatGoElsewhere(t *testing.T) {
 		sent++
 		s.forge(s.a, segment(at(s.a.IPv4, uint16(1024+sent)), mail, binary.BigEndian.Uint32(r.Data[ip+24:]), 0, tcpSYN))
 	}
-	// Those that were paid for, and as many from the bridge's bucket.
+	// Those that were paid for, and as many that take tokens of the bridge's bucket.
 	if n := connections(seen.Settle(t), 25, netip.Addr{}); n > 2*paid {
 		t.Errorf("%d mail connections of %d that were paid for, want at most %d", n, paid, 2*paid)
 	}
 }
 
-// A server with SYN cookies makes a connection of each acknowledgement that has the right
-// number, and again after it has been reset.
+// A server with SYN cookies accepts a connection from each acknowledgement with the right number,
+// and accepts it again after a reset.
 func TestCookieIsNoTicket(t *testing.T) {
 	s := newScene(t)
 	s.Server.Sysctl(t, "ipv4/tcp_syncookies", "2")
@@ -126,7 +126,7 @@ func TestCookieIsNoTicket(t *testing.T) {
 	}
 }
 
-// cookiesTaken returns how many connections the server has made of SYN cookies.
+// cookiesTaken returns how many connections the server has accepted from SYN cookies.
 func (s *scene) cookiesTaken() (n int) {
 	s.t.Helper()
 	var table []byte
@@ -147,8 +147,8 @@ func (s *scene) cookiesTaken() (n int) {
 	return n
 }
 
-// What a container may send to the metadata service, its neighbour may not in its name,
-// not even packets that say nothing.
+// If a container may reach the metadata service, its neighbour may not send there in its name, not
+// even packets without data.
 func TestSegmentsOfAPermittedNeighbour(t *testing.T) {
 	s := newScene(t)
 	s.attachHost()
@@ -167,7 +167,7 @@ func TestSegmentsOfAPermittedNeighbour(t *testing.T) {
 		seen.Forget()
 		const forged, seq = 20, 1 << 16
 		for i := range uint32(forged) {
-			// Out of the window, so that the connection survives.
+			// Outside the window, so that the connection survives.
 			s.forge(s.b, segment(from, to, seq+i, 1, []uint8{tcpACK, tcpRST, tcpRST | tcpACK, tcpACK | 1}[i%4]))
 		}
 		if n := lab.Count(seen.Settle(t), func(p lab.Packet) bool { return p.Dst == to && p.Seq >= seq && p.Seq < seq+forged }); n > 0 {
@@ -180,8 +180,8 @@ func TestSegmentsOfAPermittedNeighbour(t *testing.T) {
 	}
 }
 
-// A neighbour that keeps the bridge's bucket empty, and answers for others' connections,
-// does not keep others from repeating a SYN that was lost.
+// A neighbour that keeps the bridge's bucket empty and answers for others' connections cannot keep
+// others from repeating a SYN that was lost.
 func TestLostSYNAndABadNeighbour(t *testing.T) {
 	s := newScene(t)
 	s.attachHost()
@@ -217,7 +217,7 @@ func TestLostSYNAndABadNeighbour(t *testing.T) {
 	}
 }
 
-// What a container sends to the host's tunnels takes nothing from others on its bridge.
+// Packets of a container to the host's tunnels take no tokens from others on its bridge.
 func TestTunnelsTakeNoTokens(t *testing.T) {
 	s := newScene(t)
 	other := &container{Container: s.Container(t), cgroup: filepath.Join(filepath.Dir(s.policed), "other")}

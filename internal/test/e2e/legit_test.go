@@ -9,7 +9,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// Packets beyond 64 KiB, whose length no IP header can tell, are as good as others.
+// Packets of more than 64 KiB, whose length no IP header can state, pass like others.
 func TestBigTCP(t *testing.T) {
 	s := newScene(t)
 	const size = " gso_max_size 196608"
@@ -23,7 +23,7 @@ func TestBigTCP(t *testing.T) {
 	s.expectNothingCounted()
 }
 
-// expectNothingCounted checks that no packet was found fault with.
+// expectNothingCounted checks that no packet was refused.
 func (s *scene) expectNothingCounted() {
 	s.t.Helper()
 	total := s.Stats(s.t).Total
@@ -45,7 +45,7 @@ func TestNameResolution(t *testing.T) {
 	s.attach()
 	resolve(lab.Resolver)
 	s.expectNothingCounted()
-	// Where the metadata service is the resolver too.
+	// The metadata service is the DNS server too.
 	for _, flags := range [][]string{
 		{"--allow-dns"},
 		{"--allow", "169.254.169.254:53/udp,169.254.169.254:53/tcp"},
@@ -108,12 +108,12 @@ func TestTransfers(t *testing.T) {
 		{"IPv6 through a narrow path", at(lab.Narrow6, 80)},
 		{"to another container", at(s.b.IPv4, 8080)},
 	} {
-		// Packets of up to 64 KiB pass the filter, which the device cuts up.
+		// Packets of up to 64 KiB pass the filter; the device segments them.
 		if sent, received := s.a.Transfer(test.to, 10<<20); received != sent.String() || sent.Bytes != 10<<20 {
 			t.Errorf("%s: sent %s, received %s", test.name, sent, received)
 		}
 	}
-	// The narrow path is known by now: the container's kernel makes fragments.
+	// By now the container's kernel knows the path MTU, and makes fragments.
 	seen := s.Capture(t)
 	for _, to := range []netip.Addr{lab.Narrow4, lab.Narrow6} {
 		sock := s.a.Socket(lab.Family(to), unix.SOCK_DGRAM, 0)

@@ -81,7 +81,7 @@ func TestSocketsMadeBeforeAttachArePoliced(t *testing.T) {
 	s.expectMail(s.a, 1, 0)
 }
 
-// policies all block the metadata service and limit mail alike.
+// policies all block the metadata service, and limit mail in the same way.
 var policies = [][]string{
 	{},
 	{"--preset", "none", "--block", "169.254.169.254,fd00:ec2::254"},
@@ -108,7 +108,7 @@ func TestExchangeOfPoliciesUnderTraffic(t *testing.T) {
 	for i := range 50 {
 		s.Egressbpf(t, attach(i)...)
 	}
-	// Some are killed, wherever they are.
+	// Some are killed at an arbitrary moment.
 	random := rand.New(rand.NewPCG(1, 2))
 	for i := range 30 {
 		cmd := exec.Command(lab.Binary(t), attach(i)...)
@@ -117,7 +117,7 @@ func TestExchangeOfPoliciesUnderTraffic(t *testing.T) {
 		}
 		time.AfterFunc(time.Duration(random.Int64N(int64(60*time.Millisecond))), func() { _ = cmd.Process.Kill() })
 		_ = cmd.Wait()
-		// It may be that not all have the new policy yet.
+		// Perhaps not all hooks have the new policy yet.
 		if status, _ := s.Status(t); slices.ContainsFunc(status.Hooks, func(h loader.Hook) bool { return !h.Attached }) {
 			t.Fatalf("after a killed attach, not attached: %+v", status.Hooks)
 		}
@@ -128,8 +128,8 @@ func TestExchangeOfPoliciesUnderTraffic(t *testing.T) {
 	s.expectFlood(flooded, seen, rate, burst, elapsed)
 }
 
-// expectFlood checks what came of a flood by container a that went on for so long: what
-// arrived, and that all of it is counted.
+// expectFlood checks a flood by container a that lasted for so long: what arrived, and that
+// everything is counted.
 func (s *scene) expectFlood(flooded lab.Flooded, seen *lab.Capture, rate, burst, seconds float64) {
 	s.t.Helper()
 	packets := seen.Settle(s.t)
@@ -149,7 +149,7 @@ func (s *scene) expectFlood(flooded lab.Flooded, seen *lab.Capture, rate, burst,
 	if got.SMTP.Allowed != mails || flooded.MailsSent != mails || got.SMTP.RateLimited != flooded.Mails-mails {
 		s.t.Errorf("%d mail SYNs arrived, %d of %d sent, but counted %+v", mails, flooded.MailsSent, flooded.Mails, got.SMTP.SMTP)
 	}
-	// Each attempt once: at the socket hook, or as a packet.
+	// Each attempt counts once: at the socket hook, or as a packet.
 	if got.Blocked.Connects != flooded.Refused || got.Blocked.Packets != flooded.Denied {
 		s.t.Errorf("%d attempts refused and %d denied, but counted %+v", flooded.Refused, flooded.Denied, got.Blocked)
 	}
@@ -180,7 +180,7 @@ func TestParallelAttach(t *testing.T) {
 		t.Fatalf("policy in force: %+v", status.Policy)
 	}
 	last := int(status.Policy.Block[0].Prefix.Addr().As4()[3]) - 100
-	// Packet hook and socket hooks are those of the policy that status tells of.
+	// The packet hook and the socket hooks have the policy that status shows.
 	for i := range exits {
 		connect, raw := ok, ok
 		if i == last {
@@ -204,8 +204,8 @@ func TestDetachLeavesNothing(t *testing.T) {
 	if r := s.a.Connect(at(lab.Metadata4, 80)); r.Errno != refused {
 		t.Fatal(r.Errno)
 	}
-	// Every program that was ever loaded holds the state's maps, and every link
-	// a program: when those maps are gone, so is everything.
+	// Every program that was ever loaded holds the state's maps, and every link holds a
+	// program. So when these maps are gone, everything is.
 	maps := map[ebpf.MapID]bool{}
 	status, _ := s.Status(t)
 	for _, h := range status.Hooks {
@@ -235,7 +235,7 @@ func TestDetachLeavesNothing(t *testing.T) {
 	if _, err := os.Stat(loader.DefaultPinPath); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("%s is left: %v", loader.DefaultPinPath, err)
 	}
-	// The kernel frees a program when all CPUs have let go of it.
+	// The kernel frees a program when no CPU uses it any more.
 	for id := range maps {
 		testenv.Eventually(t, fmt.Sprint("map ", id, " gone"), func() bool {
 			m, err := ebpf.NewMapFromID(id)

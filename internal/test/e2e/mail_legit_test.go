@@ -12,7 +12,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// deliver transfers mails at once, each of which must get there.
+// deliver transfers mails at once; each must arrive.
 func (s *scene) deliver(c *container, to netip.AddrPort, n, bytes int) {
 	s.t.Helper()
 	var all sync.WaitGroup
@@ -26,15 +26,15 @@ func (s *scene) deliver(c *container, to netip.AddrPort, n, bytes int) {
 	all.Wait()
 }
 
-// Mail that has its tokens gets through, whatever is lost on the way. These clients speak
-// first: what is lost of that costs a token more.
+// Mail that has tokens gets through, whatever is lost on the way. These clients speak first: if
+// their first words are lost, that costs one more token.
 func TestMailOverALossyPath(t *testing.T) {
 	const lossy = "numgen random mod 100 < 20 drop"
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		for _, where := range []string{"behind the host", "before the host", "back"} {
 			for _, cookies := range []bool{false, true} {
 				if cookies && where != "back" {
-					// Such a server resets a connection whose second segment comes before the first.
+					// Such a server resets a connection if the second segment arrives before the first.
 					continue
 				}
 				t.Run(fmt.Sprintf("%s, lossy %s, SYN cookies %v", mail, where, cookies), func(t *testing.T) {
@@ -60,8 +60,8 @@ func TestMailOverALossyPath(t *testing.T) {
 	}
 }
 
-// A connection costs one token, however much it carries; where the path turns out to be
-// narrow, a client that speaks first says that twice, and pays for it.
+// A connection costs one token, however much it carries. If the path MTU turns out to be smaller, a
+// client that speaks first sends its first words twice, and pays for that.
 func TestLongMail(t *testing.T) {
 	s := newScene(t)
 	s.attach("--smtp-rate", scarce, "--smtp-burst", fmt.Sprint(2*burst))
@@ -112,7 +112,7 @@ func TestKindsOfMailSockets(t *testing.T) {
 					n++
 					s.expectMail(s.a, n, 0)
 				}
-				// The first asks for a cookie of fast open, the others have it.
+				// The first connection asks for a fast open cookie; the others have it.
 				for range 4 {
 					sock := s.a.Socket(lab.Family(mail), unix.SOCK_STREAM, 0)
 					if r := sock.SendFlags([]byte(line), at(mail, 25), unix.MSG_FASTOPEN); r.Errno != ok {
@@ -131,7 +131,7 @@ func TestKindsOfMailSockets(t *testing.T) {
 	}
 }
 
-// Connections that were there before the filter go on, if need be one after the other.
+// Connections from before the filter was attached go on, if need be one after the other.
 func TestMailConnectedBeforeAttach(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		t.Run(mail.String(), func(t *testing.T) {
@@ -158,8 +158,8 @@ func TestMailConnectedBeforeAttach(t *testing.T) {
 	}
 }
 
-// What has paid goes on under another policy, in the hands of another process and without
-// its cgroup.
+// A connection that was paid for goes on under another policy, in another process and without its
+// cgroup.
 func TestMailConnectionGoesOn(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		t.Run(mail.String(), func(t *testing.T) {
@@ -208,8 +208,7 @@ func TestMailConnectionGoesOn(t *testing.T) {
 	}
 }
 
-// A mail server in a container answers whoever asks, for free, and pays for what it
-// passes on.
+// A mail server in a container answers clients for free, and pays for the mail that it relays.
 func TestMailServerInAContainer(t *testing.T) {
 	s := newScene(t)
 	s.attach("--smtp-rate", scarce, "--smtp-burst", fmt.Sprint(burst))
@@ -225,7 +224,7 @@ func TestMailServerInAContainer(t *testing.T) {
 		}
 	}
 	s.expectMail(s.a, 0, 0)
-	// Another container pays for what it asks.
+	// Another container pays for its connection to this server.
 	s.deliver(s.b, at(s.a.IPv4, 25), burst, 100_000)
 	s.expectMail(s.b, burst, 0)
 	s.expectMail(s.a, 0, 0)

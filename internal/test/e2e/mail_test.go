@@ -23,7 +23,7 @@ func TestContainersHaveSeparateBuckets(t *testing.T) {
 	s := newScene(t)
 	s.attach()
 	seen := s.Capture(t)
-	// At the default rate a token is back after twelve seconds.
+	// At the default rate a token comes back after twelve seconds.
 	begin := time.Now()
 	s.a.ConnectAtOnce(at(lab.Mail4, 25), 60)
 	if n := connections(seen.Settle(t), 25, s.a.IPv4); n != 5 {
@@ -37,7 +37,7 @@ func TestContainersHaveSeparateBuckets(t *testing.T) {
 	}
 	s.expectMail(s.b, 5, 55)
 	s.expectMail(s.a, 5, 55)
-	// Whoever is in no container has a bucket too.
+	// A process that is in no container has a bucket too.
 	s.agent(s.a, s.policed).ConnectAtOnce(at(lab.Mail4, 465), 60)
 	if n := connections(seen.Settle(t), 465, netip.Addr{}); n != 5 {
 		t.Errorf("%d of 60 connections from the policed cgroup itself arrived, want 5", n)
@@ -74,7 +74,7 @@ func TestBucketIsSharedByPortsFamiliesAndNestedCgroups(t *testing.T) {
 		t.Errorf("%d of 60 connections arrived, want 5", n)
 	}
 	s.expectMail(s.a, 5, 55)
-	// What is refused before there is a packet counts for the same container.
+	// An attempt that is refused before there is a packet counts for the same container.
 	for _, from := range senders {
 		if r := from.agent.Connect(at(lab.Metadata4, 80)); r.Errno != refused {
 			t.Errorf("metadata: %v, want ECONNREFUSED", r.Errno)
@@ -97,7 +97,7 @@ func TestEachForgedSYNPays(t *testing.T) {
 			send := func(c *container) (sent int) {
 				header := lab.Header{Src: c.addr(test.mail), Dst: test.mail, Proto: unix.IPPROTO_TCP}
 				for range flood / 4 {
-					// The same sequence number, as in a retransmission; whatever is set beside SYN.
+					// The same sequence number, as in a retransmission, with any flags besides SYN.
 					for _, flags := range []uint8{0x02, 0x0a, 0xc2, 0x2a} {
 						switch r := c.Raw(header.Packet(lab.TCP(1024, 25, 1, flags)), test.mail); r.Errno {
 						case ok:
@@ -127,8 +127,8 @@ func TestEachForgedSYNPays(t *testing.T) {
 	}
 }
 
-// A TCP socket can be made deaf to answers and then repeats its SYN, for free. No
-// raw socket may finish the handshake for it, and make a connection of each repeat.
+// A TCP socket can be kept from hearing answers, and then repeats its SYN for free. No raw socket
+// may finish the handshake for it and so turn each repeat into a connection.
 func TestRawSocketsAnswerForNoConnection(t *testing.T) {
 	const ack, rst = 0x10, 0x04
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
@@ -160,7 +160,7 @@ func TestRawSocketsAnswerForNoConnection(t *testing.T) {
 				t.Errorf("%d packets arrived at port 25, want 0; %d of 4 at another", mail, other)
 			}
 			s.expectMail(s.a, 0, 4)
-			// The connections of TCP sockets are not touched.
+			// The connections of TCP sockets are not affected.
 			if r := s.a.Connect(at(mail, 25)); r.Errno != ok {
 				t.Error(r.Errno)
 			}
@@ -186,7 +186,7 @@ func TestRepeatedSYNOfAnAdmittedConnectionIsFree(t *testing.T) {
 		}
 	}
 	await(2)
-	// An exchange of the policy does not forget who has paid.
+	// Payments are kept when the policy is replaced.
 	s.attach("--smtp-rate", scarce, "--smtp-burst", "3", "--preset", "aws")
 	await(3)
 	s.Server.NFT(t, "delete table inet deaf")
@@ -209,7 +209,7 @@ func TestRefusedConnectionsArePaced(t *testing.T) {
 	if r := s.a.Connect(at(lab.Mail4, 25)); r.Errno != ok {
 		t.Fatal(r.Errno)
 	}
-	// Nobody gives up: the kernel repeats the SYN until it gets through.
+	// No connection fails: the kernel repeats the SYN until it gets through.
 	if r := s.a.Connect(at(lab.Mail4, 25)); r.Errno != ok {
 		t.Errorf("second connection: %v after %v", r.Errno, r.Elapsed)
 	}
@@ -258,7 +258,7 @@ func TestOverLimitReject(t *testing.T) {
 		}
 		again.Disconnect()
 	}
-	// Asking costs nothing: of many at once, no more and no less get through.
+	// Early refusal takes no token: of many connections at once, exactly the burst gets through.
 	s.b.ConnectAtOnce(at(lab.Mail4, 25), 60)
 	if n := connections(seen.Settle(t), 25, s.b.IPv4); n != 2 {
 		t.Errorf("%d of 60 connections arrived, want 2", n)
@@ -286,8 +286,8 @@ func TestAuditCountsEachMailConnectionOnce(t *testing.T) {
 	}
 }
 
-// Mail to an exempt relay, or that does not leave the container, neither needs nor
-// takes a token, whichever way the limit is enforced.
+// Mail to an exempt relay, and mail that does not leave the container, neither needs nor takes a
+// token, with either value of --over-limit.
 func TestMailThatIsNotCounted(t *testing.T) {
 	for _, overLimit := range []string{"drop", "reject"} {
 		t.Run(overLimit, func(t *testing.T) {
@@ -308,7 +308,7 @@ func TestMailThatIsNotCounted(t *testing.T) {
 					before := s.row(s.a).SMTP
 					for _, to := range addrs {
 						sock := s.a.Socket(lab.Family(to), unix.SOCK_STREAM, 0)
-						// Nobody waits here for a SYN that is dropped.
+						// Do not wait for a SYN that is dropped.
 						sock.Set(unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 500, nil)
 						if r := sock.Connect(at(to, 25)); r.Errno != ok {
 							t.Errorf("%s: %v", to, r.Errno)
@@ -331,8 +331,8 @@ func parse(addrs ...string) (parsed []netip.Addr) {
 	return parsed
 }
 
-// TestRestartKeepsTheBucket removes a container's cgroup and makes it again, as a restart
-// does: tokens and a limit of its own are as before. Another container begins anew.
+// TestRestartKeepsTheBucket removes a container's cgroup and makes it again, as a restart does. The
+// container keeps its tokens and its own limit. Another container starts with a full bucket.
 func TestRestartKeepsTheBucket(t *testing.T) {
 	for _, tt := range []struct{ name, container, other string }{
 		{"child", "web", "web-2"},

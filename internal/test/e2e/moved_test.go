@@ -18,13 +18,13 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// place is a network that an agent is in, as far as its packets show it.
+// place is the network of an agent, as far as packets show it.
 type place struct {
 	name string
 	*lab.Netns
 	own  netip.Addr
 	link lab.Link
-	// behind says whether the host receives what is sent here from a bridge.
+	// behind says whether the host receives packets that are sent here from a bridge.
 	behind bool
 }
 
@@ -88,7 +88,7 @@ func movers(t *testing.T, a *lab.Agent, in place) []mover {
 	if r := packet.BindLink(in.link.Device); r.Errno != ok {
 		t.Fatal(r.Errno)
 	}
-	// Nobody waits for a SYN that is dropped.
+	// Do not wait for a SYN that is dropped.
 	tcp := a.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK, 0)
 	return []mover{
 		{"connected TCP", connected(unix.SOCK_STREAM, 80), 80, unix.IPPROTO_TCP, write(hello, netip.AddrPort{})},
@@ -106,7 +106,7 @@ func movers(t *testing.T, a *lab.Agent, in place) []mover {
 	}
 }
 
-// fires says whether what a mover sends arrives.
+// fires says whether packets of a mover arrive.
 func (m mover) fires(t *testing.T, seen *lab.Capture) bool {
 	t.Helper()
 	seen.Settle(t)
@@ -115,7 +115,7 @@ func (m mover) fires(t *testing.T, seen *lab.Capture) bool {
 	return lab.Count(seen.Settle(t), func(p lab.Packet) bool { return p.Dst.Port() == m.port && p.Proto == m.proto }) > 0
 }
 
-// agentIn starts an agent in a network and in a cgroup, which it makes.
+// agentIn makes a cgroup, and starts an agent in it and in a network.
 func (s *scene) agentIn(ns *lab.Netns, cgroup string) *lab.Agent {
 	s.t.Helper()
 	if err := os.MkdirAll(cgroup, 0o755); err != nil {
@@ -130,7 +130,7 @@ func (s *scene) active(defence string) bool {
 	return slices.ContainsFunc(status.Defences, func(d loader.Defence) bool { return d.Name == defence && d.Active })
 }
 
-// A socket belongs to the cgroup that it was made in, whoever has it: docs/threat-model.md,
+// A socket belongs to the cgroup in which it was made, whoever has it now: see docs/threat-model.md,
 // "Sockets that move".
 func TestSocketsPassedOn(t *testing.T) {
 	for _, fromContainer := range []bool{true, false} {
@@ -156,7 +156,7 @@ func TestSocketsPassedOn(t *testing.T) {
 						t.Errorf("without the filter, %s: nothing arrived", sockets[i].name)
 					}
 				}
-				// Unconnected ones are to begin anew.
+				// Sockets that are not connected start anew.
 				sockets[1].Disconnect()
 				s.attach()
 				hostSide := s.active("host_side")
@@ -172,11 +172,11 @@ func TestSocketsPassedOn(t *testing.T) {
 					t.Errorf("counted for the container: %+v", got)
 				}
 				if fromContainer {
-					// Whoever asks is in no container of the policed cgroup.
+					// The caller is in no container of the policed cgroup.
 					if got := s.row(&container{cgroup: s.policed}).Blocked; got.Connects != 2 {
 						t.Errorf("counted for the policed cgroup: %+v, want 2 connects", got)
 					}
-					// Mail, too, is the container's.
+					// Mail counts for the container too.
 					mail := inside.Socket(unix.AF_INET, unix.SOCK_STREAM, 0).Give(outside)
 					if r := mail.Connect(at(lab.Mail4, 25)); r.Errno != ok {
 						t.Error(r.Errno)
@@ -191,7 +191,7 @@ func TestSocketsPassedOn(t *testing.T) {
 	}
 }
 
-// A process that moves has its sockets where they were, and makes new ones where it is.
+// When a process moves, its sockets keep their cgroup; new sockets belong to its new cgroup.
 func TestProcessesMove(t *testing.T) {
 	s := newScene(t)
 	_, host := s.places()
@@ -249,7 +249,7 @@ func TestProcessesMove(t *testing.T) {
 	}
 }
 
-// Threads may have a cgroup of their own below a container, and are in the container.
+// Threads can have a cgroup of their own below a container. They are in the container.
 func TestThreadedCgroups(t *testing.T) {
 	s := newScene(t)
 	c := s.container("c")
@@ -263,7 +263,7 @@ func TestThreadedCgroups(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// They start above: nobody can start in a threaded cgroup.
+	// They start in the cgroup above: no process can start in a threaded cgroup.
 	agents := []*lab.Agent{c.Agent, s.agent(c, c.cgroup), s.agent(c, c.cgroup)}
 	agents[1].Enter(threads)
 	agents[2].Enter(nested)
@@ -323,7 +323,7 @@ func TestSocketsOutliveTheirCgroup(t *testing.T) {
 		mail.Connect(at(lab.Mail4, 25))
 	}
 	packets := seen.Settle(t)
-	// A restart of the container has taken its tokens over.
+	// The tokens are for a restart of the container.
 	if n := connections(packets, 25, c.IPv4); n > 0 {
 		t.Errorf("%d mail connections arrived, want none", n)
 	}
@@ -333,7 +333,7 @@ func TestSocketsOutliveTheirCgroup(t *testing.T) {
 	if row, found := find(); found {
 		t.Errorf("a container that was removed has a row: %+v", row)
 	}
-	// One by one: it is known for a container's to the last.
+	// One by one: the cgroup is known as a container's until the last is closed.
 	udp.Close()
 	for _, mail := range mails {
 		mail.Close()
@@ -347,8 +347,8 @@ func TestSocketsOutliveTheirCgroup(t *testing.T) {
 	}
 }
 
-// A packet socket that was open before goes on sending, to where the host judges it,
-// and attach tells of it.
+// A packet socket that was open before goes on sending. The host judges its packets, and attach
+// warns about it.
 func TestPacketSocketMadeBeforeAttach(t *testing.T) {
 	s := newScene(t)
 	in, _ := s.places()

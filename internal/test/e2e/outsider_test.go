@@ -11,8 +11,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// What a mail server repeats, or anybody in its name, is acknowledged a few times before the
-// client has said anything: that costs no token, and the connection goes on.
+// If a mail server, or somebody in its name, repeats segments before the client has sent data, the
+// client's kernel acknowledges them a few times. That costs no token, and the connection goes on.
 func TestOldSegmentsTakeNoTokens(t *testing.T) {
 	for _, hostSide := range []string{"on", "off"} {
 		for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
@@ -59,7 +59,7 @@ func TestOldSegmentsTakeNoTokens(t *testing.T) {
 	}
 }
 
-// A container's own loopback has no tunnels of the host's.
+// Tunnels of the host do not end on a container's own loopback.
 func TestTunnelPortsOverTheOwnLoopback(t *testing.T) {
 	s := newScene(t)
 	s.attach()

@@ -17,14 +17,14 @@ import (
 
 const burst = 5
 
-// in returns the scene for a subtest, which takes away what it adds.
+// in returns the scene for a subtest, which removes what it adds.
 func (s *scene) in(t *testing.T) *scene {
 	sub := *s
 	sub.t = t
 	return &sub
 }
 
-// cookies has the server answer each SYN with a SYN cookie, and keep nothing, or not.
+// cookies sets whether the server answers each SYN with a SYN cookie and keeps nothing.
 func (s *scene) cookies(always bool) {
 	s.t.Helper()
 	s.Server.Sysctl(s.t, "ipv4/tcp_syncookies", map[bool]string{false: "1", true: "2"}[always])
@@ -36,8 +36,7 @@ func (s *scene) accepted(c *container, mail netip.Addr) int {
 	return len(s.Mail[25].Accepted(s.t, c.addr(mail)))
 }
 
-// expectPaid checks that no more connections than the burst were accepted, and each is
-// counted.
+// expectPaid checks that no more connections than the burst were accepted, and that each is counted.
 func (s *scene) expectPaid(c *container, mail netip.Addr, seen *lab.Capture) {
 	s.t.Helper()
 	seen.Settle(s.t)
@@ -50,7 +49,7 @@ func (s *scene) expectPaid(c *container, mail netip.Addr, seen *lab.Capture) {
 	}
 }
 
-// fourTuples are ways to make many connections of one that was paid, with the same
+// fourTuples are attempts to make many connections from one that was paid for, with the same
 // addresses, ports and sequence number.
 func fourTuples(mail netip.Addr) (all []lab.Replay) {
 	hides := []lab.Hide{lab.HideRoute}
@@ -69,7 +68,7 @@ func fourTuples(mail netip.Addr) (all []lab.Replay) {
 	return append(all, lab.Replay{Rounds: 8, Aim: lab.AimRepair, Hide: lab.HideNot, Answer: lab.AnswerRepair})
 }
 
-// Of a connection that was paid, no other can be made.
+// A connection that was paid for does not give another one.
 func TestOnePaymentOneConnection(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		t.Run(mail.String(), func(t *testing.T) {
@@ -95,7 +94,7 @@ func TestOnePaymentOneConnection(t *testing.T) {
 					if n := s.accepted(free, mail); n <= burst {
 						t.Errorf("without the filter %d connections were accepted, want more than %d", n, burst)
 					}
-					// The filter alone, too, is enough.
+					// The filter alone is enough too.
 					hostSide := map[bool]string{true: "on", false: "off"}[mail.Is4()]
 					s.attach("--smtp-rate", scarce, "--smtp-burst", fmt.Sprint(burst), "--host-side", hostSide)
 					paying := s.help(s.container(fmt.Sprint("paying", i)))
@@ -115,7 +114,7 @@ func (c *container) steps(mail netip.Addr, port uint16, mptcp bool, ops ...lab.O
 	return steps
 }
 
-// parallel are the steps of so many sockets, each of which is done with all in turn.
+// parallel returns the steps for so many sockets: each step is done with all sockets in turn.
 func (c *container) parallel(mail netip.Addr, sockets int, ops ...lab.Op) (steps []lab.Step) {
 	for _, op := range ops {
 		for slot := range sockets {
@@ -127,10 +126,10 @@ func (c *container) parallel(mail netip.Addr, sockets int, ops ...lab.Op) (steps
 	return steps
 }
 
-// connected waits for a connection, longer than it should take.
+// connected waits for a connection for longer than it should take.
 var connected = []lab.Op{lab.OpWait, lab.OpWait, lab.OpWait, lab.OpWait}
 
-// A socket that connects again pays again, whatever kind it is, and so does each of many.
+// A socket that connects again pays again, whatever its kind, and so does each of many sockets.
 func TestEachConnectionOfASocketPays(t *testing.T) {
 	const connections = 2 * burst
 	again := []lab.Op{lab.OpOpen}
@@ -164,7 +163,7 @@ func TestEachConnectionOfASocketPays(t *testing.T) {
 		} {
 			t.Run(test.name+" to "+mail.String(), func(t *testing.T) {
 				s := newScene(t)
-				// A SYN that comes while its port's last connection is reset may be lost.
+				// A SYN may be lost if it is sent while the port's last connection is reset.
 				lab.HurrySYNs(t, s.policed)
 				s.openFast()
 				seen := s.Capture(t)
@@ -179,7 +178,7 @@ func TestEachConnectionOfASocketPays(t *testing.T) {
 				s.expectPaid(s.a, mail, seen)
 				least := burst
 				if slices.Contains(test.ops, lab.OpFastOpen) {
-					// One that was lost with its data has paid, and pays again.
+					// A SYN that was lost with its data has paid, and its repeat pays again.
 					least = 1
 				}
 				if n := s.accepted(s.a, mail); n < least {
@@ -190,8 +189,7 @@ func TestEachConnectionOfASocketPays(t *testing.T) {
 	}
 }
 
-// openFast has the server accept a connection from its SYN on (TCP fast open), from
-// whoever asks.
+// openFast lets the server accept connections from their SYN on (TCP fast open), from every client.
 func (s *scene) openFast() {
 	s.t.Helper()
 	const client, server, cookieNotRequired, dataWithoutCookie = 1, 2, 0x200, 4
@@ -201,9 +199,9 @@ func (s *scene) openFast() {
 	}
 }
 
-// The kernel itself resets what it knows no socket for, past the filter. A socket that was
-// bound to another device at that moment, and that hears nothing, then repeats its first
-// segment, of which a server with SYN cookies makes another connection.
+// The kernel itself resets connections for which it finds no socket, without passing the filter. A
+// socket that was bound to another device at that moment does not hear of it and repeats its first
+// segment, from which a server with SYN cookies accepts another connection.
 func TestResetBehindTheSocket(t *testing.T) {
 	const rounds = 2
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
@@ -230,8 +228,8 @@ func TestResetBehindTheSocket(t *testing.T) {
 	}
 }
 
-// Sockets that were connected before the filter came, to a server that has forgotten of
-// them, make no connections that are not paid.
+// Sockets that were connected before the filter was attached, to a server that has forgotten them,
+// make no connections without paying.
 func TestSocketsConnectedBeforeAttachPay(t *testing.T) {
 	const sockets = 2 * burst
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
@@ -259,8 +257,8 @@ func TestSocketsConnectedBeforeAttachPay(t *testing.T) {
 	}
 }
 
-// A container's sockets outlive its cgroup, in the hands of another container. They have
-// no tokens beside those of the container, which is started again.
+// A container's sockets outlive its cgroup, in another container. They have no tokens in addition to
+// those of the container, which is started again.
 func TestOldSocketsHaveNoTokensOfTheirOwn(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		t.Run(mail.String(), func(t *testing.T) {
@@ -294,8 +292,8 @@ func TestOldSocketsHaveNoTokensOfTheirOwn(t *testing.T) {
 	}
 }
 
-// Without a token nothing of a TCP socket reaches a mail port, not even what belongs to a
-// connection, as the socket sees it.
+// Without a token no packet of a TCP socket reaches a mail port, not even one that belongs to a
+// connection in the socket's view.
 func TestUnpaidSegments(t *testing.T) {
 	established := []lab.Op{lab.OpOpen, lab.OpConnect, lab.OpSYNACK}
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
@@ -348,8 +346,8 @@ func TestUnpaidSegments(t *testing.T) {
 	}
 }
 
-// A server in a container answers no client that claims to be a mail server: that would
-// be one end of a connection to a mail port.
+// A server in a container does not answer clients that connect from a mail port: its answer would be a
+// packet to a mail port.
 func TestAnswersToMailPorts(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		t.Run(mail.String(), func(t *testing.T) {
@@ -363,7 +361,7 @@ func TestAnswersToMailPorts(t *testing.T) {
 					t.Fatal(r.Errno)
 				}
 				listener.Listen()
-				// Also what it only resets.
+				// Also connections that it only resets.
 				for i, flags := range []uint8{0x10, 0x10, 0x11, 0x02} {
 					h := lab.Header{Src: mail, Dst: own.Addr(), Proto: unix.IPPROTO_TCP}
 					if r := outside.Raw(h.Finished(lab.TCP(25, own.Port(), uint32(i), flags)), own.Addr()); r.Errno != ok {
@@ -380,7 +378,7 @@ func TestAnswersToMailPorts(t *testing.T) {
 			if n := arrived(s.a, outside); n > 0 {
 				t.Errorf("%d SYN-ACKs arrived", n)
 			}
-			// Nor may a container say that it is a mail server.
+			// A container may not pose as a mail server either.
 			forged := lab.Header{Src: mail, Dst: s.a.addr(mail), Proto: unix.IPPROTO_TCP}.Finished(lab.TCP(25, 2001, 1, 0x10))
 			for _, c := range []*container{s.a, s.b} {
 				if r := c.Raw(forged, s.a.addr(mail)); r.Errno != denied {
@@ -392,7 +390,7 @@ func TestAnswersToMailPorts(t *testing.T) {
 	}
 }
 
-// Who forges the sources of connections pays, too.
+// Connections with forged sources pay too.
 func TestTransparentSockets(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		t.Run(mail.String(), func(t *testing.T) {
@@ -426,10 +424,9 @@ func TestTransparentSockets(t *testing.T) {
 	}
 }
 
-// With CAP_NET_ADMIN a container can change packets behind the filter: each repeat of a
-// SYN that was paid gets a source port of its own, and so becomes a connection of its own
-// at the server. On the host these are more than were let through, and share the bucket of
-// the bridge.
+// With CAP_NET_ADMIN a container can change packets behind the filter. If it gives each repeat of a SYN
+// that was paid for another source port, each repeat is a new connection for the server. For the host
+// these are more than the filter has let through, and they take tokens of the bridge.
 func TestRepeatsWithOtherPorts(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		for _, finish := range []string{"by TCP_REPAIR", "by the socket that paid"} {
@@ -444,7 +441,7 @@ func TestRepeatsWithOtherPorts(t *testing.T) {
 				free.End()
 				s.attach("--smtp-rate", scarce, "--smtp-burst", fmt.Sprint(burst), "--host-devices", "br0")
 				seen.Forget()
-				// The container's bucket and the bridge's.
+				// The burst of the container and that of the bridge.
 				if n := s.repeatWithOtherPorts(s.a, mail, finish == "by TCP_REPAIR", answers); n > 2*burst {
 					t.Errorf("%d connections were accepted, want at most %d", n, 2*burst)
 				}
@@ -464,8 +461,8 @@ func (s *scene) repeatWithOtherPorts(c *container, mail netip.Addr, byRepair boo
 		fmt.Fprintf(&ports, "%d : %d,", i, first+i)
 	}
 	chain := "table netdev t { chain out { type filter hook egress device eth0 priority 0; "
-	// Nothing but the SYNs gets out: the kernel does not know the ports, and would refuse the
-	// answers. Nor may a socket be told of that.
+	// Only the SYNs get out: the kernel does not know the new ports and would refuse the
+	// answers. Sockets must not hear of that either.
 	c.NFT(s.t, "table inet t { chain in { type filter hook input priority 0; tcp sport 25 tcp flags & rst == rst drop; }; }")
 	c.NFT(s.t, chain+"tcp dport 25 tcp flags & syn == 0 drop;"+
 		fmt.Sprintf("tcp dport 25 tcp flags & (syn|ack) == syn tcp sport set numgen inc mod %d map { %s }; }; }", others, ports.String()))
@@ -481,7 +478,7 @@ func (s *scene) repeatWithOtherPorts(c *container, mail netip.Addr, byRepair boo
 	}
 	c.Sequence(steps)
 
-	// What an attacker would see with a raw socket.
+	// What an attacker could see with a raw socket.
 	half := map[uint16]lab.Packet{}
 	for _, p := range answers.Packets() {
 		if p.Flags == 0x12 && p.Dst.Addr() == c.addr(mail) {
@@ -507,7 +504,7 @@ func (s *scene) repeatWithOtherPorts(c *container, mail netip.Addr, byRepair boo
 			})
 			continue
 		}
-		// Whichever socket it was: the rule makes the sequence number right, too.
+		// It does not matter which socket it was: the rule also sets the right sequence number.
 		c.NFT(s.t, fmt.Sprintf("flush chain netdev t out; add rule netdev t out tcp dport 25 tcp flags & rst == 0 "+
 			"@th,32,32 set %d @th,64,32 set %d tcp sport set %d", p.Ack, p.Seq+1, port))
 		c.Sequence([]lab.Step{

@@ -38,8 +38,8 @@ func (s *scene) configure(c *container, change maps.Change) {
 	}
 }
 
-// TestMetadataForOneContainer opens the metadata service to one container. Its own
-// sockets reach it, past the host side, which no container can use to get there too.
+// TestMetadataForOneContainer opens the metadata service to one container. Its own sockets reach the
+// service, through the host side; no other container can make use of that.
 func TestMetadataForOneContainer(t *testing.T) {
 	s := newScene(t)
 	s.attach("--host-devices", "br0", "--socket-families", "any")
@@ -74,7 +74,7 @@ func TestMetadataForOneContainer(t *testing.T) {
 		t.Errorf("counted: %+v", stats)
 	}
 
-	// By another road there is no permit, whether it forges the flow or not.
+	// Packets that bypass the filter have no permit, whether they forge the flow or not.
 	seen.Forget()
 	sent := 0
 	for _, c := range []*container{s.a, s.b} {
@@ -96,8 +96,8 @@ func TestMetadataForOneContainer(t *testing.T) {
 	}
 }
 
-// TestForgedToTheBridgesGroup sends to the host as the metadata service, in a frame to a
-// group that a bridge does not forward: the host would answer to the service.
+// TestForgedToTheBridgesGroup sends a packet with the source of the metadata service to the host, in a
+// frame to a group that a bridge does not forward. The host would answer to the service.
 func TestForgedToTheBridgesGroup(t *testing.T) {
 	s := newScene(t)
 	seen := s.Capture(t)

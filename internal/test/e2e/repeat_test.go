@@ -24,8 +24,8 @@ type greeter struct {
 
 const greeterPort = 26
 
-// greets has a server accept connections at greeterPort, also from their SYN on, and do
-// something with each before it ends it.
+// greets starts a server that accepts connections at greeterPort, also from their SYN on, does
+// something with each, and then ends it.
 func (s *scene) greets(do func(net.Conn)) *greeter {
 	s.t.Helper()
 	g := &greeter{from: map[netip.Addr]int{}}
@@ -69,15 +69,15 @@ func (g *greeter) accepted(s *scene, c *container, mail netip.Addr) int {
 	return g.from[c.addr(mail)]
 }
 
-// policedAt26 puts the filter in force for greeterPort too.
+// policedAt26 attaches the filter with greeterPort as a mail port.
 func (s *scene) policedAt26(flags ...string) {
 	s.t.Helper()
 	s.attach(append([]string{"--smtp-ports", fmt.Sprint("25,465,587,", greeterPort), "--smtp-burst", fmt.Sprint(burst)}, flags...)...)
 }
 
-// A server with SYN cookies, or with TCP fast open, that has forgotten a connection takes it
-// up again when the socket repeats what it has said first. No capability is needed to have
-// the socket not hear that it has.
+// A server with SYN cookies or TCP fast open that has forgotten a connection accepts it again when
+// the socket repeats its first data. It takes no capability to keep the socket from hearing the
+// server.
 func TestDeafSocketsPay(t *testing.T) {
 	for _, by := range []lab.Deafness{lab.DeafByHops, lab.DeafByDevice, lab.DeafFromSYN} {
 		for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
@@ -114,8 +114,8 @@ func TestDeafSocketsPay(t *testing.T) {
 	}
 }
 
-// TCP that the container's own firewall makes behind the filter opens no more connections
-// than it pays for either.
+// TCP segments that the container's own firewall makes behind the filter open no more connections than
+// are paid for either.
 func TestInjectedSegmentsPay(t *testing.T) {
 	const rounds = 10
 	for _, how := range []lab.Injection{lab.InjectOverlapping, lab.InjectAcknowledgements} {
@@ -147,8 +147,8 @@ func TestInjectedSegmentsPay(t *testing.T) {
 	}
 }
 
-// A client that has not said anything yet stays connected while the server asks whether it
-// is still there, and while that has a long greeting; neither costs a token.
+// A client that has sent no data stays connected while the server sends keepalive probes, and while the
+// server sends a long greeting. Neither costs a token.
 func TestSilentClients(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		t.Run(mail.String(), func(t *testing.T) {

@@ -16,14 +16,14 @@ import (
 )
 
 const (
-	// For how long each run of TestSequences tries, as a Go duration.
+	// How long each run of TestSequences lasts, as a Go duration.
 	sequencesVar = "EGRESSBPF_SEQUENCES"
-	// The seed of a run that failed; what comes of it depends on time, too.
+	// The seed of a run that failed. The result also depends on timing.
 	seedVar = "EGRESSBPF_SEED"
 )
 
-// phrases are what gets somewhere, or did. A sequence is made of them with steps left
-// out, put in and done with another socket.
+// phrases are attacks that work, or once did. A sequence consists of phrases with steps left out,
+// inserted, or done with another socket.
 var phrases = [][]lab.Op{
 	{lab.OpDisconnect, lab.OpConnect, lab.OpWait, lab.OpLearn, lab.OpSend},
 	{lab.OpLinger, lab.OpClose, lab.OpOpen, lab.OpConnect, lab.OpWait, lab.OpLearn, lab.OpSend},
@@ -70,7 +70,7 @@ func (d *dialogue) sequence(n int) (steps []lab.Step) {
 	return steps
 }
 
-// The ports that sockets are bound to are few, so that they meet again.
+// Sockets are bound to few ports, so that ports are used again.
 func (d *dialogue) step(op lab.Op, slot int) lab.Step {
 	own := at(d.own, 2001+uint16(slot%3))
 	s := lab.Step{Op: op, Slot: slot, Own: own, To: at(d.mail, 25), MPTCP: d.IntN(8) == 0}
@@ -94,7 +94,7 @@ func (d *dialogue) step(op lab.Op, slot int) lab.Step {
 	return s
 }
 
-// Whatever the sockets of a container do: what the server accepts was paid.
+// Whatever the sockets of a container do, each connection that the server accepts was paid for.
 func TestSequences(t *testing.T) {
 	length, err := time.ParseDuration(os.Getenv(sequencesVar))
 	if err != nil {
@@ -115,7 +115,7 @@ func TestSequences(t *testing.T) {
 				seen := s.Capture(t)
 				random := rand.New(rand.NewPCG(seed, 0))
 				const slots = 6
-				// Some connections are made in good order, for all the rest to begin with.
+				// Some connections are regular, for the other steps to start from.
 				learn := func(c *container) {
 					d := dialogue{random, c.addr(mail), mail, slots}
 					var steps []lab.Step
@@ -153,7 +153,7 @@ func TestSequences(t *testing.T) {
 				seen.Forget()
 
 				begin := time.Now()
-				// The filter alone, too, is enough.
+				// The filter alone is enough too.
 				hostSide := map[bool]string{true: "on", false: "off"}[rate == scarce]
 				s.attach("--smtp-rate", rate, "--smtp-burst", fmt.Sprint(burst), "--host-side", hostSide)
 				learn(s.a)
@@ -191,7 +191,7 @@ func TestSequences(t *testing.T) {
 	}
 }
 
-// pairs returns from how many ports of an address there are TCP segments to port 25.
+// pairs returns the number of ports of an address from which TCP segments to port 25 came.
 func pairs(packets []lab.Packet, from netip.Addr) int {
 	seen := map[uint16]bool{}
 	for _, p := range packets {

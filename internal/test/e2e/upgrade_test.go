@@ -14,7 +14,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// earlierVersion is the first that has to be taken over from, and gone back to.
+// earlierVersion is the first version from which an upgrade, and a way back, must work.
 const earlierVersion = "5acadd6"
 
 // buildEarlier builds the command of that version, from the repository.
@@ -38,8 +38,8 @@ func buildEarlier(t *testing.T) string {
 	return path
 }
 
-// TestEarlierVersion takes over from an earlier version and goes back to it, again and again,
-// while a container tries all the time to get through, and while some attaches are killed.
+// TestEarlierVersion upgrades from an earlier version and goes back to it, again and again, while a
+// container keeps trying to get through and some attaches are killed.
 func TestEarlierVersion(t *testing.T) {
 	earlier := buildEarlier(t)
 	s := newScene(t)
@@ -63,7 +63,7 @@ func TestEarlierVersion(t *testing.T) {
 	})
 	random := rand.New(rand.NewPCG(3, 4))
 	for range 5 {
-		// It may be killed wherever it is.
+		// It may be killed at any moment.
 		cmd := exec.Command(lab.Binary(t), attach...)
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
