@@ -279,9 +279,9 @@ func TestAuditLetsEverythingArriveAndCounts(t *testing.T) {
 	s.expectMail(s.b, 1, 9)
 }
 
-// Conntrack in a container's namespace reassembles fragments before they are judged, into a packet
-// that is not contiguous in memory: the part that programs can read directly has only as much of
-// the TCP header as the first fragment.
+// Conntrack in a container's namespace reassembles fragments before they are judged, into a
+// packet that is not contiguous in memory: the part that programs can read directly has
+// only as much of the TCP header as the first fragment.
 func TestReassembledFragments(t *testing.T) {
 	s := newScene(t)
 	firsts := []int{8, 16, 24, 1440}

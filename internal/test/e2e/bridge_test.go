@@ -16,7 +16,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// serve starts the service and waits until the filter is in force. The service ends with the test.
+// serve starts the service and waits until the filter is in force. The service ends with
+// the test.
 func (s *scene) serve() {
 	s.t.Helper()
 	service := exec.Command(lab.Binary(s.t), "run", "--cgroup", s.policed, "--docker-host", "unix:///nowhere")
@@ -43,8 +44,8 @@ func (s *scene) serve() {
 	go io.Copy(io.Discard, stderr)
 }
 
-// soon waits for a condition that no event announces. It takes a moment, except under emulation,
-// where an attach alone takes half a minute.
+// soon waits for a condition that no event announces. It takes a moment, except under
+// emulation, where an attach alone takes half a minute.
 func soon(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	const patience = 3 * time.Minute
@@ -55,8 +56,8 @@ func soon(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// TestNewTunnel makes a tunnel while the service runs. Soon after that the tunnel is closed to all
-// packets of containers.
+// TestNewTunnel makes a tunnel while the service runs. Soon after that the tunnel is closed
+// to all packets of containers.
 func TestNewTunnel(t *testing.T) {
 	s := newScene(t)
 	s.serve()
@@ -81,8 +82,8 @@ func TestNewTunnel(t *testing.T) {
 	soon(t, "the port is open again", arrives)
 }
 
-// TestNewBridge makes bridges as Docker does, while the service runs. Soon after that their packets
-// are judged, also on kernels with a filter for each bridge.
+// TestNewBridge makes bridges as Docker does, while the service runs. Soon after that their
+// packets are judged, also on kernels with a filter for each bridge.
 func TestNewBridge(t *testing.T) {
 	s := newScene(t)
 	s.serve()

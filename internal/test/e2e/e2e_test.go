@@ -48,8 +48,8 @@ func (s *scene) container(name string) *container {
 	return c
 }
 
-// help lets a process that is not policed forge the peers of the container's sockets. The container
-// itself may not forge packets of mail servers.
+// help lets a process that is not policed forge the peers of the container's sockets. The
+// container itself may not forge packets of mail servers.
 func (s *scene) help(c *container) *container {
 	s.t.Helper()
 	c.Accomplice(s.agent(c, filepath.Join(filepath.Dir(s.policed), "accomplice")))
@@ -91,8 +91,8 @@ func (s *scene) row(c *container) stats.Container {
 	return stats.Container{}
 }
 
-// expectMail checks a container's mail counters. SYNs over the limit are repeated, so there may be
-// more of them than wanted, unless none are wanted.
+// expectMail checks a container's mail counters. SYNs over the limit are repeated, so there
+// may be more of them than wanted, unless none are wanted.
 func (s *scene) expectMail(c *container, allowed, limited uint64) {
 	s.t.Helper()
 	got := s.row(c).SMTP
@@ -102,8 +102,8 @@ func (s *scene) expectMail(c *container, allowed, limited uint64) {
 	}
 }
 
-// connections returns the number of connections to a port that the SYNs among the packets belong
-// to, from one address if that is valid.
+// connections returns the number of connections to a port that the SYNs among the packets
+// belong to, from one address if that is valid.
 func connections(packets []lab.Packet, port uint16, from netip.Addr) int {
 	type key struct {
 		src, dst netip.AddrPort

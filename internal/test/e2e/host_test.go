@@ -53,8 +53,8 @@ func mac(c *container) (addr net.HardwareAddr) {
 	return addr
 }
 
-// A SYN that was let through, and its repeats, go to somebody other than the host. The host gets
-// similar SYNs, from other ports.
+// A SYN that was let through, and its repeats, go to somebody other than the host. The host
+// gets similar SYNs, from other ports.
 func TestRepeatsThatGoElsewhere(t *testing.T) {
 	s := newScene(t)
 	s.Host.NoBridgeNetfilter(t, "iptables") // which would have what passes the bridge judged
@@ -87,8 +87,8 @@ func TestRepeatsThatGoElsewhere(t *testing.T) {
 	}
 }
 
-// A server with SYN cookies accepts a connection from each acknowledgement with the right number,
-// and accepts it again after a reset.
+// A server with SYN cookies accepts a connection from each acknowledgement with the right
+// number, and accepts it again after a reset.
 func TestCookieIsNoTicket(t *testing.T) {
 	s := newScene(t)
 	s.Server.Sysctl(t, "ipv4/tcp_syncookies", "2")
@@ -147,8 +147,8 @@ func (s *scene) cookiesTaken() (n int) {
 	return n
 }
 
-// If a container may reach the metadata service, its neighbour may not send there in its name, not
-// even packets without data.
+// If a container may reach the metadata service, its neighbour may not send there in its
+// name, not even packets without data.
 func TestSegmentsOfAPermittedNeighbour(t *testing.T) {
 	s := newScene(t)
 	s.attachHost()
@@ -180,8 +180,8 @@ func TestSegmentsOfAPermittedNeighbour(t *testing.T) {
 	}
 }
 
-// A neighbour that keeps the bridge's bucket empty and answers for others' connections cannot keep
-// others from repeating a SYN that was lost.
+// A neighbour that keeps the bridge's bucket empty and answers for others' connections
+// cannot keep others from repeating a SYN that was lost.
 func TestLostSYNAndABadNeighbour(t *testing.T) {
 	s := newScene(t)
 	s.attachHost()

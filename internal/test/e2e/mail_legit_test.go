@@ -34,7 +34,8 @@ func TestMailOverALossyPath(t *testing.T) {
 		for _, where := range []string{"behind the host", "before the host", "back"} {
 			for _, cookies := range []bool{false, true} {
 				if cookies && where != "back" {
-					// Such a server resets a connection if the second segment arrives before the first.
+					// Such a server resets a connection if the second segment arrives
+					// before the first.
 					continue
 				}
 				t.Run(fmt.Sprintf("%s, lossy %s, SYN cookies %v", mail, where, cookies), func(t *testing.T) {
@@ -60,8 +61,8 @@ func TestMailOverALossyPath(t *testing.T) {
 	}
 }
 
-// A connection costs one token, however much it carries. If the path MTU turns out to be smaller, a
-// client that speaks first sends its first words twice, and pays for that.
+// A connection costs one token, however much it carries. If the path MTU turns out to be
+// smaller, a client that speaks first sends its first words twice, and pays for that.
 func TestLongMail(t *testing.T) {
 	s := newScene(t)
 	s.attach("--smtp-rate", scarce, "--smtp-burst", fmt.Sprint(2*burst))
@@ -158,8 +159,8 @@ func TestMailConnectedBeforeAttach(t *testing.T) {
 	}
 }
 
-// A connection that was paid for goes on under another policy, in another process and without its
-// cgroup.
+// A connection that was paid for goes on under another policy, in another process and
+// without its cgroup.
 func TestMailConnectionGoesOn(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		t.Run(mail.String(), func(t *testing.T) {

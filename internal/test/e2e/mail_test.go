@@ -97,7 +97,8 @@ func TestEachForgedSYNPays(t *testing.T) {
 			send := func(c *container) (sent int) {
 				header := lab.Header{Src: c.addr(test.mail), Dst: test.mail, Proto: unix.IPPROTO_TCP}
 				for range flood / 4 {
-					// The same sequence number, as in a retransmission, with any flags besides SYN.
+					// The same sequence number, as in a retransmission, with any flags
+					// besides SYN.
 					for _, flags := range []uint8{0x02, 0x0a, 0xc2, 0x2a} {
 						switch r := c.Raw(header.Packet(lab.TCP(1024, 25, 1, flags)), test.mail); r.Errno {
 						case ok:
@@ -127,8 +128,8 @@ func TestEachForgedSYNPays(t *testing.T) {
 	}
 }
 
-// A TCP socket can be kept from hearing answers, and then repeats its SYN for free. No raw socket
-// may finish the handshake for it and so turn each repeat into a connection.
+// A TCP socket can be kept from hearing answers, and then repeats its SYN for free. No raw
+// socket may finish the handshake for it and so turn each repeat into a connection.
 func TestRawSocketsAnswerForNoConnection(t *testing.T) {
 	const ack, rst = 0x10, 0x04
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
@@ -258,7 +259,8 @@ func TestOverLimitReject(t *testing.T) {
 		}
 		again.Disconnect()
 	}
-	// Early refusal takes no token: of many connections at once, exactly the burst gets through.
+	// Early refusal takes no token: of many connections at once, exactly the burst gets
+	// through.
 	s.b.ConnectAtOnce(at(lab.Mail4, 25), 60)
 	if n := connections(seen.Settle(t), 25, s.b.IPv4); n != 2 {
 		t.Errorf("%d of 60 connections arrived, want 2", n)
@@ -286,8 +288,8 @@ func TestAuditCountsEachMailConnectionOnce(t *testing.T) {
 	}
 }
 
-// Mail to an exempt relay, and mail that does not leave the container, neither needs nor takes a
-// token, with either value of --over-limit.
+// Mail to an exempt relay, and mail that does not leave the container, neither needs nor
+// takes a token, with either value of --over-limit.
 func TestMailThatIsNotCounted(t *testing.T) {
 	for _, overLimit := range []string{"drop", "reject"} {
 		t.Run(overLimit, func(t *testing.T) {
@@ -331,8 +333,9 @@ func parse(addrs ...string) (parsed []netip.Addr) {
 	return parsed
 }
 
-// TestRestartKeepsTheBucket removes a container's cgroup and makes it again, as a restart does. The
-// container keeps its tokens and its own limit. Another container starts with a full bucket.
+// TestRestartKeepsTheBucket removes a container's cgroup and makes it again, as a restart
+// does. The container keeps its tokens and its own limit. Another container starts with a
+// full bucket.
 func TestRestartKeepsTheBucket(t *testing.T) {
 	for _, tt := range []struct{ name, container, other string }{
 		{"child", "web", "web-2"},

@@ -130,8 +130,8 @@ func (s *scene) active(defence string) bool {
 	return slices.ContainsFunc(status.Defences, func(d loader.Defence) bool { return d.Name == defence && d.Active })
 }
 
-// A socket belongs to the cgroup in which it was made, whoever has it now: see docs/threat-model.md,
-// "Sockets that move".
+// A socket belongs to the cgroup in which it was made, whoever has it now: see
+// docs/threat-model.md, "Sockets that move".
 func TestSocketsPassedOn(t *testing.T) {
 	for _, fromContainer := range []bool{true, false} {
 		for _, inHost := range []bool{true, false} {

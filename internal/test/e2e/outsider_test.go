@@ -11,8 +11,9 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// If a mail server, or somebody in its name, repeats segments before the client has sent data, the
-// client's kernel acknowledges them a few times. That costs no token, and the connection goes on.
+// If a mail server, or somebody in its name, repeats segments before the client has sent
+// data, the client's kernel acknowledges them a few times. That costs no token, and the
+// connection goes on.
 func TestOldSegmentsTakeNoTokens(t *testing.T) {
 	for _, hostSide := range []string{"on", "off"} {
 		for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {

@@ -8,8 +8,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// TestOverrule lets a container that may attach programs attach one that passes everything to its own
-// cgroup. The kernel asks both programs, and one refusal is enough.
+// TestOverrule lets a container that may attach programs attach one that passes everything
+// to its own cgroup. The kernel asks both programs, and one refusal is enough.
 func TestOverrule(t *testing.T) {
 	s := newScene(t)
 	s.attach()

@@ -36,7 +36,8 @@ func (s *scene) accepted(c *container, mail netip.Addr) int {
 	return len(s.Mail[25].Accepted(s.t, c.addr(mail)))
 }
 
-// expectPaid checks that no more connections than the burst were accepted, and that each is counted.
+// expectPaid checks that no more connections than the burst were accepted, and that each is
+// counted.
 func (s *scene) expectPaid(c *container, mail netip.Addr, seen *lab.Capture) {
 	s.t.Helper()
 	seen.Settle(s.t)
@@ -189,7 +190,8 @@ func TestEachConnectionOfASocketPays(t *testing.T) {
 	}
 }
 
-// openFast lets the server accept connections from their SYN on (TCP fast open), from every client.
+// openFast lets the server accept connections from their SYN on (TCP fast open), from every
+// client.
 func (s *scene) openFast() {
 	s.t.Helper()
 	const client, server, cookieNotRequired, dataWithoutCookie = 1, 2, 0x200, 4
@@ -199,9 +201,10 @@ func (s *scene) openFast() {
 	}
 }
 
-// The kernel itself resets connections for which it finds no socket, without passing the filter. A
-// socket that was bound to another device at that moment does not hear of it and repeats its first
-// segment, from which a server with SYN cookies accepts another connection.
+// The kernel itself resets connections for which it finds no socket, without passing the
+// filter. A socket that was bound to another device at that moment does not hear of it and
+// repeats its first segment, from which a server with SYN cookies accepts another
+// connection.
 func TestResetBehindTheSocket(t *testing.T) {
 	const rounds = 2
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
@@ -228,8 +231,8 @@ func TestResetBehindTheSocket(t *testing.T) {
 	}
 }
 
-// Sockets that were connected before the filter was attached, to a server that has forgotten them,
-// make no connections without paying.
+// Sockets that were connected before the filter was attached, to a server that has
+// forgotten them, make no connections without paying.
 func TestSocketsConnectedBeforeAttachPay(t *testing.T) {
 	const sockets = 2 * burst
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
@@ -257,8 +260,8 @@ func TestSocketsConnectedBeforeAttachPay(t *testing.T) {
 	}
 }
 
-// A container's sockets outlive its cgroup, in another container. They have no tokens in addition to
-// those of the container, which is started again.
+// A container's sockets outlive its cgroup, in another container. They have no tokens in
+// addition to those of the container, which is started again.
 func TestOldSocketsHaveNoTokensOfTheirOwn(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		t.Run(mail.String(), func(t *testing.T) {
@@ -346,8 +349,8 @@ func TestUnpaidSegments(t *testing.T) {
 	}
 }
 
-// A server in a container does not answer clients that connect from a mail port: its answer would be a
-// packet to a mail port.
+// A server in a container does not answer clients that connect from a mail port: its answer
+// would be a packet to a mail port.
 func TestAnswersToMailPorts(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		t.Run(mail.String(), func(t *testing.T) {
@@ -424,9 +427,10 @@ func TestTransparentSockets(t *testing.T) {
 	}
 }
 
-// With CAP_NET_ADMIN a container can change packets behind the filter. If it gives each repeat of a SYN
-// that was paid for another source port, each repeat is a new connection for the server. For the host
-// these are more than the filter has let through, and they take tokens of the bridge.
+// With CAP_NET_ADMIN a container can change packets behind the filter. If it gives each
+// repeat of a SYN that was paid for another source port, each repeat is a new connection
+// for the server. For the host these are more than the filter has let through, and they
+// take tokens of the bridge.
 func TestRepeatsWithOtherPorts(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		for _, finish := range []string{"by TCP_REPAIR", "by the socket that paid"} {

@@ -38,8 +38,8 @@ func (s *scene) configure(c *container, change maps.Change) {
 	}
 }
 
-// TestMetadataForOneContainer opens the metadata service to one container. Its own sockets reach the
-// service, through the host side; no other container can make use of that.
+// TestMetadataForOneContainer opens the metadata service to one container. Its own sockets
+// reach the service, through the host side; no other container can make use of that.
 func TestMetadataForOneContainer(t *testing.T) {
 	s := newScene(t)
 	s.attach("--host-devices", "br0", "--socket-families", "any")
@@ -96,8 +96,9 @@ func TestMetadataForOneContainer(t *testing.T) {
 	}
 }
 
-// TestForgedToTheBridgesGroup sends a packet with the source of the metadata service to the host, in a
-// frame to a group that a bridge does not forward. The host would answer to the service.
+// TestForgedToTheBridgesGroup sends a packet with the source of the metadata service to the
+// host, in a frame to a group that a bridge does not forward. The host would answer to the
+// service.
 func TestForgedToTheBridgesGroup(t *testing.T) {
 	s := newScene(t)
 	seen := s.Capture(t)

@@ -17,8 +17,9 @@ import (
 // scope returns the name that Docker's systemd driver gives to a container's cgroup.
 func scope(n int) string { return fmt.Sprintf("docker-%064x.scope", n) }
 
-// TestContainersBesideServices attaches without saying where the containers are, and starts a thousand
-// of them. Each sends its first packet at once. A service beside them is not affected.
+// TestContainersBesideServices attaches without saying where the containers are, and starts
+// a thousand of them. Each sends its first packet at once. A service beside them is not
+// affected.
 func TestContainersBesideServices(t *testing.T) {
 	s := newScene(t)
 	slice := filepath.Join(s.policed, "system.slice")

@@ -75,9 +75,9 @@ func (s *scene) policedAt26(flags ...string) {
 	s.attach(append([]string{"--smtp-ports", fmt.Sprint("25,465,587,", greeterPort), "--smtp-burst", fmt.Sprint(burst)}, flags...)...)
 }
 
-// A server with SYN cookies or TCP fast open that has forgotten a connection accepts it again when
-// the socket repeats its first data. It takes no capability to keep the socket from hearing the
-// server.
+// A server with SYN cookies or TCP fast open that has forgotten a connection accepts it
+// again when the socket repeats its first data. It takes no capability to keep the socket
+// from hearing the server.
 func TestDeafSocketsPay(t *testing.T) {
 	for _, by := range []lab.Deafness{lab.DeafByHops, lab.DeafByDevice, lab.DeafFromSYN} {
 		for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
@@ -114,8 +114,8 @@ func TestDeafSocketsPay(t *testing.T) {
 	}
 }
 
-// TCP segments that the container's own firewall makes behind the filter open no more connections than
-// are paid for either.
+// TCP segments that the container's own firewall makes behind the filter open no more
+// connections than are paid for either.
 func TestInjectedSegmentsPay(t *testing.T) {
 	const rounds = 10
 	for _, how := range []lab.Injection{lab.InjectOverlapping, lab.InjectAcknowledgements} {
@@ -147,8 +147,8 @@ func TestInjectedSegmentsPay(t *testing.T) {
 	}
 }
 
-// A client that has sent no data stays connected while the server sends keepalive probes, and while the
-// server sends a long greeting. Neither costs a token.
+// A client that has sent no data stays connected while the server sends keepalive probes,
+// and while the server sends a long greeting. Neither costs a token.
 func TestSilentClients(t *testing.T) {
 	for _, mail := range []netip.Addr{lab.Mail4, lab.Mail6} {
 		t.Run(mail.String(), func(t *testing.T) {

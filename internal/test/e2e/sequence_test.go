@@ -22,8 +22,8 @@ const (
 	seedVar = "EGRESSBPF_SEED"
 )
 
-// phrases are attacks that work, or once did. A sequence consists of phrases with steps left out,
-// inserted, or done with another socket.
+// phrases are attacks that work, or once did. A sequence consists of phrases with steps
+// left out, inserted, or done with another socket.
 var phrases = [][]lab.Op{
 	{lab.OpDisconnect, lab.OpConnect, lab.OpWait, lab.OpLearn, lab.OpSend},
 	{lab.OpLinger, lab.OpClose, lab.OpOpen, lab.OpConnect, lab.OpWait, lab.OpLearn, lab.OpSend},

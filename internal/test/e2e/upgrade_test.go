@@ -38,8 +38,8 @@ func buildEarlier(t *testing.T) string {
 	return path
 }
 
-// TestEarlierVersion upgrades from an earlier version and goes back to it, again and again, while a
-// container keeps trying to get through and some attaches are killed.
+// TestEarlierVersion upgrades from an earlier version and goes back to it, again and again,
+// while a container keeps trying to get through and some attaches are killed.
 func TestEarlierVersion(t *testing.T) {
 	earlier := buildEarlier(t)
 	s := newScene(t)

@@ -34,8 +34,8 @@ const (
 // longest is the size of the longest packet that the kernel test-runs.
 const longest = 3712 - etherSize
 
-// place is where packets are sent from: a cgroup nested in a container of a policed cgroup, in a
-// network namespace that has another device besides the loopback.
+// place is where packets are sent from: a cgroup nested in a container of a policed cgroup,
+// in a network namespace that has another device besides the loopback.
 type place struct {
 	rel       string // of the policed cgroup
 	policed   uint64

@@ -145,7 +145,8 @@ func TestHostIngress(t *testing.T) {
 							f.wants(t, string(f.policy.Mode), etherType, row.packet.bytes(),
 								passes || takes || resets || etherType == etherARP)
 							if row.want == admitted {
-								// With data it is not free: some servers accept a connection from it.
+								// With data it is not free: some servers accept a
+								// connection from it.
 								f.wants(t, string(f.policy.Mode)+", repeated", etherType, row.packet.bytes(), !h.data || f.policy.SMTP.Rate.Unlimited())
 								f.empty(t, bpf.TcMapMails)
 								f.wants(t, string(f.policy.Mode)+", again", etherType, row.packet.bytes(), f.policy.SMTP.Rate.Unlimited())
@@ -251,8 +252,8 @@ func segmentOf(flags byte, seq, acknowledged byte) packet {
 	return packet{dst: open4, payload: tcp(25, flags).edit(7, seq).edit(11, acknowledged)}
 }
 
-// TestHostIngressMail checks that packets that the egress hook has announced pass, once for each
-// announcement, and so do the packets that continue the connection.
+// TestHostIngressMail checks that packets that the egress hook has announced pass, once for
+// each announcement, and so do the packets that continue the connection.
 func TestHostIngressMail(t *testing.T) {
 	place := newPlace(t)
 	f := place.loadIngress(t, policies(t)["default"])
@@ -285,8 +286,9 @@ func TestHostIngressMail(t *testing.T) {
 	})
 }
 
-// TestHostIngressCookies sends segments from which a server with SYN cookies accepts a connection:
-// any segment with the first sequence number that acknowledges the server's answer.
+// TestHostIngressCookies sends segments from which a server with SYN cookies accepts a
+// connection: any segment with the first sequence number that acknowledges the server's
+// answer.
 func TestHostIngressCookies(t *testing.T) {
 	place := newPlace(t)
 	f := place.loadIngress(t, policies(t)["default"])

@@ -54,8 +54,8 @@ func TestDefaultLimit(t *testing.T) {
 	})
 }
 
-// TestOwner sends from policed cgroups and from cgroups below them. The container one level below
-// is counted and limited, however deep the sender is.
+// TestOwner sends from policed cgroups and from cgroups below them. The container one level
+// below is counted and limited, however deep the sender is.
 func TestOwner(t *testing.T) {
 	top := testenv.Cgroup(t)
 	first := testenv.Child(t, top, "first")
@@ -133,9 +133,9 @@ func TestFullMap(t *testing.T) {
 	}
 }
 
-// TestChangedLimit changes the limit of a container in use, by a limit of its own and by another
-// policy. The new limit holds at once: tokens that were spent stay spent, and come back at the
-// new rate.
+// TestChangedLimit changes the limit of a container in use, by a limit of its own and by
+// another policy. The new limit holds at once: tokens that were spent stay spent, and come
+// back at the new rate.
 func TestChangedLimit(t *testing.T) {
 	// So slow that the bucket does not fill up during a change, which loads a program.
 	fast := policy.Limit{Rate: policy.Rate{Count: 500, Period: time.Second}, Burst: 1000}
@@ -256,9 +256,9 @@ func (f *filter) counted(t *testing.T, taken, refused int64) {
 	}
 }
 
-// TestContention asks for more tokens than there are, from all CPUs at once. It gets exactly what
-// burst and rate allow for the time between the first call and the last, and everything is
-// counted.
+// TestContention asks for more tokens than there are, from all CPUs at once. It gets
+// exactly what burst and rate allow for the time between the first call and the last, and
+// everything is counted.
 func TestContention(t *testing.T) {
 	// Only if nobody asks for a second does the bucket fill up and lose tokens.
 	limit := policy.Limit{Rate: policy.Rate{Count: 1000, Period: time.Second}, Burst: 1000}

@@ -9,8 +9,9 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// model says in plain Go what the documentation says happens to a packet. It shares neither code
-// nor structure with the programs: it walks the lists, and panics to give up on a packet.
+// model says in plain Go what the documentation says happens to a packet. It shares neither
+// code nor structure with the programs: it walks the lists, and panics to give up on a
+// packet.
 type model struct {
 	blocked, single, allowed []policy.Rule
 	smtp                     policy.SMTP
@@ -96,8 +97,9 @@ func covers(p netip.Prefix, a netip.Addr) bool {
 	return p.Contains(a.Unmap())
 }
 
-// perhaps says whether a list has an IPv4 address that an address may stand for, read with one of
-// the lengths that a local NAT64 prefix can have (RFC 6052, 2.2), unless that is allowed.
+// perhaps says whether a list has an IPv4 address that an address may stand for, read with
+// one of the lengths that a local NAT64 prefix can have (RFC 6052, 2.2), unless that is
+// allowed.
 func (m *model) perhaps(list []policy.Rule, a netip.Addr, proto uint8, port int) bool {
 	if !localNAT64.Contains(a) {
 		return false
@@ -145,8 +147,8 @@ func (r *reader) take(n int) []byte {
 	return taken
 }
 
-// read returns the headers; false if the packet cannot be judged or does not say where it really
-// goes.
+// read returns the headers; false if the packet cannot be judged or does not say where it
+// really goes.
 func read(etherType uint16, packet []byte) (h headers, ok bool) {
 	defer func() {
 		if err := recover(); err != nil && err != errUnreadable {

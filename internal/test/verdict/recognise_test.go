@@ -7,8 +7,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
-// TestRecognised sends from a slice, in which only recognised cgroups are containers. Packets of
-// other cgroups pass, whatever they are, and leave no trace.
+// TestRecognised sends from a slice, in which only recognised cgroups are containers.
+// Packets of other cgroups pass, whatever they are, and leave no trace.
 func TestRecognised(t *testing.T) {
 	slice := testenv.Child(t, testenv.Cgroup(t), "own.slice")
 	service := testenv.Child(t, slice, "a.service")

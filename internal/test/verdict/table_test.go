@@ -26,8 +26,8 @@ func tables() []table {
 	return slices.Concat(headerTables(), transportTables(), ruleTables(), mailTables())
 }
 
-// TestVerdict checks the program with every row of every table: the verdict, and what is counted
-// and remembered.
+// TestVerdict checks the program with every row of every table: the verdict, and what is
+// counted and remembered.
 func TestVerdict(t *testing.T) {
 	place := newPlace(t)
 	for i, table := range tables() {

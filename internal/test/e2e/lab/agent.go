@@ -24,16 +24,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Agent is a process in a container that makes the traffic that a test tells it
-// to: it does system calls for the test.
+// Agent is a process in a container that makes system calls for a test, to produce the
+// traffic that the test asks for.
 type Agent struct {
 	t   testing.TB
 	rpc *rpc.Client
 	end func()
 }
 
-// Agent starts an agent: this program again, in the container's network and, from
-// its first instruction, in a cgroup.
+// Agent starts this program again as an agent, in the container's network and in a cgroup,
+// from its first instruction.
 func (n *Netns) Agent(t testing.TB, cgroupPath string) *Agent {
 	t.Helper()
 	dir, err := os.Open(cgroupPath)
@@ -48,8 +48,8 @@ func (n *Netns) Agent(t testing.TB, cgroupPath string) *Agent {
 	return a
 }
 
-// StartAgent starts a command that becomes an agent, or hands its stdin and stdout
-// to one: this program with the argument AgentArg. The agent ends with the test.
+// StartAgent starts a command that becomes an agent, or that passes its stdin and stdout to
+// an agent: this program with the argument AgentArg. The agent ends with the test.
 func StartAgent(t testing.TB, cmd *exec.Cmd) *Agent {
 	t.Helper()
 	stdin, err := cmd.StdinPipe()
@@ -74,7 +74,7 @@ func StartAgent(t testing.TB, cmd *exec.Cmd) *Agent {
 	return a
 }
 
-// End ends the agent, and with it its sockets.
+// End ends the agent and its sockets.
 func (a *Agent) End() { a.end() }
 
 type pipes struct {
@@ -92,7 +92,7 @@ func (a *Agent) call(method string, args, reply any) {
 	}
 }
 
-// Result is what came of a system call.
+// Result is the result of a system call.
 type Result struct {
 	Errno   syscall.Errno // 0 if it succeeded
 	Elapsed time.Duration
@@ -106,7 +106,7 @@ type Socket struct {
 	family int
 }
 
-// Socket makes a socket that gives up sending and receiving after patience.
+// Socket makes a socket whose send and receive calls time out after patience.
 func (a *Agent) Socket(family, typ, proto int) *Socket {
 	a.t.Helper()
 	var fd int
@@ -124,7 +124,7 @@ func (s *Socket) do(op string, to netip.AddrPort, data []byte, flags, option, va
 // v4-mapped for a socket of IPv6.
 func (s *Socket) Connect(to netip.AddrPort) Result { return s.do("connect", to, nil, 0, 0, 0) }
 
-// ConnectMeanwhile begins to connect and returns how to wait for the result.
+// ConnectMeanwhile begins to connect and returns a function that waits for the result.
 func (s *Socket) ConnectMeanwhile(to netip.AddrPort) (wait func() Result) {
 	var r Result
 	call := s.agent.rpc.Go("Remote.Do", Call{FD: s.fd, Family: s.family, Op: "connect", To: to}, &r, nil)
@@ -141,10 +141,10 @@ func (s *Socket) ConnectMeanwhile(to netip.AddrPort) (wait func() Result) {
 // Bind binds the socket.
 func (s *Socket) Bind(to netip.AddrPort) Result { return s.do("bind", to, nil, 0, 0, 0) }
 
-// Listen has the socket answer connections, which nobody accepts.
+// Listen makes the socket answer connections, which nobody accepts.
 func (s *Socket) Listen() Result { return s.do("listen", netip.AddrPort{}, nil, 0, 0, 0) }
 
-// Shutdown ends what the socket sends.
+// Shutdown shuts the socket down for sending.
 func (s *Socket) Shutdown() Result { return s.do("shut down", netip.AddrPort{}, nil, 0, 0, 0) }
 
 // Send sends on a connected socket, or to an address if it is valid.
@@ -160,10 +160,10 @@ func (s *Socket) SendFlags(data []byte, to netip.AddrPort, flags int) Result {
 // Disconnect undoes Connect.
 func (s *Socket) Disconnect() Result { return s.do("disconnect", netip.AddrPort{}, nil, 0, 0, 0) }
 
-// Receive waits for a packet or some of a stream.
+// Receive waits for a packet or for data of a stream.
 func (s *Socket) Receive() Result { return s.do("receive", netip.AddrPort{}, nil, 0, 0, 0) }
 
-// Set sets an option to a number, or to data if there is any.
+// Set sets an option to a number, or to data if data is not empty.
 func (s *Socket) Set(level, option, value int, data []byte) {
 	s.agent.t.Helper()
 	if r := s.do("set", netip.AddrPort{}, data, level, option, value); r.Errno != 0 {
@@ -176,8 +176,8 @@ func (s *Socket) BindLink(device string) Result {
 	return s.do("bind link", netip.AddrPort{}, []byte(device), 0, 0, 0)
 }
 
-// Give hands the socket to another agent, as processes do (SCM_RIGHTS), and closes it
-// here. Both agents see the same files.
+// Give passes the socket to another agent with SCM_RIGHTS, and closes it here. Both agents
+// must see the same files.
 func (s *Socket) Give(to *Agent) *Socket {
 	s.agent.t.Helper()
 	// Not in t.TempDir, whose path may be too long for an address.
@@ -194,7 +194,7 @@ func (s *Socket) Give(to *Agent) *Socket {
 	return taken
 }
 
-// Enter moves the agent into a cgroup. Its sockets stay what they are.
+// Enter moves the agent into a cgroup. Its sockets stay in their cgroup.
 func (a *Agent) Enter(cgroupPath string) {
 	a.t.Helper()
 	a.call("Enter", cgroupPath, &Result{})
@@ -203,7 +203,7 @@ func (a *Agent) Enter(cgroupPath string) {
 // Close closes the socket.
 func (s *Socket) Close() { s.do("close", netip.AddrPort{}, nil, 0, 0, 0) }
 
-// Ping waits until the agent is there.
+// Ping waits until the agent answers.
 func (a *Agent) Ping() {
 	a.t.Helper()
 	a.call("Flooded", false, &Flooded{})
@@ -234,8 +234,8 @@ func (a *Agent) Raw(packet []byte, to netip.Addr) Result {
 	return s.Send(packet, netip.AddrPortFrom(to, 0))
 }
 
-// ConnectAtOnce begins n TCP connections at once, from a thread each, and gives
-// all of them up again when the last has begun.
+// ConnectAtOnce begins n TCP connections at once, each from a thread of its own, and gives
+// up all of them when the last has begun.
 func (a *Agent) ConnectAtOnce(to netip.AddrPort, n int) {
 	a.t.Helper()
 	a.call("ConnectAtOnce", Stream{to, n}, &Result{})
@@ -252,7 +252,7 @@ func (a *Agent) Resolve(server netip.Addr, network string) (netip.Addr, error) {
 	return r.Server, nil
 }
 
-// Transfer sends so many bytes to a Listen and returns what was sent and what the
+// Transfer sends a number of bytes to a Listener and returns what was sent and what the
 // other side says that it received.
 func (a *Agent) Transfer(to netip.AddrPort, bytes int) (sent Receipt, received string) {
 	a.t.Helper()
@@ -264,7 +264,7 @@ func (a *Agent) Transfer(to netip.AddrPort, bytes int) (sent Receipt, received s
 // Flood is traffic that goes on until it is stopped.
 type Flood struct {
 	Blocked []netip.Addr // over TCP, UDP and raw sockets
-	// Mail gets forged SYNs from Source, each with the next sequence number.
+	// Mail is where forged SYNs from Source go, each with the next sequence number.
 	Mail   netip.AddrPort
 	Source netip.Addr
 }
@@ -276,8 +276,7 @@ type Flooded struct {
 	Mails, MailsSent      uint64
 }
 
-// Flood begins a flood, from a thread for each kind of traffic. It goes on when
-// it returns.
+// Flood starts a flood, with a thread for each kind of traffic, and returns while it goes on.
 func (a *Agent) Flood(f Flood) {
 	a.t.Helper()
 	a.call("Flood", f, &Result{})
@@ -307,7 +306,7 @@ func serveAgent() {
 		os.Setenv("GODEBUG", uninterrupted)
 		panic(syscall.Exec("/proc/self/exe", os.Args, os.Environ()))
 	}
-	// Whatever else prints must not get in between.
+	// Nothing else may print in between.
 	w := os.Stdout
 	os.Stdout = os.Stderr
 	if err := rpc.RegisterName("Remote", new(Remote)); err != nil {
@@ -317,7 +316,7 @@ func serveAgent() {
 	os.Exit(0)
 }
 
-// Remote is the agent's side.
+// Remote is the agent's side of the calls.
 type Remote struct {
 	stop    atomic.Bool
 	flood   sync.WaitGroup
@@ -327,12 +326,12 @@ type Remote struct {
 	overruling *link.RawLink // held
 	forgers    map[int]int   // raw sockets of an accomplice, by family
 
-	// Of sequences.
+	// For sequences.
 	slots  map[int]*walker
 	starts map[netip.AddrPort]start
 }
 
-// SocketArgs are those of socket(2).
+// SocketArgs are the arguments of socket(2).
 type SocketArgs struct{ Family, Type, Proto int }
 
 // Socket makes a socket.
@@ -403,14 +402,14 @@ func (c *Call) do(r *Result) (err error) {
 	return err
 }
 
-// Handover is a socket on its way from one agent to another: FD of the one, through
-// a socket at Path, which is At of the other.
+// Handover is a socket on its way from one agent to another: it is FD in the first agent,
+// passes through a socket at Path, and is At in the second.
 type Handover struct {
 	Path   string
 	FD, At int
 }
 
-// Await makes the socket through which another one comes.
+// Await makes the socket through which another socket arrives.
 func (*Remote) Await(h Handover, at *int) (err error) {
 	if *at, err = unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
 		return err
@@ -487,7 +486,7 @@ func sockaddr(family int, a netip.AddrPort) unix.Sockaddr {
 	return to
 }
 
-// Stream is where TCP connections go to, and how many of them or of bytes.
+// Stream says where TCP connections go, and how many connections or bytes.
 type Stream struct {
 	To netip.AddrPort
 	N  int
@@ -583,7 +582,7 @@ func (*Remote) Transfer(s Stream, r *Transferred) error {
 func (m *Remote) Flood(f Flood, _ *Result) error {
 	again := func(attempt func() error, mail bool) {
 		m.flood.Go(func() {
-			// Tokens are not to lie about; all else may wait for what is tested.
+			// Tokens must not pile up; the other kinds may wait for what is tested.
 			runtime.LockOSThread()
 			if !mail {
 				_ = unix.Setpriority(unix.PRIO_PROCESS, 0, 10)
@@ -593,7 +592,7 @@ func (m *Remote) Flood(f Flood, _ *Result) error {
 			}
 		})
 	}
-	// Of the kinds, the last goes past the socket hooks.
+	// The last kind does not pass the socket hooks.
 	for _, kind := range []int{unix.SOCK_STREAM | unix.SOCK_NONBLOCK, unix.SOCK_DGRAM, unix.SOCK_RAW} {
 		i := 0
 		again(func() error {

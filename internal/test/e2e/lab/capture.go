@@ -43,7 +43,7 @@ func (p Packet) String() string {
 	return s
 }
 
-// Capture sees every IP packet that a device receives, whatever becomes of it.
+// Capture sees every IP packet that a device receives, whatever happens to it afterwards.
 type Capture struct {
 	net  *Network
 	file *os.File
@@ -55,21 +55,20 @@ type Capture struct {
 	err     error
 }
 
-// Capture begins to capture what reaches the server, until the test ends.
+// Capture captures what reaches the server until the test ends.
 func (n *Network) Capture(t testing.TB) *Capture {
 	t.Helper()
 	return n.capture(t, n.Server, "eth0")
 }
 
-// CaptureBridge begins to capture what the host receives from containers, not
-// what these send each other.
+// CaptureBridge captures what the host receives from containers, but not what containers
+// send to each other.
 func (n *Network) CaptureBridge(t testing.TB) *Capture {
 	t.Helper()
 	return n.capture(t, n.Host, "br0")
 }
 
-// CaptureAnswers begins to capture what the host receives from the server, where
-// nothing can be settled.
+// CaptureAnswers captures what the host receives from the server. Settle does not work there.
 func (n *Network) CaptureAnswers(t testing.TB) *Capture {
 	t.Helper()
 	return n.capture(t, n.Host, "server")
@@ -150,8 +149,8 @@ func (c *Capture) read() {
 	}
 }
 
-// parse reads a frame as far as it makes sense; false for what the namespaces'
-// kernels send of their own accord.
+// parse reads a frame as far as it makes sense. It returns false for packets that the
+// namespaces' kernels send on their own.
 func parse(frame []byte) (Packet, bool) {
 	if len(frame) < 14 {
 		return Packet{}, false
@@ -209,9 +208,9 @@ func parse(frame []byte) (Packet, bool) {
 
 const sentinel = "lab sentinel "
 
-// Settle returns every captured packet, among them all that had been sent when it
-// was called and that ever arrive without being repeated. A sentinel from each CPU, on the way that the
-// containers' packets take, comes in behind all of them.
+// Settle returns every captured packet. These include all packets that had been sent when
+// it was called and that arrive without being repeated: Settle sends a sentinel from each
+// CPU, on the path of the containers' packets, which arrives after them.
 func (c *Capture) Settle(t testing.TB) []Packet {
 	t.Helper()
 	texts, err := c.net.sendSentinels()
@@ -245,21 +244,21 @@ func (c *Capture) Settle(t testing.TB) []Packet {
 	return append([]Packet(nil), c.packets...)
 }
 
-// Packets returns what was captured so far.
+// Packets returns the packets that were captured so far.
 func (c *Capture) Packets() []Packet {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return append([]Packet(nil), c.packets...)
 }
 
-// Forget forgets what was captured so far.
+// Forget drops the packets that were captured so far.
 func (c *Capture) Forget() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.packets = nil
 }
 
-// Await waits until as many packets as wanted have come in that match.
+// Await waits until the wanted number of matching packets has arrived.
 func (c *Capture) Await(t testing.TB, wanted int, what string, match func(Packet) bool) {
 	t.Helper()
 	c.await(t, fmt.Sprint(wanted, " ", what), func() bool { return Count(c.packets, match) >= wanted })

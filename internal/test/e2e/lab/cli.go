@@ -18,13 +18,13 @@ import (
 	"github.com/egressbpf/egressbpf/internal/stats"
 )
 
-// Exit is what a command left when it ended.
+// Exit is the result of a command.
 type Exit struct {
 	Code           int
 	Stdout, Stderr string
 }
 
-// Run runs a command to its end, whatever that is.
+// Run runs a command to its end, whether it succeeds or not.
 func Run(t testing.TB, cmd *exec.Cmd) Exit {
 	t.Helper()
 	var stdout, stderr strings.Builder
@@ -44,8 +44,7 @@ func (n *Network) Run(t testing.TB, cmd *exec.Cmd) (e Exit) {
 	return e
 }
 
-// Egressbpf runs the real command on the host, which must succeed, and returns its
-// stdout.
+// Egressbpf runs the real command on the host and returns its stdout. The command must succeed.
 func (n *Network) Egressbpf(t testing.TB, args ...string) string {
 	t.Helper()
 	exit := n.Run(t, exec.Command(Binary(t), args...))
@@ -55,7 +54,7 @@ func (n *Network) Egressbpf(t testing.TB, args ...string) string {
 	return exit.Stdout
 }
 
-// Stats returns what egressbpf stats tells.
+// Stats returns the output of egressbpf stats.
 func (n *Network) Stats(t testing.TB) (s stats.Stats) {
 	t.Helper()
 	if err := json.Unmarshal([]byte(n.Egressbpf(t, "stats", "--output", "json")), &s); err != nil {
@@ -64,13 +63,13 @@ func (n *Network) Stats(t testing.TB) (s stats.Stats) {
 	return s
 }
 
-// FilterStatus is a loader.Status, of which Mode may be empty.
+// FilterStatus is a loader.Status whose Mode may be empty.
 type FilterStatus struct {
 	loader.Status
 	Mode string `json:"mode"`
 }
 
-// Status returns what egressbpf status tells, and its exit code.
+// Status returns the output of egressbpf status, and its exit code.
 func (n *Network) Status(t testing.TB) (s FilterStatus, code int) {
 	t.Helper()
 	exit := n.Run(t, exec.Command(Binary(t), "status", "--output", "json"))
@@ -80,8 +79,8 @@ func (n *Network) Status(t testing.TB) (s FilterStatus, code int) {
 	return s, exit.Code
 }
 
-// ExpectPrograms checks how many programs are attached to a cgroup in each place
-// where the filter has one.
+// ExpectPrograms checks how many programs are attached to a cgroup at each hook where the
+// filter has one.
 func ExpectPrograms(t testing.TB, cgroup string, n int) {
 	t.Helper()
 	dir, err := os.Open(cgroup)
@@ -103,8 +102,8 @@ func ExpectPrograms(t testing.TB, cgroup string, n int) {
 	}
 }
 
-// Binary returns the path of the real command: binaryVar has it, or it is built the
-// first time.
+// Binary returns the path of the real command: the value of binaryVar, or a command that is
+// built on the first call.
 func Binary(t testing.TB) string {
 	t.Helper()
 	path, err := buildBinary()
@@ -114,7 +113,7 @@ func Binary(t testing.TB) string {
 	return path
 }
 
-// binaryVar in the environment names a built command, for where there is no Go.
+// binaryVar in the environment names a built command, for machines without Go.
 const binaryVar = "EGRESSBPF_BINARY"
 
 var buildBinary = sync.OnceValues(func() (string, error) {

@@ -9,9 +9,9 @@ import (
 
 const firstArg = "lab-first"
 
-// First runs a process in a cgroup, from its first instruction on, that does nothing
-// but send a datagram to each of the addresses and try to connect to it. It returns
-// when the process has ended.
+// First runs a process that is in a cgroup from its first instruction. The process only
+// sends a datagram to each of the addresses and tries to connect to it. First returns when
+// the process has ended.
 func (n *Netns) First(cgroupPath string, to ...string) error {
 	dir, err := os.Open(cgroupPath)
 	if err != nil {
@@ -24,7 +24,7 @@ func (n *Netns) First(cgroupPath string, to ...string) error {
 	return err
 }
 
-// sendFirst is that process. That it is refused is for others to see.
+// sendFirst is that process. It ignores errors: the test checks elsewhere that it is refused.
 func sendFirst(to []string) {
 	for _, addr := range to {
 		for _, network := range []string{"udp", "tcp"} {

@@ -9,7 +9,7 @@ import (
 	"github.com/cilium/ebpf/link"
 )
 
-// HurrySYNs has TCP sockets of a cgroup, and of those below it, repeat an unanswered SYN
+// HurrySYNs makes TCP sockets of a cgroup and of those below it repeat an unanswered SYN
 // after a few milliseconds instead of a second, until the test ends.
 func HurrySYNs(t testing.TB, cgroupPath string) {
 	t.Helper()

@@ -4,5 +4,5 @@ import "golang.org/x/sys/unix"
 
 const map32Bit = unix.MAP_32BIT
 
-// int80 does a system call of 32-bit programs.
+// int80 makes a system call as a 32-bit program does.
 func int80(nr, a, b uint32) uint32

@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Listener accepts connections to a TCP port and knows from whom.
+// Listener accepts connections to a TCP port and remembers the clients.
 type Listener struct {
 	ns   *Netns
 	port int
@@ -29,13 +29,13 @@ type Listener struct {
 	closed   bool
 }
 
-// Listen accepts connections to a TCP port of every address of the namespace. A
-// connection is read to its end and answered with what was received: see Receipt.
+// Listen accepts connections to a TCP port at every address of the namespace. It reads each
+// connection to its end and answers with what it received: see Receipt.
 func (n *Netns) Listen(t testing.TB, port int) *Listener {
 	t.Helper()
 	var socket net.Listener
 	var err error
-	// As long as tcp_fastopen says nothing of servers, this does nothing.
+	// This has no effect unless tcp_fastopen allows it for servers.
 	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var optErr error
 		err := c.Control(func(fd uintptr) {
@@ -89,9 +89,9 @@ func (l *Listener) note(c net.Conn) {
 	l.changed.Broadcast()
 }
 
-// Accepted returns from where connections from an address were accepted, all that were
-// established when it was called: they are accepted in that order, so one more, from the
-// namespace itself, comes behind all.
+// Accepted returns the sources of all accepted connections from an address, including all
+// that were established when it was called. Connections are accepted in order, so Accepted
+// makes one more, from the namespace itself, which comes last.
 func (l *Listener) Accepted(t testing.TB, from netip.Addr) (accepted []netip.AddrPort) {
 	t.Helper()
 	var last net.Conn

@@ -1,6 +1,6 @@
-// Package lab is a network on one machine for end-to-end tests: containers, the
-// host that forwards for them, and a server that sees what arrives. It is made of
-// network namespaces with no way out, and none of it outlives the tests.
+// Package lab is a network on one machine for end-to-end tests: containers, a host that
+// forwards their packets, and a server that sees what arrives. It consists of network
+// namespaces with no way out, and none of it outlives the tests.
 package lab
 
 import (
@@ -27,14 +27,14 @@ import (
 // AgentArg, as the first argument of a program that calls Main, makes it an agent.
 const AgentArg = "lab-agent"
 
-// baseVar in the environment tells the process that is to run the tests.
+// baseVar in the environment marks the process that runs the tests.
 const baseVar = "EGRESSBPF_LAB_CGROUP"
 
-// Main is the TestMain of a package whose tests use the lab. It runs the tests in
-// a child process with a PID and a mount namespace of its own and a fresh bpffs at
-// /sys/fs/bpf, and takes away what they leave: whether they pass, fail, panic or
-// run out of time, the processes that they started, their mounts and pins, their
-// temporary files and the cgroups (by path below the cgroup2 mount) end with them.
+// Main is the TestMain of a package whose tests use the lab. It runs the tests in a child
+// process with its own PID and mount namespaces and a fresh bpffs at /sys/fs/bpf, and
+// removes what they leave. Whether the tests pass, fail, panic or run out of time, their
+// processes, mounts, pins, temporary files and the cgroups (given by path below the cgroup2
+// mount) end with them.
 //
 // prepare, if not nil, runs in the child before the tests.
 func Main(m *testing.M, prepare func() error, cgroups ...string) {
@@ -65,7 +65,7 @@ func Main(m *testing.M, prepare func() error, cgroups ...string) {
 
 // supervise runs this program again in the namespaces and returns its exit code.
 func supervise(cgroups []string) (code int, err error) {
-	// One lab at a time: what a host runs shows in the filter's status.
+	// One lab at a time: the filter's status shows all containers of the host.
 	unlock, err := testenv.LockHost()
 	if err != nil {
 		return 1, err
@@ -77,7 +77,7 @@ func supervise(cgroups []string) (code int, err error) {
 	}
 	for _, rel := range cgroups {
 		path := root.Path(rel)
-		// Without a process, it is what a run that was killed has left.
+		// If no process is in it, a run that was killed has left it.
 		events, err := os.ReadFile(filepath.Join(path, "cgroup.events"))
 		if err == nil {
 			if !strings.Contains(string(events), "populated 0") {
@@ -96,7 +96,7 @@ func supervise(cgroups []string) (code int, err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
 
-	// An interrupt is for the child; what it leaves is still to be cleaned up.
+	// An interrupt ends the child; this process still has to clean up.
 	signal.Notify(make(chan os.Signal, 1), os.Interrupt, unix.SIGTERM)
 	runtime.LockOSThread() // Pdeathsig is about the thread.
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
@@ -133,8 +133,8 @@ func enterMounts() error {
 	return nil
 }
 
-// Cgroup makes a cgroup, to be policed, below the first one of Main. It is removed
-// after the test.
+// Cgroup makes a cgroup below the first cgroup of Main, to be policed. It is removed after
+// the test.
 func Cgroup(t testing.TB) string {
 	t.Helper()
 	root, err := cgroup.FindRoot()
@@ -157,7 +157,7 @@ func Cgroup(t testing.TB) string {
 	return path
 }
 
-// removeCgroup removes a cgroup with those below it, and kills who is in them.
+// removeCgroup removes a cgroup and those below it, and kills the processes in them.
 func removeCgroup(path string) error {
 	var all []string
 	err := filepath.WalkDir(path, func(path string, d fs.DirEntry, err error) error {
@@ -177,7 +177,7 @@ func removeCgroup(path string) error {
 	}
 	deadline := time.Now().Add(patience)
 	for _, dir := range slices.Backward(all) {
-		// Who was killed leaves when it has been reaped.
+		// A killed process stays in the cgroup until it is reaped.
 		for err := unix.Rmdir(dir); err != nil; err = unix.Rmdir(dir) {
 			if err != unix.EBUSY || time.Now().After(deadline) {
 				return fmt.Errorf("remove %s: %w", dir, err)
@@ -188,5 +188,5 @@ func removeCgroup(path string) error {
 	return nil
 }
 
-// patience is how long the lab waits for what must come.
+// patience is how long the lab waits for something that must happen.
 const patience = 20 * time.Second

@@ -11,19 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Meddling is what of the filter a process tries to lay hands on, by the kernel's ids.
+// Meddling names the parts of the filter that a process tries to get at, by the kernel's ids.
 type Meddling struct{ Link, Program, Map uint32 }
 
-// Meddle tries what would end the filter or change what it knows, and returns what
-// succeeded.
+// Meddle tries to detach the filter and to change its state, and returns what succeeded.
 func (a *Agent) Meddle(m Meddling) (done []string) {
 	a.t.Helper()
 	a.call("Meddle", m, &done)
 	return done
 }
 
-// Overrule attaches a program of the agent's own, which lets all pass, to a cgroup, until
-// the agent ends.
+// Overrule attaches a program of the agent, which passes everything, to a cgroup until the
+// agent ends.
 func (a *Agent) Overrule(cgroupPath string) error {
 	a.t.Helper()
 	var failed string
@@ -34,7 +33,7 @@ func (a *Agent) Overrule(cgroupPath string) error {
 	return nil
 }
 
-// OwnCgroup is where a container sees its cgroup.
+// OwnCgroup is the path at which a container sees its cgroup.
 const OwnCgroup = "/sys/fs/cgroup"
 
 const bpffs = "/sys/fs/bpf"
@@ -68,7 +67,7 @@ func closed(c interface{ Close() error }, err error) error {
 	return err
 }
 
-// letAll returns a program that lets all pass, and a cgroup.
+// letAll returns a program that passes everything, and a cgroup.
 func letAll(cgroupPath string) (*ebpf.Program, *os.File, error) {
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Type: ebpf.CGroupSKB, AttachType: ebpf.AttachCGroupInetEgress, License: "GPL",
@@ -95,7 +94,7 @@ func detachAny() error {
 	return link.RawDetachProgram(link.RawDetachProgramOptions{Target: int(dir.Fd()), Program: prog, Attach: ebpf.AttachCGroupInetEgress})
 }
 
-// Overrule is Agent.Overrule. The link goes with the process.
+// Overrule is Agent.Overrule. The link ends with the process.
 func (r *Remote) Overrule(cgroupPath string, failed *string) error {
 	prog, dir, err := letAll(cgroupPath)
 	if err == nil {

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Addresses that are the server's. So are all others of their networks.
+// Addresses of the server. All other addresses of their networks are the server's too.
 var (
 	Metadata4   = netip.MustParseAddr("169.254.169.254")
 	Metadata6   = netip.MustParseAddr("fd00:ec2::254")
@@ -38,7 +38,7 @@ func Mapped(a netip.Addr) netip.Addr { return netip.AddrFrom16(a.As16()) }
 
 // The host's addresses on the containers' bridge.
 var (
-	// OpenStack's metadata service without IPv4.
+	// OpenStack's metadata service on networks without IPv4.
 	MetadataLocal = netip.MustParseAddr("fe80::a9fe:a9fe%eth0")
 
 	Gateway4 = netip.MustParseAddr("10.90.0.1")
@@ -66,7 +66,7 @@ func newNetns(t testing.TB) *Netns {
 	if err != nil {
 		t.Fatalf("make a network namespace: %v", err)
 	}
-	// It is gone when nothing is in it and nobody has it open.
+	// It ends when no process is in it and nobody has it open.
 	t.Cleanup(func() { n.file.Close() })
 	// Duplicate address detection would make addresses unusable for a second.
 	n.Sysctl(t, "ipv6/conf/all/accept_dad", "0")
@@ -77,7 +77,7 @@ func newNetns(t testing.TB) *Netns {
 
 const threadNetns = "/proc/thread-self/ns/net"
 
-// inside runs fn on a thread that is back in its network namespace afterwards.
+// inside runs fn on a thread that returns to its network namespace afterwards.
 func inside(fn func()) {
 	runtime.LockOSThread()
 	home, err := os.Open(threadNetns)
@@ -94,8 +94,8 @@ func inside(fn func()) {
 	fn()
 }
 
-// Do runs fn on a thread that is in the namespace: sockets that it makes and
-// processes that it starts are there.
+// Do runs fn on a thread that is in the namespace. Sockets and processes that fn makes are
+// in the namespace.
 func (n *Netns) Do(fn func()) {
 	inside(func() {
 		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
@@ -105,7 +105,7 @@ func (n *Netns) Do(fn func()) {
 	})
 }
 
-// Path names the namespace for commands.
+// Path is the path of the namespace, for commands.
 func (n *Netns) Path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.file.Fd()) }
 
 // Sysctl sets a parameter below /proc/sys/net.
@@ -121,8 +121,8 @@ func (n *Netns) Sysctl(t testing.TB, name, value string) {
 	}
 }
 
-// NoBridgeNetfilter keeps bridges from handing packets to hooks of "iptables" or "ip6tables"
-// themselves, which they do where there is br_netfilter.
+// NoBridgeNetfilter keeps bridges from passing packets to the hooks of "iptables" or
+// "ip6tables" themselves, as they do with br_netfilter.
 func (n *Netns) NoBridgeNetfilter(t testing.TB, hooks string) {
 	t.Helper()
 	if _, err := os.Stat("/proc/sys/net/bridge"); err == nil {
@@ -146,7 +146,7 @@ func (n *Netns) NFT(t testing.TB, commands string) {
 	n.Run(t, cmd)
 }
 
-// Run runs a command in the namespace, which must succeed.
+// Run runs a command in the namespace. The command must succeed.
 func (n *Netns) Run(t testing.TB, cmd *exec.Cmd) {
 	t.Helper()
 	var out []byte
@@ -157,7 +157,7 @@ func (n *Netns) Run(t testing.TB, cmd *exec.Cmd) {
 	}
 }
 
-// tool returns the path of a command, which a Debian package has.
+// tool returns the path of a command, or names the Debian package that has it.
 func tool(t testing.TB, name, pkg string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -186,13 +186,13 @@ func New(t testing.TB) *Network {
 		ns.Sysctl(t, "ipv4/ip_forward", "1")
 		ns.Sysctl(t, "ipv6/conf/all/forwarding", "1")
 		for _, conf := range []string{"all", "default"} {
-			// Nothing but the filter is to stop forged packets.
+			// Only the filter may stop forged packets.
 			ns.Sysctl(t, "ipv4/conf/"+conf+"/rp_filter", "0")
 			ns.Sysctl(t, "ipv4/conf/"+conf+"/accept_source_route", "1")
 			ns.Sysctl(t, "ipv6/conf/"+conf+"/seg6_enabled", "1")
 		}
 	}
-	// All neighbours are known, so that no packet waits for an answer.
+	// All neighbours are entered, so that no packet waits for an answer.
 	host := []string{
 		"link add server address " + hostMAC + " type veth peer name eth0 address " + serverMAC + " netns " + n.Server.Path(),
 		"link set server up",
@@ -273,7 +273,7 @@ func (n *Network) Container(t testing.TB) *Container {
 	return c
 }
 
-// Receipt is what a server says of a stream.
+// Receipt is what a server says about a stream.
 type Receipt struct {
 	Bytes int64
 	CRC   uint32
@@ -284,7 +284,7 @@ func (r Receipt) String() string { return fmt.Sprintf("%d bytes, crc %08x", r.By
 // ResolvedTo is the address of every name.
 var ResolvedTo = netip.MustParseAddr("192.0.2.53")
 
-// ServeDNS answers questions for addresses at the given ones, over UDP and TCP.
+// ServeDNS answers DNS queries for addresses at the given addresses, over UDP and TCP.
 func (n *Netns) ServeDNS(t testing.TB, at ...netip.Addr) {
 	t.Helper()
 	for _, addr := range at {
@@ -319,7 +319,7 @@ func (n *Netns) ServeDNS(t testing.TB, at ...netip.Addr) {
 				go func() {
 					defer c.Close()
 					buf := make([]byte, 512)
-					// A length of two bytes goes before the query.
+					// The query comes after a length of two bytes.
 					if n, err := c.Read(buf); err == nil && n > 2 {
 						a := answer(buf[2:n])
 						_, _ = c.Write(append([]byte{byte(len(a) >> 8), byte(len(a))}, a...))
@@ -330,8 +330,8 @@ func (n *Netns) ServeDNS(t testing.TB, at ...netip.Addr) {
 	}
 }
 
-// answer makes an answer of a DNS query (RFC 1035): ResolvedTo for type A,
-// nothing for any other.
+// answer makes the answer to a DNS query (RFC 1035): ResolvedTo for type A, nothing for
+// other types.
 func answer(query []byte) []byte {
 	end := 12
 	for end < len(query) && query[end] != 0 {

@@ -11,8 +11,8 @@ const (
 	tcpACK = 0x10
 )
 
-// Header is an IP header to be put before a payload. The kernel fills in the
-// IPv4 checksum; nobody on the way looks at those of the transport.
+// Header is an IP header for a payload. The kernel fills in the IPv4 checksum; nobody on
+// the way checks the checksum of the transport header.
 type Header struct {
 	Src, Dst netip.Addr
 	Proto    uint8

@@ -10,9 +10,9 @@ import (
 	"time"
 )
 
-// Serve has the agent accept connections to a port, which are read to their end and
-// answered with what was received: see Receipt. If relay is valid, what was received goes
-// there, and the answer comes from there.
+// Serve makes the agent accept connections to a port, read each to its end, and answer with
+// what it received: see Receipt. If relay is valid, the agent sends what it received there,
+// and passes on the answer from there.
 func (a *Agent) Serve(port uint16, relay netip.AddrPort) {
 	a.t.Helper()
 	a.call("Serve", Service{port, relay}, &Result{})
@@ -52,7 +52,7 @@ func (*Remote) Serve(s Service, _ *Result) error {
 	return nil
 }
 
-// relay passes on what comes, and then the answer.
+// relay passes on the data, and then the answer.
 func relay(from net.Conn, to netip.AddrPort) {
 	next, err := net.DialTimeout("tcp", to.String(), patience)
 	if err != nil {
@@ -71,7 +71,7 @@ func relay(from net.Conn, to netip.AddrPort) {
 	_, _ = io.Copy(from, next)
 }
 
-// Transfer does what Agent.Transfer does, from the namespace and no container.
+// Transfer does what Agent.Transfer does, from the namespace instead of a container.
 func (n *Netns) Transfer(t testing.TB, to netip.AddrPort, bytes int) (sent Receipt, received string) {
 	t.Helper()
 	var r Transferred

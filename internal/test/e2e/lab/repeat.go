@@ -13,23 +13,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Deafness is how a socket comes not to hear that the server has ended its connection, so
-// that it repeats what it has said first.
+// Deafness is how a socket is kept from hearing that the server has ended its connection,
+// so that it repeats its first data.
 type Deafness string
 
 const (
-	// DeafByHops takes no capability: the socket drops what has come over a router
+	// DeafByHops needs no capability: the socket drops packets that came through a router
 	// (IP_MINTTL).
 	DeafByHops Deafness = "IP_MINTTL"
-	// DeafByDevice takes CAP_NET_RAW: what comes while the socket is bound to another device
-	// is reset by the container's own kernel.
+	// DeafByDevice needs CAP_NET_RAW: while the socket is bound to another device, the
+	// container's own kernel resets the connection.
 	DeafByDevice Deafness = "SO_BINDTODEVICE"
-	// DeafFromSYN is the same, of a connection whose SYN brings data (TCP fast open).
+	// DeafFromSYN is the same for a connection whose SYN has data (TCP fast open).
 	DeafFromSYN Deafness = "SO_BINDTODEVICE after fast open"
 )
 
-// Repeats are connections of sockets that each say something and then go deaf. It takes a
-// network with a round trip (Slow).
+// Repeats are connections of sockets that each send some data and then go deaf. They need a
+// network with a round-trip time (Slow).
 type Repeats struct {
 	Own, To netip.AddrPort // Own is the first's; the others have the next ports
 	Sockets int
@@ -39,7 +39,7 @@ type Repeats struct {
 
 const hello = "EHLO x\r\nMAIL FROM:<a@b>\r\n"
 
-// Repeat has a container make such connections, and waits for as long as they repeat.
+// Repeat lets a container make such connections, and waits while they repeat.
 func (a *Agent) Repeat(r Repeats) {
 	a.t.Helper()
 	var errs []string
@@ -82,7 +82,7 @@ func (r *Repeats) one(own netip.AddrPort) error {
 	defer w.close()
 	_ = unix.SetsockoptInt(w.fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 	_ = unix.SetsockoptInt(w.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	// Only newer kernels can be hurried.
+	// Only newer kernels can be made to repeat sooner.
 	const tcpRTOMaxMS = 44
 	_ = unix.SetsockoptInt(w.fd, unix.IPPROTO_TCP, tcpRTOMaxMS, 1000)
 	if err := unix.Bind(w.fd, sockaddr(w.family(), own)); err != nil {
@@ -125,7 +125,7 @@ func (r *Repeats) one(own netip.AddrPort) error {
 	return nil
 }
 
-// fast says hello with the SYN, and has the kernel reset the server's answer to that.
+// fast sends data with the SYN, and lets the kernel reset the server's answer.
 func (r *Repeats) fast(w *walker) error {
 	_ = unix.Sendto(w.fd, []byte(hello), unix.MSG_FASTOPEN|unix.MSG_NOSIGNAL, sockaddr(w.family(), r.To))
 	if err := unix.BindToDevice(w.fd, "lo"); err != nil {
@@ -139,7 +139,7 @@ func (r *Repeats) fast(w *walker) error {
 	return nil
 }
 
-// repeated is how many segments the kernel has repeated.
+// repeated returns how many segments the kernel has repeated.
 func (w *walker) repeated() uint32 {
 	info, err := unix.GetsockoptTCPInfo(w.fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 	if err != nil {
@@ -148,7 +148,7 @@ func (w *walker) repeated() uint32 {
 	return info.Total_retrans
 }
 
-// listenNoFurther has the socket drop what has come over a router.
+// listenNoFurther makes the socket drop packets that came through a router.
 func (w *walker) listenNoFurther() error {
 	if w.own.Addr().Is4() {
 		return unix.SetsockoptInt(w.fd, unix.IPPROTO_IP, unix.IP_MINTTL, 255)
@@ -156,7 +156,7 @@ func (w *walker) listenNoFurther() error {
 	return unix.SetsockoptInt(w.fd, unix.IPPROTO_IPV6, unix.IPV6_MINHOPCOUNT, 255)
 }
 
-// keepOnly leaves the thread, which ends with its goroutine, these capabilities alone.
+// keepOnly drops all other capabilities of the thread, which ends with its goroutine.
 func keepOnly(caps uint32) error {
 	runtime.LockOSThread()
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
@@ -164,29 +164,29 @@ func keepOnly(caps uint32) error {
 	return unix.Capset(&header, &data[0])
 }
 
-// Injection is TCP that a container sends as another protocol (Disguise), for a rule of its
-// own firewall to turn into TCP behind the filter: it takes CAP_NET_ADMIN.
+// Injection is TCP that a container sends as another protocol (Disguise). A rule of the
+// container's own firewall, which needs CAP_NET_ADMIN, turns it into TCP behind the filter.
 type Injection string
 
 const (
-	// InjectOverlapping begins, again and again, a connection by a segment that begins
-	// before its first number.
+	// InjectOverlapping begins a connection, again and again, with a segment that starts
+	// before the connection's first sequence number.
 	InjectOverlapping Injection = "overlapping"
-	// InjectAcknowledgements acknowledges more and more, and in between what opens a
-	// connection at a server with SYN cookies.
+	// InjectAcknowledgements acknowledges more and more and, in between, sends
+	// acknowledgements that open a connection at a server with SYN cookies.
 	InjectAcknowledgements Injection = "acknowledgements"
 )
 
-// Disguise is the protocol that injected TCP is sent by.
+// Disguise is the protocol as which injected TCP is sent.
 const Disguise = 253
 
-// Inject has a container send so many rounds of it.
+// Inject lets a container send a number of rounds of an injection.
 func (a *Agent) Inject(how Injection, own, to netip.AddrPort, rounds int) {
 	a.t.Helper()
 	a.call("Inject", InjectArgs{how, own, to, rounds}, &Result{})
 }
 
-// InjectArgs are those of [Agent.Inject].
+// InjectArgs are the arguments of [Agent.Inject].
 type InjectArgs struct {
 	How     Injection
 	Own, To netip.AddrPort
@@ -225,7 +225,8 @@ func (m *Remote) Inject(r InjectArgs, _ *Result) error {
 		time.Sleep(5 * time.Millisecond)
 	}
 	const number, first = 1000, 1001
-	// begin sends a SYN and returns what acknowledges the answer; false if there is none.
+	// begin sends a SYN and returns the acknowledgement of the answer; false if there is no
+	// answer.
 	begin := func() (uint32, bool) {
 		send(number, 0, tcpSYN, "")
 		answer, err := w.await(seen, r.To, tcpSYN|tcpACK)
@@ -281,7 +282,7 @@ func (n *Network) Slow(t testing.TB, delay time.Duration) {
 				fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 			}
 			if err == nil {
-				// With the checksums and segments that are still to be made.
+				// With the checksums and the segmentation that are still to be done.
 				err = unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1)
 			}
 			if err == nil {
@@ -308,7 +309,7 @@ func (n *Network) Slow(t testing.TB, delay time.Duration) {
 		due    time.Time
 	}
 	pipe := func(from, to int) {
-		// In their order.
+		// In order.
 		queue := make(chan delayed, 4096)
 		pipes.Go(func() {
 			for d := range queue {

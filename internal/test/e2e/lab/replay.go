@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Replay is how an agent makes many mail connections of the SYNs of a few: a socket
-// for each port connects once, is disconnected, and then connects again and again with
-// the same addresses, ports and sequence number.
+// Replay says how an agent makes many mail connections from the SYNs of a few. A socket for
+// each port connects once, is disconnected, and then connects again and again with the same
+// addresses, ports and sequence number.
 type Replay struct {
 	Mail   netip.AddrPort
 	Source netip.Addr
@@ -24,18 +24,18 @@ type Replay struct {
 	Answer Answer
 }
 
-// Aim is how a socket gets the sequence number that it is to begin with.
+// Aim is how a socket gets its initial sequence number.
 type Aim string
 
 const (
-	// By TCP_REPAIR, which takes CAP_NET_ADMIN.
+	// By TCP_REPAIR, which needs CAP_NET_ADMIN.
 	AimRepair Aim = "repair"
 	// By connections to forged peers: when a socket is disconnected, its sequence number
-	// moves on by the largest window that the peer has offered (tcp_disconnect).
+	// advances by the largest window that the peer has offered (tcp_disconnect).
 	AimWalk Aim = "walk"
 )
 
-// Hide is what becomes of the first SYN of a connection.
+// Hide is what happens to the first SYN of a connection.
 type Hide string
 
 const (
@@ -53,11 +53,11 @@ const (
 	// A raw socket of the agent, which knows the server's SYN cookie.
 	AnswerSYNACK Answer = "forged SYN-ACK"
 	AnswerSYN    Answer = "forged SYN" // as in a simultaneous open
-	// Nobody: TCP_REPAIR makes the socket a connected one.
+	// Nobody: TCP_REPAIR makes the socket connected.
 	AnswerRepair Answer = "TCP_REPAIR"
 )
 
-// Replay returns how many connections there are in the agent's opinion.
+// Replay returns how many connections the agent believes to have.
 func (a *Agent) Replay(r Replay) (established int) {
 	a.t.Helper()
 	a.call("Replay", r, &established)
@@ -89,8 +89,8 @@ func (m *Remote) Replay(r Replay, established *int) error {
 const (
 	tcpRST = 0x04
 
-	// How long to wait for an answer of the server that need not come, and until a hurried
-	// SYN (HurrySYNs) has been repeated.
+	// How long to wait for an answer of the server that may not come, and for the repeat of
+	// a hurried SYN (HurrySYNs).
 	answered = 200 * time.Millisecond
 	repeated = 300 * time.Millisecond
 
@@ -194,8 +194,9 @@ func (r *Replay) again(w *walker, seq, cookie uint32) (ok bool, err error) {
 	return w.delivers(), nil
 }
 
-// Accomplice has an agent in the same network, which may send what this one may not, lend
-// it its raw sockets: those that forge the peers of this agent's sockets.
+// Accomplice makes another agent in the same network lend this agent the raw sockets with
+// which it forges the peers of its sockets. The other agent may send packets that this one
+// may not.
 func (a *Agent) Accomplice(other *Agent) {
 	a.t.Helper()
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
@@ -207,7 +208,7 @@ func (a *Agent) Accomplice(other *Agent) {
 // Loan is a raw socket of a family.
 type Loan struct{ Family, FD int }
 
-// Lend is half of Agent.Accomplice.
+// Lend is one half of Agent.Accomplice.
 func (m *Remote) Lend(l Loan, _ *Result) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -228,7 +229,7 @@ func (m *Remote) forger(family int) (int, error) {
 	return unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 }
 
-// walker is a TCP socket that is bound to a port, and raw sockets that forge its peers.
+// walker is a TCP socket that is bound to a port, with raw sockets that forge its peers.
 type walker struct {
 	own     netip.AddrPort
 	fd, raw int
@@ -279,7 +280,7 @@ func (w *walker) connect(to netip.AddrPort) error {
 	return nil
 }
 
-// connected waits until the socket is.
+// connected waits until the socket is connected.
 func (w *walker) connected(patience time.Duration) bool {
 	return w.poll(unix.POLLOUT, patience)&(unix.POLLOUT|unix.POLLERR|unix.POLLHUP) == unix.POLLOUT
 }
@@ -320,7 +321,7 @@ func (w *walker) delivers() bool {
 	return false
 }
 
-// until waits for what no event tells of.
+// until waits for a condition that no event announces.
 func (w *walker) until(patience time.Duration, ok func(*unix.TCPInfo) bool) error {
 	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Microsecond) {
 		info, err := unix.GetsockoptTCPInfo(w.fd, unix.IPPROTO_TCP, unix.TCP_INFO)
@@ -333,8 +334,8 @@ func (w *walker) until(patience time.Duration, ok func(*unix.TCPInfo) bool) erro
 	}
 }
 
-// hide sees to it that a SYN does not get out with the filter. The source route leads to
-// the server and nowhere else, so without the filter the SYN gets there.
+// hide makes sure that a SYN does not get out while the filter is attached. The source
+// route leads to the server and nowhere else, so without the filter the SYN gets there.
 func (w *walker) hide(h Hide, mail netip.Addr) error {
 	switch {
 	case h == HideLo:
@@ -373,7 +374,7 @@ func (w *walker) aim(how Aim, seq uint32) error {
 		return err
 	}
 	const scale, most = 14, 65535 << 14 // RFC 7323
-	// Two connections take small steps, each of three and its window.
+	// Two connections take small steps, each by three and the window.
 	const least = 2 * 3
 	way := uint64(seq - here)
 	for way < least {
@@ -397,10 +398,10 @@ func (w *walker) aim(how Aim, seq uint32) error {
 	return nil
 }
 
-// step moves the sequence number on by a window and three, and returns it.
+// step advances the sequence number by a window and three, and returns it.
 func (w *walker) step(here, window uint32) (uint32, error) {
 	const scale = 14
-	// Nobody has this address, so nobody else answers, for as long as that takes to find out.
+	// Nobody has this address, so nobody else answers, until the kernel finds that out.
 	b := w.own.Addr().AsSlice()
 	b[len(b)-1] = 250
 	addr, _ := netip.AddrFromSlice(b)
@@ -431,8 +432,8 @@ func (w *walker) step(here, window uint32) (uint32, error) {
 	return here + window + 3, w.disconnect()
 }
 
-// whereabouts returns the sequence number of the next SYN: that of one which goes to the
-// container itself, where nobody listens, and three.
+// whereabouts returns the sequence number of the next SYN: that of a SYN to the container
+// itself, where nobody listens, plus three.
 func (w *walker) whereabouts() (uint32, error) {
 	seen, err := w.sniff()
 	if err != nil {
@@ -451,7 +452,7 @@ func (w *walker) whereabouts() (uint32, error) {
 	if awaitErr != nil {
 		return 0, awaitErr
 	}
-	// connect() itself disconnects when it is refused.
+	// A refused connect() also disconnects.
 	if err == unix.EINPROGRESS {
 		w.poll(0, patience)
 		if err := w.disconnect(); err != nil {
@@ -493,7 +494,7 @@ func (w *walker) awaitBetween(seen int, from, to netip.AddrPort, flags uint8) ([
 	}
 }
 
-// segment is one of TCP to the socket.
+// segment is a TCP segment to the socket.
 type segment struct {
 	from     netip.AddrPort
 	seq, ack uint32
@@ -502,7 +503,7 @@ type segment struct {
 	options  []byte
 }
 
-// forge has the socket receive a segment.
+// forge makes the socket receive a segment.
 func (w *walker) forge(s segment) error {
 	h := append(TCP(s.from.Port(), w.own.Port(), s.seq, s.flags), s.options...)
 	binary.BigEndian.PutUint32(h[8:], s.ack)
@@ -515,7 +516,7 @@ func (w *walker) forge(s segment) error {
 	return nil
 }
 
-// repair makes the socket a connected one, which next sends seq and awaits ack.
+// repair makes the socket connected: it next sends seq and expects ack.
 func (w *walker) repair(seq, ack uint32, to netip.AddrPort) error {
 	return w.repairQueues(map[int]uint32{repairSendQueue: seq, repairRecvQueue: ack}, func() error {
 		if err := w.connect(to); err != nil {

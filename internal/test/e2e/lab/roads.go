@@ -17,14 +17,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Link is a device and who is on it: the sender and the next hop.
+// Link is a device, the sender and the next hop.
 type Link struct {
 	Device          string
 	Source, Gateway net.HardwareAddr
 }
 
-// Frame returns an Ethernet frame with an IP packet. Each tag is the type of a VLAN
-// tag (0x8100, 0x88a8), the outermost first; all are of VLAN 0, which is none.
+// Frame returns an Ethernet frame with an IP packet. Each tag is the type of a VLAN tag
+// (0x8100, 0x88a8), the outermost first. All tags have VLAN 0, which means no VLAN.
 func (l Link) Frame(packet []byte, tags ...uint16) []byte {
 	frame := slices.Concat(l.Gateway, l.Source)
 	for _, tag := range tags {
@@ -33,7 +33,7 @@ func (l Link) Frame(packet []byte, tags ...uint16) []byte {
 	return append(binary.BigEndian.AppendUint16(frame, EtherType(packet)), packet...)
 }
 
-// EtherType returns what an IP packet is called in a frame.
+// EtherType returns the EtherType of an IP packet.
 func EtherType(packet []byte) uint16 {
 	if packet[0]>>4 == 4 {
 		return unix.ETH_P_IP
@@ -41,8 +41,8 @@ func EtherType(packet []byte) uint16 {
 	return unix.ETH_P_IPV6
 }
 
-// Send sends IP packets by a road: a way past the sockets of IP. The error wraps
-// the errno of what failed.
+// Send sends IP packets by a road: by other means than IP sockets. The error wraps the
+// errno of the call that failed.
 func (a *Agent) Send(road string, l Link, packets ...[]byte) error {
 	a.t.Helper()
 	var r Sent
@@ -56,7 +56,8 @@ func (a *Agent) SendUDP(to netip.AddrPort, payloads ...[]byte) error {
 	return a.SendUDPFrom(0, nil, to, payloads...)
 }
 
-// SendUDPFrom sends datagrams from a port, of a socket with options. Port 0 is any.
+// SendUDPFrom sends datagrams from a port, with options set on the socket. Port 0 means any
+// port.
 func (a *Agent) SendUDPFrom(port uint16, options []Option, to netip.AddrPort, payloads ...[]byte) error {
 	a.t.Helper()
 	var r Sent
@@ -64,8 +65,8 @@ func (a *Agent) SendUDPFrom(port uint16, options []Option, to netip.AddrPort, pa
 	return r.err()
 }
 
-// SendSegments sends datagrams at once: the kernel carries them as one packet for as
-// long as it can. All but the last become as long as the longest.
+// SendSegments sends datagrams at once: the kernel handles them as one packet for as long
+// as it can. All but the last are padded to the length of the longest.
 func (a *Agent) SendSegments(options []Option, to netip.AddrPort, payloads ...[]byte) error {
 	a.t.Helper()
 	size := 0
@@ -81,8 +82,8 @@ func (a *Agent) SendSegments(options []Option, to netip.AddrPort, payloads ...[]
 	return a.SendUDPFrom(0, options, to, all)
 }
 
-// Finished is Packet with all its checksums, as nobody fills
-// them in on a road. It is of TCP, UDP or ICMP.
+// Finished is Packet with all checksums, which nobody fills in on a road. It is for TCP,
+// UDP and ICMP.
 func (h Header) Finished(payload []byte) []byte {
 	packet := h.Packet(payload)
 	size := len(packet) - len(payload)
@@ -138,13 +139,13 @@ type Sending struct {
 	Packets [][]byte
 }
 
-// Option is one of a socket's, as setsockopt(2) takes it.
+// Option is a socket option, as in setsockopt(2).
 type Option struct {
 	Level, Name int
 	Value       []byte
 }
 
-// Sent is what came of it.
+// Sent is the result of Send.
 type Sent struct {
 	Errno  syscall.Errno
 	Failed string // what had the errno
@@ -227,7 +228,7 @@ type Script struct {
 	Args  []string
 }
 
-// Ran is what a command said, and how it failed.
+// Ran is the output of a command, and how it failed.
 type Ran struct{ Output, Failed string }
 
 // Command is Agent.Command.
@@ -242,7 +243,7 @@ func (*Remote) Command(s Script, r *Ran) error {
 	return nil
 }
 
-// roads are by name what sends packets on a link.
+// roads holds, by name, the functions that send packets on a link.
 func roads() map[string]func(Link, [][]byte) error {
 	raw := func() (int, error) { return unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0) }
 	dgram := func() (int, error) { return unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0) }
@@ -288,17 +289,17 @@ func withVnetHeader(l Link, packet []byte) []byte {
 	return append(make([]byte, 10), l.Frame(packet)...) // struct virtio_net_hdr
 }
 
-// TSOSegment is how much data each packet gets that is made of one on the road of that name.
+// TSOSegment is the size of the segments into which the TSO road splits a packet.
 const TSOSegment = 20
 
-// toBeSegmented has the kernel make many of a TCP packet with data.
+// toBeSegmented makes the kernel split a TCP packet with data into many.
 func toBeSegmented(l Link, packet []byte) []byte {
 	const needsChecksum, tcp4, tcp6 = 1, 1, 4 // include/uapi/linux/virtio_net.h
 	kind, ip, addresses := byte(tcp4), int(packet[0]&15)*4, packet[12:20]
 	if EtherType(packet) == unix.ETH_P_IPV6 {
 		kind, ip, addresses = tcp6, 40, packet[8:40]
 	}
-	// The rest is for who segments it.
+	// The segmentation fills in the rest.
 	pseudo := sum(addresses, uint32(unix.IPPROTO_TCP)+uint32(len(packet)-ip))
 	binary.BigEndian.PutUint16(packet[ip+16:], pseudo)
 	frame := l.Frame(packet)
@@ -320,7 +321,7 @@ func (l Link) index() (int, error) {
 
 func bigEndian(port uint16) uint16 { return port>>8 | port<<8 }
 
-// packetRoad sends frames on a packet socket, one for which an option is set.
+// packetRoad sends frames on a packet socket on which an option is set.
 func packetRoad(socket func() (int, error), option int, frame func(Link, []byte) []byte) func(Link, [][]byte) error {
 	return func(l Link, packets [][]byte) error {
 		index, err := l.index()
@@ -389,7 +390,7 @@ func txRing(l Link, packets [][]byte) error {
 	return nil
 }
 
-// sockPacket sends on a socket that by its family is one of IP.
+// sockPacket sends on a packet socket of the family AF_INET (SOCK_PACKET).
 func sockPacket(l Link, packets [][]byte) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_PACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -418,7 +419,7 @@ func sendto(fd int, b, to []byte) error {
 	return nil
 }
 
-// socketcall makes a packet socket by the system call of 32-bit programs.
+// socketcall makes a packet socket with the system call of 32-bit programs.
 func socketcall() (int, error) {
 	const nr, socket = 102, 1 // arch/x86/entry/syscalls/syscall_32.tbl, include/uapi/linux/net.h
 	low, err := unix.MmapPtr(-1, 0, nil, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON|map32Bit)
@@ -434,7 +435,7 @@ func socketcall() (int, error) {
 	return fd, nil
 }
 
-// rawIP sends on a socket of IP.
+// rawIP sends on a raw IP socket.
 func rawIP(packets [][]byte, prepare func(fd int) error) error {
 	for _, packet := range packets {
 		family, to := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Addr: [4]byte(packet[16:20])})
@@ -534,7 +535,7 @@ func xdp(l Link, packets [][]byte) error {
 	return nil
 }
 
-// eventually waits for what no file descriptor tells of.
+// eventually waits for a condition that no file descriptor announces.
 func eventually(ok func() bool) bool {
 	for deadline := time.Now().Add(patience); !ok(); time.Sleep(100 * time.Microsecond) {
 		if time.Now().After(deadline) {
@@ -544,8 +545,8 @@ func eventually(ok func() bool) bool {
 	return true
 }
 
-// ioUring makes a packet socket and sends on it with no system call of sockets but
-// bind.
+// ioUring makes a packet socket and sends on it. Of the system calls for sockets it uses
+// only bind.
 func ioUring(l Link, packets [][]byte) error {
 	index, err := l.index()
 	if err != nil {
@@ -619,7 +620,7 @@ func ioUring(l Link, packets [][]byte) error {
 	return nil
 }
 
-// tun sends what the kernel takes for received, and forwards.
+// tun sends packets that the kernel takes for received packets, and forwards.
 func tun(l Link, packets [][]byte) error {
 	file, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
 	if err != nil {
@@ -653,8 +654,8 @@ func tun(l Link, packets [][]byte) error {
 	return nil
 }
 
-// rds has the kernel connect for it, in its own time (net/rds/tcp_connect.c). Of a
-// packet only the addresses matter.
+// rds makes the kernel connect, when the kernel gets to it (net/rds/tcp_connect.c). Only
+// the addresses of a packet matter.
 func rds(_ Link, packets [][]byte) error {
 	const family, port = 21, 16385
 	fd, err := unix.Socket(family, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)

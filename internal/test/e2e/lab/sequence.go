@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Step is one thing that an agent does with the socket in a slot. What it comes to does
-// not matter: a sequence goes on.
+// Step is one thing that an agent does with the socket in a slot. A sequence goes on
+// whatever the result of a step is.
 type Step struct {
 	Op    Op
 	Slot  int
@@ -18,7 +18,7 @@ type Step struct {
 	To    netip.AddrPort
 	MPTCP bool
 	Data  []byte
-	// What a connection began with, if that is not what was learnt.
+	// What a connection began with, if it is not what was learnt.
 	Seq, Ack uint32
 }
 
@@ -59,15 +59,15 @@ const (
 	OpUDP Op = "UDP"
 )
 
-// Sequence does steps one after the other and returns how often a connection was there
-// to learn from.
+// Sequence does steps one after the other, and returns how often there was a connection to
+// learn from.
 func (a *Agent) Sequence(steps []Step) (learnt int) {
 	a.t.Helper()
 	a.call("Sequence", steps, &learnt)
 	return learnt
 }
 
-// GiveSlot hands the socket in a slot to another agent's slot.
+// GiveSlot passes the socket in a slot to a slot of another agent.
 func (a *Agent) GiveSlot(slot int, to *Agent, its int) {
 	a.t.Helper()
 	var from, taken Occupant
@@ -177,7 +177,7 @@ func (m *Remote) Sequence(steps []Step, learnt *int) error {
 	return nil
 }
 
-// do does what takes nothing but the socket.
+// do does the operations that need only the socket.
 func (w *walker) do(s Step) {
 	switch s.Op {
 	case OpLinger:
@@ -220,8 +220,7 @@ func (w *walker) do(s Step) {
 	}
 }
 
-// start returns what an established connection began with, if nothing was sent and
-// received yet.
+// start returns what an established connection began with, if nothing was sent or received yet.
 func (w *walker) start() (now start, ok bool) {
 	info, err := unix.GetsockoptTCPInfo(w.fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 	if err != nil || info.State != unix.BPF_TCP_ESTABLISHED || info.Bytes_acked > 1 || info.Notsent_bytes > 0 ||
@@ -232,7 +231,8 @@ func (w *walker) start() (now start, ok bool) {
 	return start{snd - 1, rcv - 1}, err == nil
 }
 
-// position returns what a peer acknowledges that has everything; 0 if it cannot be told.
+// position returns what a peer that has received everything acknowledges; 0 if that is not
+// known.
 func (w *walker) position() uint32 {
 	snd, _, err := w.queues()
 	if err != nil {
