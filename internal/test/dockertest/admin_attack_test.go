@@ -11,10 +11,10 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// adminAttacks have the container's own kernel do it, which needs CAP_NET_ADMIN.
+// adminAttacks make the container's own kernel send the packets, which needs CAP_NET_ADMIN.
 func adminAttacks() []attack {
 	decoy := func(p *prisoner, tg target) error { return p.Send("raw IP", p.link, p.decoys(tg, p.own(tg))...) }
-	// Over a pair of devices: who comes in at one of them has no address of one's own.
+	// Over a pair of devices: packets that come in at one have no address of the container.
 	pair := func(p *prisoner, tg target) error { return p.Send("raw IP", p.link, p.decoys(tg, p.stranger(tg))...) }
 	// Over the loopback.
 	self := func(p *prisoner, tg target) error {
@@ -65,7 +65,7 @@ func adminAttacks() []attack {
 		{name: "tun", sight: host, send: func(p *prisoner, tg target) error {
 			return p.Send("tun", lab.Link{Device: "t0"}, p.forged(tg, p.stranger(tg))...)
 		}},
-		// It connects to a port of its own, and once from each address.
+		// RDS connects to a port of its own, once from each address.
 		{name: "RDS", sight: families, send: rds,
 			only: func(tg target) bool { return tg.to.Addr() == lab.Metadata4 && tg.proto == unix.IPPROTO_TCP }},
 		{name: "tc pedit", sight: host, begin: pedit(), end: "tc qdisc del dev eth0 clsact", send: decoy},
@@ -126,7 +126,7 @@ func (tg target) ip() string {
 	return "ip"
 }
 
-// rewrite gives a decoy the target's address and port, and does what else is said.
+// rewrite gives a decoy the target's address and port, and adds other statements.
 func rewrite(more string) func(target) string {
 	return func(tg target) string {
 		return fmt.Sprintf("%s daddr set %s %s dport set %d %s", tg.ip(), tg.to.Addr(), tg.transport(), tg.to.Port(), more)
@@ -147,7 +147,7 @@ func forTargets(only func(target) bool, rule func(target) string) func(target) s
 	}
 }
 
-// neighbours puts the targets on the link, with the host's address there.
+// neighbours enters the targets as neighbours on the link, with the host's MAC address.
 func neighbours(op string) string {
 	var all []string
 	for _, tg := range targets {
@@ -158,7 +158,7 @@ func neighbours(op string) string {
 	return strings.Join(all, "; ")
 }
 
-// pedit has tc rewrite decoys.
+// pedit makes tc rewrite decoys.
 func pedit() string {
 	script := "tc qdisc add dev eth0 clsact"
 	for _, tg := range targets {

@@ -19,16 +19,16 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
-// sight says what can see an attack, and so stop it.
+// sight says which defence sees an attack, and so can stop it.
 type sight int
 
 const (
-	hook     sight = iota // it passes the packet hook as what it is
+	hook     sight = iota // its packets pass the packet hook as they are
 	families              // it needs a socket of a refused family
-	host                  // the kernel makes it of what may pass, behind the hook
+	host                  // the kernel makes its packets behind the hook, from packets that may pass
 )
 
-// profile is where an attack is tried.
+// profile is the kind of container in which an attack is tried.
 type profile int
 
 const (
@@ -41,7 +41,7 @@ func (p profile) String() string {
 	return map[profile]string{bridged: "bridge", netAdmin: "net-admin", hostNet: "host-network"}[p]
 }
 
-// target is what is to arrive.
+// target says which packets are to arrive.
 type target struct {
 	name  string
 	to    netip.AddrPort
@@ -77,8 +77,8 @@ func (tg target) either(v4, v6 netip.Addr) netip.Addr {
 	return v4
 }
 
-// arrived returns how much of what was sent to a target the server has got. Whatever
-// reaches a mail port counts, if it opens a connection or not.
+// arrived returns how many of the packets for a target have reached the server. At a mail
+// port all packets count, whether they open a connection or not.
 func (tg target) arrived(packets []lab.Packet) int {
 	if tg.mail() {
 		seen := map[[2]any]bool{}
@@ -102,15 +102,16 @@ type attack struct {
 	sight
 	in     profile
 	only   func(target) bool // nil: all targets
-	closed bool              // its port is, with the host side, to host networks too
-	device string            // of the host's, which it needs
+	closed bool              // the host side closes its port, also to host networks
+	device string            // the device of the host that it needs
 	// begin and end are scripts for prisoner.host.
 	begin, end string
 	send       func(*prisoner, target) error
 }
 
-// unavailable says how the lack of what not every kernel and engine has shows, and
-// what it is. Any other error is the test's, or an attack that has died.
+// unavailable says what an attack needs that not every kernel and engine has, and by which
+// errors its lack shows. Any other error is a mistake of the test, or an attack that does
+// not work any more.
 var unavailable = map[string]struct {
 	needs  string
 	errors []string
@@ -129,11 +130,12 @@ var unavailable = map[string]struct {
 	"AF_PACKET and mirred": {"CONFIG_NET_ACT_MIRRED", []string{"Failed to load TC action module"}},
 	"nft dup":              {"CONFIG_NFT_DUP_IPV4 and _IPV6", []string{"not supported", "No such file or directory"}},
 	"nft fwd":              {"CONFIG_NFT_FWD_NETDEV", []string{"not supported", "No such file or directory"}},
-	// Segments behind option headers, whose checksums no device makes.
+	// Segments behind option headers, whose checksums no device computes.
 	"VXLAN over IPv6, options and segments": {"Linux 6.11", []string{"input/output error"}},
 }
 
-// lacks returns what an attack cannot be had without, if an error says that.
+// lacks returns what the attack needs and this machine lacks, according to an error; empty if
+// the error is of another kind.
 func (a attack) lacks(why string) string {
 	says := func(text string) bool { return strings.Contains(why, text) }
 	if lack, ok := unavailable[a.name]; ok && slices.ContainsFunc(lack.errors, says) {
@@ -153,16 +155,15 @@ func attacks() []attack {
 	return slices.DeleteFunc(all, func(a attack) bool { return !wanted.MatchString(a.name) })
 }
 
-// by sends as a road of the lab does.
+// by sends on a road of the lab.
 func by(road string) func(*prisoner, target) error {
 	return func(p *prisoner, tg target) error { return p.Send(road, p.link, p.forged(tg, p.own(tg))...) }
 }
 
-// socketAttacks are roads other than IP's sockets, and the one of raw IP for
-// comparison.
+// socketAttacks use sockets other than IP sockets, and raw IP for comparison.
 func socketAttacks() []attack {
 	all := []attack{
-		// One SYN becomes many on the host's way out. It comes first, while there are tokens.
+		// One SYN becomes many when it leaves the host. It comes first, while there are tokens.
 		{name: "AF_PACKET TSO", sight: families, in: bridged, only: target.mail, send: func(p *prisoner, tg target) error {
 			n := tg.n
 			tg.n = 1
@@ -180,7 +181,7 @@ func socketAttacks() []attack {
 			return p.Send("AF_PACKET", p.linkTo(p.other.link.Source), p.forged(tg, p.own(tg))...)
 		}},
 	}
-	// A server with SYN cookies makes a connection of the last packet of the handshake.
+	// A server with SYN cookies accepts a connection from the last packet of the handshake.
 	for _, segment := range []struct {
 		name  string
 		flags uint8
@@ -227,7 +228,7 @@ type prisoner struct {
 	mails    int       // that arrived in spite of a limit
 }
 
-// Addresses that are nobody's.
+// Addresses that nobody has.
 var (
 	stranger4 = netip.MustParseAddr("172.30.0.200")
 	stranger6 = netip.MustParseAddr("fd00:d0c::200")
@@ -237,14 +238,14 @@ func newSiege(t *testing.T) (*siege, []*prisoner) {
 	t.Helper()
 	s := &siege{engine: startEngine(t, lab.New(t)), devices: map[string]error{}}
 	s.seen = s.Capture(t)
-	// Answers, and what hosts say of those that they cannot deliver, look like attacks.
+	// Answers, and ICMP errors about answers that cannot be delivered, look like attacks.
 	s.Server.NFT(t, "table inet deaf { chain input { type filter hook input priority 0; policy drop; }; }")
-	s.Host.Sysctl(t, "ipv6/icmp/ratelimit", "0")      // of the host's answers, all are to come
+	s.Host.Sysctl(t, "ipv6/icmp/ratelimit", "0")      // all answers of the host must come
 	s.Host.IP(t, "link set server gso_max_size 1000") // as a device that does not segment
-	// What a bridge hands to netfilter itself is judged before the host's IP stack has it.
-	// So let it be for one of the families only.
+	// A packet that a bridge itself hands to netfilter is judged before the host's IP stack
+	// gets it. Test this for only one of the families.
 	s.Host.NoBridgeNetfilter(t, "ip6tables")
-	// Nothing but the filter is to stop what comes out of a tunnel.
+	// Only the filter may stop packets from a tunnel.
 	s.Host.NFT(t, "add table ip filter; add chain ip filter FORWARD { policy accept; }")
 	for _, network := range []string{"::ffff:0:0/96", "::/96", "2002::/16", "64:ff9b:1::/48"} {
 		s.Host.IP(t, "route add "+network+" via fd91::2")
@@ -263,7 +264,7 @@ func newSiege(t *testing.T) (*siege, []*prisoner) {
 	}
 	a, b, c := s.prisoner(t, bridged, routing), s.prisoner(t, netAdmin, append(tools, routing...)), s.prisoner(t, hostNet, []string{"--network=host"})
 	a.other, b.other = b, a
-	// Without connection tracking, nobody puts fragments together before they are delivered.
+	// Without connection tracking, fragments are not reassembled before they are delivered.
 	for _, table := range []string{"raw", "mangle", "nat", "filter"} {
 		s.Host.NFT(t, "add table ip6 "+table+"; delete table ip6 "+table)
 	}
@@ -309,7 +310,7 @@ func (s *siege) prisoner(t *testing.T, in profile, flags []string) *prisoner {
 		t.Fatal(err)
 	}
 	p.link = lab.Link{Device: "eth0", Source: own, Gateway: s.mac("docker0")}
-	// Packets that wait for a neighbour's address would arrive when nobody looks.
+	// Packets that wait for a neighbour's address would arrive too late to be seen.
 	for _, gateway := range []netip.Addr{p.gw4, p.gw6} {
 		testenv.Eventually(t, "reach "+gateway.String(), func() bool { return p.Connect(at(gateway, 80)).Errno == ok })
 	}
@@ -349,7 +350,7 @@ func (p *prisoner) each(tg target, h lab.Header, pack func(lab.Header, []byte) [
 	return packets
 }
 
-// segments makes TCP packets that open nothing.
+// segments makes TCP packets that do not ask for a connection.
 func (p *prisoner) segments(tg target, from netip.Addr, flags uint8) [][]byte {
 	return p.each(tg, lab.Header{Src: from}, func(h lab.Header, payload []byte) [][]byte {
 		payload[13] = flags
@@ -364,7 +365,7 @@ func (p *prisoner) forged(tg target, from netip.Addr) [][]byte {
 	return p.each(tg, lab.Header{Src: from}, whole)
 }
 
-// decoys makes packets that something is to rewrite for the target.
+// decoys makes packets that are to be rewritten for the target.
 func (p *prisoner) decoys(tg target, from netip.Addr) [][]byte {
 	tg.to = at(tg.either(lab.Other4, lab.Other6), tg.decoy)
 	return p.forged(tg, from)
@@ -377,7 +378,7 @@ func (p *prisoner) host(script string) error {
 		return nil
 	}
 	script = strings.NewReplacer(
-		// What one sends, the other receives; decoys go there.
+		// What one device sends, the other receives; decoys go there.
 		"$pair", "ip link add v0 type veth peer name v1 address 02:00:00:00:00:01; ip link set v0 up; ip link set v1 up; "+
 			"for to in 198.51.100.1 2001:db8::1; do ip route add $to dev v0; ip neigh add $to lladdr 02:00:00:00:00:01 dev v0; done",
 		"$vxlan", "ip link add x0 type vxlan id 42 dstport 4789 remote 172.30.0.1 dev eth0; ip link set x0 up",
@@ -388,14 +389,14 @@ func (p *prisoner) host(script string) error {
 	return err
 }
 
-// outcome is what came of an attack.
+// outcome is the result of an attack.
 type outcome struct {
 	arrived map[string]int // by target
 	failed  string
 }
 
-// settle is Capture.Settle for packets that wait in more devices' queues than a
-// sentinel: in each, one overtakes them.
+// settle is Capture.Settle for packets that wait in the queues of more devices than a
+// sentinel. In each queue, one sentinel overtakes them.
 func (p *prisoner) settle(t *testing.T) []lab.Packet {
 	t.Helper()
 	const devices = 4
@@ -434,15 +435,15 @@ func (p *prisoner) try(t *testing.T, a attack) outcome {
 	return o
 }
 
-// defences are what stands beside the hook, if the kernel can have it.
+// defences are the defences in force besides the filter, if the kernel can have them.
 type defences struct {
 	name               string
 	flags              []string
 	families, hostSide bool
 }
 
-// TestAttacks shows of each attack that it succeeds without the filter, and then
-// what stops it. Each defence is left out in turn, to see what it carries.
+// TestAttacks shows for each attack that it succeeds without the filter, and then what
+// stops it: the filter alone, with one other defence, or with all.
 func TestAttacks(t *testing.T) {
 	s, prisoners := newSiege(t)
 	possible := map[*prisoner][]attack{}
@@ -490,7 +491,7 @@ func TestAttacks(t *testing.T) {
 					note(p, a, p.judge(t, set, a, p.try(t, a)))
 				}
 			}
-			// Each container has a bucket, and their bridge has one.
+			// Each of the two containers has a bucket, and their bridge has one.
 			if n := prisoners[0].mails + prisoners[1].mails; n > 3*burst {
 				t.Errorf("%s: %d mail connections arrived from one bridge, want at most %d", set.name, n, 3*burst)
 			}
@@ -505,8 +506,8 @@ func TestAttacks(t *testing.T) {
 	t.Logf("what arrived with each set of defences, in turn:\n%s", strings.Join(rows, "\n"))
 }
 
-// expectDefences takes from a set of defences those that are not active, which must
-// say why.
+// expectDefences removes from a set the defences that are not active. Their status must say
+// why.
 func (s *siege) expectDefences(t *testing.T, set *defences) {
 	t.Helper()
 	status, _ := s.Status(t)
@@ -534,7 +535,7 @@ func (set defences) stops(a attack, in profile) bool {
 	return a.sight == hook || a.sight == families && set.families || set.hostSide && (in != hostNet || a.closed)
 }
 
-// judge checks what came of an attack, and says it: open, stopped or what arrived.
+// judge checks the outcome of an attack, and describes it: open, stopped, or what arrived.
 func (p *prisoner) judge(t *testing.T, set defences, a attack, o outcome) string {
 	t.Helper()
 	what := fmt.Sprintf("%s, %s, %s", set.name, p.profile, a.name)

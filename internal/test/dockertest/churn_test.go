@@ -13,7 +13,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// testChurn has containers come and go, each of which asks the metadata service and
+// testChurn starts and removes containers, each of which asks the metadata service and
 // sends mail at once, while the service is killed again and again.
 func testChurn(t *testing.T, e *engine) {
 	const containers, atOnce = 60, 4

@@ -1,6 +1,6 @@
-// Package dockertest tests the real command with a real Docker Engine, which the
-// tests start for themselves: with cgroup v2 and the cgroupfs driver, in a network
-// with no way out.
+// Package dockertest tests the real command with a real Docker Engine. The tests start an
+// engine of their own, with cgroup v2 and the cgroupfs driver, in a network with no way
+// out.
 package dockertest
 
 import (
@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 	lab.Main(m, unifiedCgroups, "/docker", outside)
 }
 
-// unifiedCgroups makes the hybrid layout, too, look like cgroup v2 alone.
+// unifiedCgroups makes the hybrid layout look like cgroup v2 alone.
 func unifiedCgroups() error {
 	if err := unix.Unmount(cgroups, unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("unmount %s: %w", cgroups, err)
@@ -51,12 +51,12 @@ type engine struct {
 	daemon      *exec.Cmd  // nil when it does not run
 	ended       chan error // takes what it ended with
 
-	// For one in a container of another engine: that, and what the container is called.
+	// For an engine in a container of another engine: that engine, and the container's name.
 	outer *engine
 	name  string
 }
 
-// startEngine starts an engine on the host of a network that ends with the test.
+// startEngine starts an engine on the host of a network. It ends with the test.
 func startEngine(t *testing.T, n *lab.Network) *engine {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "engine-") // Main removes it, mounts and all
@@ -134,7 +134,7 @@ func listenNotify(t *testing.T, path string) *net.UnixConn {
 	return conn
 }
 
-// awaitReady waits for the word of a daemon.
+// awaitReady waits until the daemon says that it is ready.
 func awaitReady(conn *net.UnixConn) error {
 	if err := conn.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 		return err
@@ -173,8 +173,7 @@ func (e *engine) command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// docker runs a command of the Docker client, which must succeed, and returns
-// its output.
+// docker runs a command of the Docker client, and returns its output. The command must succeed.
 func (e *engine) docker(t *testing.T, args ...string) string {
 	t.Helper()
 	exit := lab.Run(t, e.command(args...))
@@ -184,7 +183,7 @@ func (e *engine) docker(t *testing.T, args ...string) string {
 	return strings.TrimSpace(exit.Stdout)
 }
 
-// file is one of an image.
+// file is a file of an image.
 type file struct {
 	tar.Header
 	content []byte
@@ -200,7 +199,7 @@ func executable(t *testing.T, name, from string) file {
 	return file{tar.Header{Name: name, Mode: 0o755, Size: int64(len(content))}, content}
 }
 
-// importImage makes an image of files.
+// importImage makes an image from files.
 func (e *engine) importImage(t *testing.T, name string, files ...file) {
 	t.Helper()
 	var archive bytes.Buffer
@@ -264,7 +263,7 @@ type container struct {
 	id string
 }
 
-// run starts a container that is an agent, and ends with the test.
+// run starts a container that is an agent. It ends with the test.
 func (e *engine) run(t *testing.T, name string, flags ...string) *container {
 	t.Helper()
 	args := append([]string{"run", "-i", "--name", name}, flags...)
@@ -298,7 +297,7 @@ func (e *engine) id(t *testing.T, name string) string {
 	return e.docker(t, "inspect", "-f", "{{.Id}}", name)
 }
 
-// readUntil reads until a line has come.
+// readUntil reads until a line has arrived.
 func readUntil(t *testing.T, r io.Reader, line string) string {
 	t.Helper()
 	var all strings.Builder

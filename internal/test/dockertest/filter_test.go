@@ -30,8 +30,8 @@ const (
 
 const policed = cgroups + "/docker"
 
-// TestDocker is one host's life: the filter before the engine, containers, the
-// filter's end.
+// TestDocker goes through the life of a host: the filter before the engine, containers, and
+// the end of the filter.
 func TestDocker(t *testing.T) {
 	n := lab.New(t)
 	if status := expectStatus(t, n, 3); len(status.Uncovered) > 0 {
@@ -100,7 +100,7 @@ func row(t *testing.T, n *lab.Network, id string) stats.Container {
 	return stats.Container{}
 }
 
-// syns returns how many connections to a port the SYNs among the packets are of.
+// syns returns the number of connections to a port that the SYNs among the packets belong to.
 func syns(packets []lab.Packet, port uint16) int {
 	seen := map[[2]any]bool{}
 	for _, p := range packets {
@@ -111,7 +111,7 @@ func syns(packets []lab.Packet, port uint16) int {
 	return len(seen)
 }
 
-// expectBurst checks that five of so many mail connections have arrived, and nothing else.
+// expectBurst checks that five of a number of mail connections have arrived, and nothing else.
 func expectBurst(t *testing.T, packets []lab.Packet, attempts int) {
 	t.Helper()
 	if n := syns(packets, 25); n != 5 {
@@ -126,7 +126,7 @@ func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a,
 
 func testFirstInstruction(t *testing.T, e *engine) {
 	seen := e.Capture(t)
-	// wget first, for both addresses, then waiting for the end of stdin.
+	// First wget, for both addresses, then wait for the end of stdin.
 	script := `for host in 169.254.169.254 [fd00:ec2::254]; do
 		busybox wget -O - http://$host/latest/meta-data/ 2>&1
 	done; echo; echo done; read`
@@ -167,7 +167,7 @@ func testMetadata(t *testing.T, e *engine) {
 	if row := row(t, e.Network, c.id); row.Blocked.Connects != 3 || row.Blocked.Packets != 2 || row.Blocked.Bytes == 0 {
 		t.Errorf("counted %+v, want 3 connects, 2 packets", row.Blocked)
 	}
-	// All else is as ever.
+	// Everything else works as before.
 	for _, to := range []netip.Addr{lab.Other4, lab.Other6} {
 		if sent, received := c.Transfer(at(to, 80), 1<<20); received != sent.String() {
 			t.Errorf("transfer to %s: sent %s, received %s", to, sent, received)
@@ -228,8 +228,8 @@ func testHostNetwork(t *testing.T, e *engine) {
 	}
 }
 
-// testMeddling has containers lay hands on the filter, with what Docker gives them and
-// with more.
+// testMeddling lets containers try to change the filter, with Docker's default capabilities
+// and with more.
 func testMeddling(t *testing.T, e *engine) {
 	status, _ := e.Status(t)
 	egress := status.Hooks[0]
@@ -297,7 +297,7 @@ func testRestart(t *testing.T, e *engine) {
 func testLimit(t *testing.T, e *engine) {
 	c := e.run(t, "limit")
 	seen := e.Capture(t)
-	// As many more as expected get through of 60 more.
+	// Of 60 more connections, the expected number gets through.
 	expect := func(want int) {
 		t.Helper()
 		c.ConnectAtOnce(at(lab.Mail4, 25), 60)
@@ -328,7 +328,7 @@ func testLimit(t *testing.T, e *engine) {
 	}
 }
 
-// Wherever a container is put, it is one.
+// A container is recognised wherever its cgroup is.
 func testOtherParent(t *testing.T, e *engine) {
 	c := e.run(t, "other-parent", "--cgroup-parent", outside)
 	expectMetadataRefused(t, c.Agent)
@@ -348,7 +348,7 @@ func testRemoval(t *testing.T, e *engine) {
 	had := row(t, e.Network, c.id)
 	e.Egressbpf(t, "limit", "set", c.id, "--burst", "7")
 	e.docker(t, "rm", "-f", "removal")
-	// The kernel lets go of a cgroup in its own time.
+	// The kernel may take a while to release a cgroup.
 	testenv.Eventually(t, "row gone", func() bool {
 		for _, row := range e.Stats(t).Containers {
 			if row.CgroupID == had.CgroupID {
@@ -365,7 +365,7 @@ func testRemoval(t *testing.T, e *engine) {
 	}
 }
 
-// Nothing depends on the firewall.
+// The filter does not depend on the firewall.
 func testFirewall(t *testing.T, e *engine) {
 	c := e.run(t, "firewall")
 	e.Host.NFT(t, "flush ruleset")

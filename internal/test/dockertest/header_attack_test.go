@@ -11,7 +11,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// headerAttacks are headers that are easily misread.
+// headerAttacks use headers that are easily misread.
 func headerAttacks() []attack {
 	var all []attack
 	for _, odd := range oddHeaders() {
@@ -37,7 +37,7 @@ type spelling struct {
 	addr netip.Addr
 }
 
-// spellings are those of the metadata service's.
+// spellings are IPv6 addresses that stand for the metadata service's address.
 var spellings = []spelling{
 	{"v4-mapped", lab.Mapped(lab.Metadata4)},
 	{"v4-compatible", embedded("::/96")},
@@ -49,8 +49,8 @@ var spellings = []spelling{
 	{"NAT64, local /96", embedded("64:ff9b:1:abcd:0:1::/96")},
 }
 
-// embedded puts the metadata service's address behind a prefix, as RFC 6052 does: the
-// ninth byte stays free.
+// embedded puts the metadata service's address after a prefix as in RFC 6052: the ninth
+// byte stays free.
 func embedded(prefix string) netip.Addr {
 	network := netip.MustParsePrefix(prefix)
 	addr, i := network.Addr().As16(), network.Bits()/8
@@ -98,10 +98,10 @@ func oddHeaders() []oddHeader {
 	}
 }
 
-// padding is an extension header of options that mean nothing, without its first byte.
+// padding is an extension header with options that do nothing, without its first byte.
 var padding = []byte{0, 1, 4, 0, 0, 0, 0}
 
-// inFragments cuts a packet in two.
+// inFragments splits a packet into two fragments.
 func inFragments(at int) func(lab.Header, []byte) [][]byte {
 	return func(h lab.Header, payload []byte) [][]byte {
 		if len(payload) < 2*at {
@@ -113,7 +113,7 @@ func inFragments(at int) func(lab.Header, []byte) [][]byte {
 	}
 }
 
-// answerAttacks have another kernel answer to the metadata service.
+// answerAttacks make another kernel send its answer to the metadata service.
 func answerAttacks() []attack {
 	group := net.HardwareAddr{0x33, 0x33, 0, 0, 0, 1}
 	toHost := func(echo bool) func(*prisoner, target) error {
@@ -158,16 +158,17 @@ func answerAttacks() []attack {
 	return all
 }
 
-// unknownOption returns a packet of the metadata service with a hop-by-hop option that
-// nobody knows, and that whoever does not is to answer (RFC 8200, 4.2). The kernel
-// does before netfilter sees the packet, and sends much of it along.
+// unknownOption returns a packet with the metadata service as its source and an unknown
+// hop-by-hop option, of a type that a node which does not know it must report (RFC 8200,
+// 4.2). The kernel reports it before netfilter sees the packet, and includes much of the
+// packet in its answer.
 func unknownOption(tg target, to netip.Addr) []byte {
 	h := lab.Header{Src: tg.to.Addr(), Dst: to, Proto: tg.proto}
 	return behind(unix.IPPROTO_HOPOPTS, 0, 0x9e, 4, 0, 0, 0, 0)(h, make([]byte, 900))[0]
 }
 
-// answered returns a packet of the metadata service to a closed port, or an echo
-// request.
+// answered returns a packet with the metadata service as its source, to a closed port, or
+// an echo request.
 func answered(tg target, to netip.Addr, echo bool) []byte {
 	h := lab.Header{Src: tg.to.Addr(), Dst: to, Proto: tg.proto}
 	switch {
@@ -186,7 +187,7 @@ func answered(tg target, to netip.Addr, echo bool) []byte {
 // whole is a packet in one piece.
 func whole(h lab.Header, payload []byte) [][]byte { return [][]byte{h.Finished(payload)} }
 
-// behind puts an extension header, without its first byte, before the payload.
+// behind puts an extension header, given without its first byte, before the payload.
 func behind(proto uint8, extension ...byte) func(lab.Header, []byte) [][]byte {
 	return func(h lab.Header, payload []byte) [][]byte {
 		payload = slices.Concat([]byte{h.Proto}, extension, payload)

@@ -13,8 +13,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// TestHybrid has Docker use cgroup v1 beside the unified hierarchy, as systemd's hybrid
-// layout makes it.
+// TestHybrid makes Docker use cgroup v1 on systemd's hybrid layout, beside the unified
+// hierarchy.
 func TestHybrid(t *testing.T) {
 	hybridCgroups(t)
 	n := lab.New(t)
@@ -40,7 +40,7 @@ func TestHybrid(t *testing.T) {
 		t.Errorf("status: exit code %d\n%s%s", exit.Code, exit.Stdout, exit.Stderr)
 	}
 
-	// An older runc leaves it where the engine is.
+	// An older runc leaves the container in the engine's cgroup.
 	pid := e.docker(t, "inspect", "-f", "{{.State.Pid}}", "hybrid")
 	if err := os.WriteFile(filepath.Join(cgroups, "unified/cgroup.procs"), []byte(pid), 0); err != nil {
 		t.Fatal(err)
@@ -51,8 +51,8 @@ func TestHybrid(t *testing.T) {
 	}
 }
 
-// hybridCgroups makes systemd's hybrid layout until the test ends, of what hierarchies
-// of v1 this machine has.
+// hybridCgroups sets up systemd's hybrid layout until the test ends, with the v1
+// hierarchies that this machine has.
 func hybridCgroups(t *testing.T) {
 	t.Helper()
 	mount := func(source, target, kind, options string) {
@@ -91,7 +91,7 @@ func hybridCgroups(t *testing.T) {
 			options = "none," + options
 		}
 		mount("cgroup", dir, "cgroup", options)
-		// The engine leaves its own.
+		// The engine leaves its own cgroups behind.
 		t.Cleanup(func() { _ = os.Remove(filepath.Join(dir, "docker")) })
 	}
 }

@@ -20,7 +20,7 @@ import (
 // The host's addresses on the default network.
 var gateways = []netip.Addr{netip.MustParseAddr("172.30.0.1"), netip.MustParseAddr("fd00:d0c::1")}
 
-// What the host itself serves, containers get as ever.
+// Containers still reach the services of the host.
 func (n *neighbourhood) testHostServices(t *testing.T) {
 	n.Host.ServeDNS(t, gateways[0])
 	for _, network := range []string{"udp", "tcp"} {
@@ -75,8 +75,8 @@ func expectEchoWithOptions(t *testing.T, a *lab.Agent, host netip.Addr) {
 	}
 }
 
-// testDatagrams sends datagrams of all kinds, random ones, to ports of the host that are no
-// tunnel's. None is lost.
+// testDatagrams sends random datagrams of all kinds to ports of the host at which no tunnel
+// ends. None may be lost.
 func (n *neighbourhood) testDatagrams(t *testing.T, host netip.Addr) {
 	const quic = 443
 	got := n.receive(t, at(host, quic))
@@ -122,7 +122,7 @@ func (n *neighbourhood) testDatagrams(t *testing.T, host netip.Addr) {
 	testenv.Eventually(t, "all datagrams", func() bool { return slices.Equal(got(), want) })
 }
 
-// receive receives datagrams, and returns the sorted checksums of those that have come.
+// receive receives datagrams, and returns their checksums, sorted.
 func (n *neighbourhood) receive(t *testing.T, to netip.AddrPort) func() []uint32 {
 	t.Helper()
 	var conn *net.UDPConn
@@ -165,7 +165,7 @@ func (n *neighbourhood) receive(t *testing.T, to netip.AddrPort) func() []uint32
 	}
 }
 
-// A container's tunnels to somebody else are its own affair.
+// A container may have tunnels to others than the host.
 func (n *neighbourhood) testTunnels(t *testing.T) {
 	inner := lab.Header{Src: netip.MustParseAddr("192.0.2.1"), Dst: netip.MustParseAddr("192.0.2.2"), Proto: unix.IPPROTO_UDP}.Finished(lab.UDP(9, 9, 100))
 	frame := lab.Link{Source: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Gateway: net.HardwareAddr{2, 0, 0, 0, 0, 2}}.Frame(inner)
@@ -182,7 +182,7 @@ func (n *neighbourhood) testTunnels(t *testing.T) {
 			t.Error(err)
 		}
 		n.seen.Await(t, times, "VXLAN to "+to.String(), func(p lab.Packet) bool { return p.Dst == at(to, 4789) })
-		// As one packet, or in as many.
+		// As one packet, or as one packet for each datagram.
 		if err := n.plain.SendSegments(nil, at(to, 8472), udp...); err != nil {
 			t.Error(err)
 		}

@@ -20,14 +20,14 @@ import (
 
 const busybox = "/bin/busybox"
 
-// big is what a web server serves.
+// big is the file that a web server serves.
 var big = func() []byte {
 	b := make([]byte, 10<<20)
 	_, _ = rand.NewChaCha8([32]byte{}).Read(b)
 	return b
 }()
 
-// neighbourhood is an engine with all kinds of hosts.
+// neighbourhood is an engine with all kinds of peers.
 type neighbourhood struct {
 	*engine
 	seen *lab.Capture
@@ -38,8 +38,8 @@ type neighbourhood struct {
 	web4, second4 netip.Addr // web servers in containers, on the default and on another network
 }
 
-// TestLegitimateUses shows that with everything on, what is not refused works as
-// ever.
+// TestLegitimateUses shows that with all defences in force, everything that is not refused
+// works as before.
 func TestLegitimateUses(t *testing.T) {
 	n := newNeighbourhood(t)
 	n.Egressbpf(t, "attach", "--cgroup", policed)
@@ -85,7 +85,7 @@ func newNeighbourhood(t *testing.T) *neighbourhood {
 	n.seen = n.Capture(t)
 	n.serve(t)
 	n.Host.Sysctl(t, "ipv4/ping_group_range", "0 2147483647")
-	// Docker may have made a parent of containers of the one above.
+	// Docker may have made the cgroup above a parent of containers.
 	host := cgroups + outside + "/host"
 	if err := os.MkdirAll(host, 0o755); err != nil {
 		t.Fatal(err)
@@ -111,7 +111,7 @@ func newNeighbourhood(t *testing.T) *neighbourhood {
 	return n
 }
 
-// serve serves big to whoever asks the server's port 8080.
+// serve serves big at the server's port 8080.
 func (n *neighbourhood) serve(t *testing.T) {
 	t.Helper()
 	var l net.Listener
@@ -126,7 +126,7 @@ func (n *neighbourhood) serve(t *testing.T) {
 	}()
 }
 
-// expectDownload has wget fetch what has a checksum.
+// expectDownload fetches a file with wget and checks its checksum.
 func expectDownload(t *testing.T, a *lab.Agent, url string, want [sha256.Size]byte) {
 	t.Helper()
 	script := fmt.Sprintf("%s wget -q -O - %s | %[1]s sha256sum", busybox, url)
@@ -174,8 +174,7 @@ const (
 	icmp6Reply, icmp6TimeExceeded = 129, 3 // RFC 4443
 )
 
-// expectICMP sends an echo request that gets so far and waits for an answer of a
-// type.
+// expectICMP sends an echo request with a hop limit, and waits for an answer of a type.
 func expectICMP(t *testing.T, a *lab.Agent, typ int, to netip.Addr, hops int, want byte) {
 	t.Helper()
 	proto, level, option, header := unix.IPPROTO_ICMP, unix.IPPROTO_IP, unix.IP_TTL, 0
@@ -191,7 +190,7 @@ func expectICMP(t *testing.T, a *lab.Agent, typ int, to netip.Addr, hops int, wa
 		t.Errorf("echo to %s: %v", to, r.Errno)
 		return
 	}
-	// A raw socket sees all the ICMP that comes.
+	// A raw socket sees all ICMP packets that arrive.
 	for {
 		r := s.Receive()
 		if r.Errno != ok {
@@ -204,7 +203,7 @@ func expectICMP(t *testing.T, a *lab.Agent, typ int, to netip.Addr, hops int, wa
 	}
 }
 
-// hops are from the user to the server.
+// hops is the number of hops from the user to the server.
 func (n *neighbourhood) testTraceroute(t *testing.T, a *lab.Agent, hops int, v6 bool) {
 	if hops > 1 {
 		expectICMP(t, a, unix.SOCK_RAW, lab.Other4, 1, icmpTimeExceeded)
@@ -230,7 +229,7 @@ func (n *neighbourhood) testTransfers(t *testing.T, a *lab.Agent, v6 bool) {
 	}
 }
 
-// A relay's connections come one after the other.
+// The connections of a relay come one after the other.
 func (n *neighbourhood) testMail(t *testing.T, a *lab.Agent) {
 	for range burst {
 		if r := a.Connect(at(lab.Mail4, 25)); r.Errno != ok {
@@ -256,7 +255,7 @@ func (n *neighbourhood) testPublished(t *testing.T) {
 	}
 }
 
-// A network in a container behind the container's own NAT.
+// A network inside a container, behind the container's own NAT.
 func (n *neighbourhood) testNested(t *testing.T) {
 	const pidFile = "/tmp/nested"
 	n.docker(t, "exec", "-d", "router", busybox, "unshare", "-n", busybox, "sh", "-c",
@@ -274,7 +273,7 @@ func (n *neighbourhood) testNested(t *testing.T) {
 		nft 'add chain ip nested out { type nat hook postrouting priority 100; }'
 		nft add rule ip nested out ip saddr 10.99.0.0/24 masquerade
 		nsenter --net=/proc/$pid/ns/net sh -c 'ip link set lo up; ip addr add 10.99.0.2/24 dev n1; ip link set n1 up; ip route add default via 10.99.0.1'`, pid)
-	// A mount namespace of its own, so that the host's files see the container's processes.
+	// In a mount namespace of its own, so that the host's tools see the container's processes.
 	if out, err := n.router.Command(script, busybox, "unshare", "-m", busybox, "chroot", "/host", "/bin/sh"); err != nil {
 		t.Fatalf("%v %s", err, out)
 	}
@@ -286,7 +285,7 @@ func (n *neighbourhood) testNested(t *testing.T) {
 	n.testMail(t, nested)
 }
 
-// Whoever is in no container may use packet sockets, and send where it likes.
+// A process that is in no container may use packet sockets, and send anywhere.
 func (n *neighbourhood) testPacketSockets(t *testing.T) {
 	s := n.host.Socket(unix.AF_PACKET, unix.SOCK_RAW, int(unix.ETH_P_IP<<8&0xff00|unix.ETH_P_IP>>8))
 	defer s.Close()
@@ -346,7 +345,7 @@ func (n *neighbourhood) testHostMetadata(t *testing.T) {
 	}
 }
 
-// Where the metadata service is the resolver too.
+// The metadata service is the DNS server too.
 func (n *neighbourhood) testAllowedDNS(t *testing.T) {
 	n.Egressbpf(t, "attach", "--cgroup", policed, "--allow-dns")
 	for _, network := range []string{"udp", "tcp"} {

@@ -17,7 +17,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// TestNames asks a real daemon, which is restarted and stopped meanwhile.
+// TestNames asks a real daemon, which is restarted and stopped during the test.
 func TestNames(t *testing.T) {
 	n := lab.New(t)
 	n.Egressbpf(t, "attach", "--cgroup", policed)
@@ -68,7 +68,7 @@ func TestNames(t *testing.T) {
 		t.Errorf("inspect: %v, want ErrNoContainer", err)
 	}
 
-	// The command, as it is run: without capabilities that it does not need.
+	// The real command: without the capabilities that it does not need.
 	if got := n.Egressbpf(t, "stats", "--docker-host", host); !strings.Contains(got, "\nweb  ") {
 		t.Errorf("stats:\n%s", got)
 	}
@@ -92,7 +92,7 @@ func TestNames(t *testing.T) {
 	e.docker(t, "rm", "-f", "other")
 	expectEvent(t, told, docker.Event{Action: docker.Destroy, ID: other, Name: "other"})
 
-	// A daemon that hangs costs the names, and nothing else.
+	// If the daemon hangs, only the names are missing.
 	if err := e.daemon.Process.Signal(unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +122,7 @@ func TestNames(t *testing.T) {
 	expectEvent(t, told, docker.Event{Action: docker.Die, ID: web, Name: "shop"})
 }
 
-// watch returns what a client hears, until the test ends.
+// watch returns the events that a client receives, until the test ends.
 func watch(t *testing.T, c *docker.Client) <-chan docker.Event {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -137,7 +137,7 @@ func watch(t *testing.T, c *docker.Client) <-chan docker.Event {
 	return told
 }
 
-// expectEvent waits for an event, which comes after any number of others.
+// expectEvent waits for an event, after any number of other events.
 func expectEvent(t *testing.T, told <-chan docker.Event, want docker.Event) {
 	t.Helper()
 	late := time.After(time.Minute)

@@ -10,8 +10,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// testNested has an engine in a container, as CI jobs have: whatever its containers do,
-// the outer one does.
+// testNested starts an engine in a container, as CI jobs do. Whatever its containers do
+// counts for the outer container.
 func testNested(t *testing.T, e *engine) {
 	inner := e.nested(t, "nested")
 	bridged, onHost := inner.run(t, "inner"), inner.run(t, "inner-host", "--network=host")
@@ -22,7 +22,7 @@ func testNested(t *testing.T, e *engine) {
 		c.ConnectAtOnce(at(lab.Mail4, 25), 60)
 	}
 	expectBurst(t, seen.Settle(t), 180)
-	// One that is named like a container of the host's is none.
+	// A cgroup in there with the name of a container of the host is not a container.
 	got := row(t, e.Network, e.id(t, "nested"))
 	if got.Blocked.Connects != 6 || got.Blocked.Packets != 4 || got.SMTP.Allowed != 5 {
 		t.Errorf("counted %+v, %+v, want 6 connects, 4 packets, 5 mails", got.Blocked, got.SMTP)
@@ -49,8 +49,8 @@ func (e *engine) nested(t *testing.T, name string) *engine {
 	}
 	ready := listenNotify(t, e.path(name+"/notify"))
 	e.removeAfter(t, name)
-	// What --privileged gives, but for a capability that virtual machines can be without.
-	// As in any cgroup that is to have others below it, processes have to leave the root.
+	// As with --privileged, except a capability that virtual machines can lack.
+	// As in any cgroup with controllers for cgroups below it, processes must leave the root.
 	e.docker(t, "run", "-d", "--name", name, "--cap-add=ALL", "--cap-drop=SYS_RESOURCE", "--security-opt=seccomp=unconfined",
 		"--security-opt=apparmor=unconfined", "--security-opt=systempaths=unconfined", "-v", "/usr:/usr:ro", "-v", "/etc/alternatives:/etc/alternatives:ro",
 		"-v", "/var/lib/docker", "-v", e.path(name)+":/run/outer", "-e", "NOTIFY_SOCKET=/run/outer/notify", host, "/bin/sh", "-ec",

@@ -10,8 +10,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// hostDevices unpack what comes to the host: what the kernel needs for each, and a
-// script that makes it. For some that is a port or a route.
+// hostDevices unpack packets that come to the host. Each has what the kernel needs for it,
+// and a script that makes it. For some this is a port or a route.
 var hostDevices = map[string]struct{ needs, made string }{
 	"vxlan0": {"CONFIG_VXLAN", "ip link add vxlan0 type vxlan id 42 dstport 4789; ip link set vxlan0 up"},
 	"vxlan1": {"CONFIG_VXLAN", "ip link add vxlan1 type vxlan id 43 dstport 4790; ip link set vxlan1 up"},
@@ -31,7 +31,7 @@ var hostDevices = map[string]struct{ needs, made string }{
 	"gretap6": {"CONFIG_IPV6_GRE", "ip link add gretap6 type ip6gretap local $gw6; ip link set gretap6 up"},
 	"gre6":    {"CONFIG_IPV6_GRE", "ip link add gre6 type ip6gre local $gw6; ip link set gre6 up"},
 
-	// Of UDP, they make a packet to one of the above.
+	// These turn UDP into packets for one of the above.
 	"fou ipip": {"CONFIG_NET_FOU, CONFIG_NET_IPIP", "ip link show ipip1 || ip link add ipip1 type ipip local $gw4; ip fou add port 5555 ipproto 4"},
 	"fou sit":  {"CONFIG_NET_FOU, CONFIG_IPV6_SIT", "ip link show sit1 || ip link add sit1 type sit local $gw4; ip fou add port 5556 ipproto 41"},
 	"fou gre":  {"CONFIG_NET_FOU, CONFIG_NET_IPGRE", "ip link show gre1 || ip link add gre1 type gre local $gw4; ip fou add port 5557 ipproto 47"},
@@ -49,14 +49,14 @@ var hostDevices = map[string]struct{ needs, made string }{
 	"l2tp1": {"CONFIG_L2TP_IP, CONFIG_L2TP_ETH", "ip l2tp add tunnel tunnel_id 2 peer_tunnel_id 2 encap ip local $gw4 remote $peer4; " +
 		"ip l2tp add session name l2tp1 tunnel_id 2 session_id 2 peer_session_id 2; ip link set l2tp1 up"},
 
-	// They are not for the host itself, so netfilter does not see them delivered.
+	// Their packets are not for the host itself, so they do not pass LOCAL_IN.
 	"seg6 6": {"CONFIG_IPV6_SEG6_LWTUNNEL", "ip -6 route add fd00:5e6::6 encap seg6local action End.DT6 table main dev docker0"},
 	"seg6 x": {"CONFIG_IPV6_SEG6_LWTUNNEL", "ip -6 route add fd00:5e6::e encap seg6local action End.DX6 nh6 fd91::2 dev docker0"},
 	"seg6 4": {"CONFIG_IPV6_SEG6_LWTUNNEL", "ip -6 route add fd00:5e6::4 encap seg6local action End.DX4 nh4 10.91.0.2 dev docker0"},
 	"seg6 2": {"CONFIG_IPV6_SEG6_LWTUNNEL", "ip -6 route add fd00:5e6::2 encap seg6local action End.DX2 oif server dev docker0"},
 }
 
-// mplsTo has the host forward what has a label to the server.
+// mplsTo makes the host forward packets with a label to the server.
 func mplsTo(device string) string {
 	return "; modprobe -q mpls_router || true; sysctl -qw net.mpls.platform_labels=1000 net.mpls.conf." + device + ".input=1; " +
 		"ip -f mpls route replace 100 via inet 10.91.0.2 dev server"
@@ -72,7 +72,7 @@ type tunnel struct {
 	wrap         func(p *prisoner, inner []byte) []byte
 }
 
-// tunnels are those of this host. Where the port says nothing, the protocol does.
+// tunnels are the tunnels of this host. Without a port, the protocol tells them apart.
 func tunnels() []tunnel {
 	const ethernet = 0x6558 // RFC 1701
 	header := func(header ...byte) func(*prisoner, []byte) []byte {
@@ -129,7 +129,7 @@ func tunnels() []tunnel {
 	}
 }
 
-// endpoint is where the host unpacks.
+// endpoint is the address at which the host unpacks.
 func (p *prisoner) endpoint(tn tunnel) netip.AddrPort {
 	if tn.v6 {
 		return at(p.gw6, tn.port)
@@ -137,7 +137,7 @@ func (p *prisoner) endpoint(tn tunnel) netip.AddrPort {
 	return at(p.gw4, tn.port)
 }
 
-// outside is the header of what carries others.
+// outside is the header of the packet that carries another one.
 func (p *prisoner) outside(tn tunnel) lab.Header {
 	p.serial++
 	h := lab.Header{Src: p.own4, Dst: p.gw4, Proto: tn.proto, ID: uint16(p.serial)}
@@ -158,7 +158,7 @@ func (p *prisoner) wrapped(tn tunnel, packets [][]byte) (all [][]byte) {
 	return all
 }
 
-// sendBy sends packets in a tunnel by an ordinary socket, if it has a port.
+// sendBy sends packets in a tunnel from an ordinary socket, if the tunnel has a port.
 func (p *prisoner) sendBy(tn tunnel, packets [][]byte) error {
 	if tn.port == 0 {
 		return p.Send("raw IP", p.link, p.packed(tn, packets, whole)...)
@@ -178,24 +178,24 @@ func (p *prisoner) packed(tn tunnel, packets [][]byte, pack func(lab.Header, []b
 	return outer
 }
 
-// sendBehindInnocent sends packets in a tunnel as segments of one packet, of which the first
-// is harmless.
+// sendBehindInnocent sends packets in a tunnel as segments of one packet whose first segment is
+// harmless.
 func (p *prisoner) sendBehindInnocent(tn tunnel, tg target, packets [][]byte, options ...lab.Option) error {
 	return p.SendSegments(options, p.endpoint(tn), p.wrapped(tn, append(p.innocent(tg), packets...))...)
 }
 
-// innocent makes a packet that nothing is to stop.
+// innocent makes a packet that must pass.
 func (p *prisoner) innocent(tg target) [][]byte {
 	tg.to, tg.proto, tg.n = at(tg.either(lab.Other4, lab.Other6), 9), unix.IPPROTO_UDP, 1
 	return p.forged(tg, p.stranger(tg))
 }
 
-// frameFor makes a frame for a device of the host's.
+// frameFor makes a frame for a device of the host.
 func (p *prisoner) frameFor(device string, packet []byte, tags ...uint16) []byte {
 	return lab.Link{Source: p.link.Source, Gateway: p.mac(device)}.Frame(packet, tags...)
 }
 
-// tunnelAttacks have the host unwrap an innocent packet.
+// tunnelAttacks make the host unpack an innocent packet.
 func tunnelAttacks() []attack {
 	var all []attack
 	var vxlan, vxlan6 tunnel
@@ -225,7 +225,7 @@ func tunnelAttacks() []attack {
 			all[i].sight = host
 		}
 	}
-	// Nothing judges what the host sends to itself.
+	// The host side does not judge what the host sends to itself.
 	return append(all, attack{name: "VXLAN, by the loopback", device: vxlan.device, sight: host, closed: true, in: hostNet, send: func(p *prisoner, tg target) error {
 		return p.SendUDP(at(netip.MustParseAddr("127.0.0.1"), vxlan.port), p.wrapped(vxlan, p.forged(tg, p.stranger(tg)))...)
 	}})
@@ -267,14 +267,14 @@ func addressAttacks(vxlan, vxlan6 tunnel) []attack {
 	return all
 }
 
-// insideAttacks have headers within a tunnel that are easily misread.
+// insideAttacks use headers that are easily misread, inside a tunnel.
 func insideAttacks(vxlan tunnel) []attack {
 	in := func(name string, tn tunnel, only func(target) bool, make func(*prisoner, target) [][]byte) attack {
 		return attack{name: "VXLAN of " + name, device: tn.device, only: only, send: func(p *prisoner, tg target) error {
 			return p.sendBy(tn, make(p, tg))
 		}}
 	}
-	// as has frames made in another way.
+	// as makes frames in another way.
 	as := func(frame func(p *prisoner, inner []byte) []byte) tunnel {
 		tn := vxlan
 		tn.wrap = func(p *prisoner, inner []byte) []byte {
@@ -347,7 +347,7 @@ func twice(outer, inner uint8) func(lab.Header, []byte) [][]byte {
 	}
 }
 
-// outsideAttacks have such headers on the packet that carries others.
+// outsideAttacks use such headers on the packet that carries another one.
 func outsideAttacks(vxlan, vxlan6 tunnel) []attack {
 	by := func(road, name string, tn tunnel, pack func(lab.Header, []byte) [][]byte) attack {
 		return attack{name: tn.name + ", " + name, device: tn.device, send: func(p *prisoner, tg target) error {
@@ -357,7 +357,7 @@ func outsideAttacks(vxlan, vxlan6 tunnel) []attack {
 	packed := func(name string, tn tunnel, pack func(lab.Header, []byte) [][]byte) attack {
 		return by("raw IP", name, tn, pack)
 	}
-	// The hook refuses fragments that hide where they belong, so that takes another socket.
+	// The hook refuses fragments that hide their offset, so this needs another socket.
 	hidden := by("AF_PACKET", "options in fragments", vxlan6, func(h lab.Header, payload []byte) [][]byte {
 		payload = slices.Concat([]byte{h.Proto}, padding, payload)
 		h.Proto = unix.IPPROTO_DSTOPTS
@@ -379,7 +379,7 @@ func outsideAttacks(vxlan, vxlan6 tunnel) []attack {
 	big.wrap = func(p *prisoner, inner []byte) []byte { return append(vxlan.wrap(p, inner), make([]byte, 3000)...) }
 	big6 := vxlan6
 	big6.wrap = func(p *prisoner, inner []byte) []byte { return append(vxlan6.wrap(p, inner), make([]byte, 3000)...) }
-	// In the first there is the beginning of the packet within, but not where it goes to.
+	// The first fragment has the beginning of the inner packet, but not its destination.
 	const within = 40
 	return []attack{
 		packed("in fragments", vxlan, inFragments(within)),
@@ -407,7 +407,7 @@ func outsideAttacks(vxlan, vxlan6 tunnel) []attack {
 	}
 }
 
-// segmentRoutes have the host unpack what is for a segment of its own (RFC 8986).
+// segmentRoutes make the host unpack packets for a segment of its own (RFC 8986).
 func segmentRoutes() []attack {
 	const ethernet = 143 // IANA's number for it
 	var all []attack
