@@ -23,7 +23,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
-// commands can be run from scripts, each as a process of its own.
+// commands are the commands that scripts can run, each as a process of its own.
 var commands = map[string]func(){
 	"egressbpf": func() {
 		resolvConfs = filepath.SplitList(os.Getenv("RESOLV_CONFS"))
@@ -48,8 +48,8 @@ var commands = map[string]func(){
 	},
 }
 
-// TestMain runs the tests in a mount namespace with a bpf filesystem of its own
-// at the usual place, so that the default pin path is theirs.
+// TestMain runs the tests in a mount namespace of their own with a new bpf filesystem at
+// the usual path, so that the default pin path belongs to them.
 func TestMain(m *testing.M) {
 	const marker = "EGRESSBPF_TEST_MOUNTS"
 	inTest = true
@@ -86,7 +86,7 @@ func check(t *testing.T, err error) {
 	}
 }
 
-// lockHost is for tests whose containers others would take for Docker's.
+// lockHost is for tests whose containers other tests would take for Docker's.
 func lockHost(t *testing.T) {
 	t.Helper()
 	unlock, err := testenv.LockHost()
@@ -94,7 +94,7 @@ func lockHost(t *testing.T) {
 	t.Cleanup(unlock)
 }
 
-// newBase makes a cgroup for a test. What the test attaches is detached after it.
+// newBase makes a cgroup for a test. The filter is detached after the test.
 func newBase(t *testing.T) string {
 	t.Helper()
 	base := testenv.Cgroup(t)
@@ -104,7 +104,7 @@ func newBase(t *testing.T) string {
 	return base
 }
 
-// one runs scripts one after the other: they share the default pin path.
+// one makes scripts run one after the other, since they share the default pin path.
 type one struct{ *testing.T }
 
 func (o one) Parallel()     {}
@@ -116,17 +116,17 @@ func (o one) Run(name string, run func(testscript.T)) {
 // hex is a container's id.
 var hex = strings.Repeat("0123456789abcdef", 4)
 
-// TestScripts runs testdata/*.txtar. Beside testscript's own commands, these have
+// TestScripts runs testdata/*.txtar. In addition to testscript's own commands, scripts have
 //
-//	code N COMMAND...      runs a command, which has to exit with this code
+//	code N COMMAND...      runs a command, which must exit with this code
 //	in CGROUP COMMAND...   runs a command in a cgroup
-//	populate CGROUP        has a process, $PID, in the cgroup until the script ends
+//	populate CGROUP        keeps a process, $PID, in the cgroup until the script ends
 //	json PATH VALUE        compares a value in the JSON on stdout
-//	in-force               fails unless status says so
+//	in-force               fails unless status says that the filter is in force
 //	daemon SOCKET ID=NAME[:PID]...  answers as Docker would; or instead stall, broken
 //
 // and $CG, a cgroup; $ROOT, the cgroup2 mount; $PINS, the default pin path; $HEX and
-// $HEX2, ids of containers; $ESC, what a terminal obeys.
+// $HEX2, ids of containers; $ESC, an escape sequence for terminals.
 func TestScripts(t *testing.T) {
 	testscript.RunT(one{t}, testscript.Params{
 		Dir:                 "testdata",
@@ -216,7 +216,7 @@ func jsonValue(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// inForce allows for containers elsewhere on this machine.
+// inForce accepts uncovered containers, which may be elsewhere on this machine.
 func inForce(ts *testscript.TestScript, neg bool, _ []string) {
 	err := ts.Exec("egressbpf", "status", "--output", "json")
 	var s struct {

@@ -10,7 +10,8 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// TestMan writes a page for each command, twice the same.
+// TestMan checks that each command gets a page, and that writing the pages again gives the
+// same pages.
 func TestMan(t *testing.T) {
 	dirs := [2]string{filepath.Join(t.TempDir(), "made", "man8"), t.TempDir()}
 	for _, dir := range dirs {

@@ -15,8 +15,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/stats"
 )
 
-// daemon serves, on a socket, what Docker would say of the containers, given as
-// ID=NAME; "stall" never answers, "broken" answers with what is not an answer.
+// daemon answers on a socket as Docker would for the containers, given as ID=NAME. "stall"
+// never answers, "broken" answers nonsense.
 func daemon(ts *testscript.TestScript, _ bool, args []string) {
 	l, err := net.Listen("unix", args[0])
 	ts.Check(err)
@@ -47,7 +47,7 @@ func daemon(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Defer(func() { server.Close() })
 }
 
-// Nobody is asked for names that nothing has.
+// No daemon is asked for names if there is no container to name.
 func TestNoNamesNeeded(t *testing.T) {
 	var stderr strings.Builder
 	client, err := docker.Open("unix:///nothing")

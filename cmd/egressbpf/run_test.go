@@ -30,15 +30,14 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
-// execute is the command line in this process.
+// execute runs the command line in this process.
 func execute(ctx context.Context, args ...string) (code int, stdout, stderr string) {
 	var out, errs bytes.Buffer
 	code = run(ctx, args, &out, &errs)
 	return code, out.String(), errs.String()
 }
 
-// Whatever is malformed is refused with its place and what would be right, and
-// nothing is touched.
+// Malformed input is refused, with its place and what would be right, and nothing is touched.
 func TestBadInput(t *testing.T) {
 	base := newBase(t)
 	dir := t.TempDir()
@@ -117,7 +116,7 @@ func TestBadInput(t *testing.T) {
 		{"attach --cgroup CG/new --pin-path DIR/pins", "DIR/pins bpf filesystem --pin-path"},
 		{"attach --cgroup CG/new --cgroup-root DIR", "--cgroup-root DIR cgroup2"},
 		{"attach --cgroup CG/new --cgroup-root DIR/missing", "--cgroup-root DIR/missing cgroup2"},
-		// A part of the hierarchy: containers would be looked for at the wrong depth.
+		// Part of the hierarchy: egressbpf would look for containers at the wrong depth.
 		{"attach --cgroup CG/new --cgroup-root CG", "--cgroup-root CG cgroup2"},
 		{"attach --output yaml", "--output yaml table json"},
 		{"attach -o=", "--output table json"},
@@ -196,7 +195,7 @@ func TestBadInput(t *testing.T) {
 	}
 }
 
-// attach puts the default policy in force.
+// attach attaches the filter with the default policy.
 func attach(t *testing.T, cgroups ...string) {
 	t.Helper()
 	args := []string{"attach"}
@@ -208,7 +207,7 @@ func attach(t *testing.T, cgroups ...string) {
 	}
 }
 
-// touchable describes all that a command could have changed.
+// touchable describes everything that a command could have changed.
 func touchable(t *testing.T, base string) string {
 	t.Helper()
 	s, err := loader.New(loader.DefaultPinPath, testenv.Root(t)).Status()
@@ -233,8 +232,8 @@ func touchable(t *testing.T, base string) string {
 	return string(text)
 }
 
-// Without --cgroup it is the root, or what is policed already. The policy stops nobody,
-// since there may be real containers.
+// Without --cgroup, the root is policed, or the cgroups that are policed already. The policy
+// blocks nothing, since there may be real containers.
 func TestDefaultCgroup(t *testing.T) {
 	lockHost(t)
 	base := newBase(t)
@@ -253,7 +252,7 @@ func TestDefaultCgroup(t *testing.T) {
 	}
 }
 
-// without returns the lines of a text that another one has not.
+// without returns the lines of a text that are not in another one.
 func without(text, other string) []string {
 	lines := strings.Split(other, "\n")
 	return slices.DeleteFunc(strings.Split(text, "\n"), func(line string) bool { return slices.Contains(lines, line) })
@@ -328,7 +327,7 @@ func TestVersionAndCompletion(t *testing.T) {
 	}
 }
 
-// A container may choose its name, but not what a terminal does.
+// The name of a container must not make a terminal do anything.
 func TestHostileNames(t *testing.T) {
 	base := newBase(t)
 	const hostile = "\x1b[2J\tweb\u202e"
@@ -336,7 +335,7 @@ func TestHostileNames(t *testing.T) {
 	testenv.Child(t, base+"/"+hostile, hostile)
 	for _, args := range [][]string{{"status"}, {"stats"}, {"stats", "--container", hostile}, {"stats", "--container", hostile + "x"}} {
 		_, stdout, stderr := execute(t.Context(), args...)
-		// Errors name the cgroups that the operator has named.
+		// Errors contain the cgroups that the user has named.
 		if out := stdout + strings.ReplaceAll(stderr, base+"/"+hostile, ""); strings.ContainsAny(out, hostile[:1]+"\u202e") {
 			t.Errorf("%v: a name reaches the terminal: %q", args, out)
 		} else if !strings.Contains(out, `\x1b[2J\tweb\u202e`) {
@@ -377,7 +376,7 @@ func TestReport(t *testing.T) {
 	}
 }
 
-// Who gives up waiting for another one says so.
+// A command that gives up waiting for another one says so.
 func TestBusy(t *testing.T) {
 	base := newBase(t)
 	attach(t, base+"/a")
@@ -395,7 +394,7 @@ func TestBusy(t *testing.T) {
 	}
 }
 
-// Its end by a signal is no failure.
+// Ending by a signal is no failure.
 func TestWatch(t *testing.T) {
 	base := newBase(t)
 	attach(t, base+"/a")
@@ -425,7 +424,7 @@ func TestWatch(t *testing.T) {
 		}
 	}
 
-	// As tables, they are apart.
+	// Tables are separated by an empty line.
 	ctx, cancel := context.WithCancel(t.Context())
 	read, write := io.Pipe()
 	done := make(chan int)

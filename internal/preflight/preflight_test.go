@@ -46,7 +46,7 @@ func newHost(t *testing.T) Host {
 	}
 }
 
-// result returns a check, which has to be there once.
+// result returns the check with a name.
 func (r *Report) result(t *testing.T, name string) Check {
 	t.Helper()
 	i := slices.IndexFunc(r.Checks, func(c Check) bool { return c.Name == name })
@@ -94,7 +94,7 @@ func TestRun(t *testing.T) {
 	}
 }
 
-// The self-test has to see what is wrong.
+// The self-test must see what is wrong.
 func TestSelfTest(t *testing.T) {
 	h := newHost(t)
 	path := testenv.Cgroup(t)
@@ -231,7 +231,7 @@ func TestCovered(t *testing.T) {
 		if h.covered(r); r.Checks[0].Result != tt.want {
 			t.Errorf("%v: %+v", tt.cgroups, r.Checks)
 		}
-		// The process in there is the host's.
+		// The process in it has the host's cgroup namespace.
 		if last := r.Checks[len(r.Checks)-1]; last.Name != "cgroup_boundary" || last.Result != Warn {
 			t.Errorf("%v: %+v", tt.cgroups, r.Checks)
 		}
