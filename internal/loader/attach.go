@@ -61,6 +61,7 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 		// Containers are known before they are judged.
 		f.recognition.attach,
 		f.families.probe,
+		copyAgain,
 		f.egress.attach,
 		f.families.attach,
 		f.host.attach,
@@ -215,6 +216,16 @@ func (f *Filter) finish(a *attachment, plan *plan) error {
 		}
 	}
 	return f.complete(a)
+}
+
+// copyAgain brings buckets that were copied to where they are by now. The less time there is
+// until the programs are exchanged, the fewer tokens can be taken twice if the process is
+// killed before it has carried them over.
+func copyAgain(a *attachment) error {
+	if a.migration == nil {
+		return nil
+	}
+	return a.migration.Copy()
 }
 
 // complete takes over what was counted in maps that others replace. It comes last: what it
