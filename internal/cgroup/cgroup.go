@@ -10,7 +10,6 @@ import (
 	"iter"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -253,20 +252,6 @@ func (r Root) Find(id uint64) (string, error) {
 	return r.Rel(path)
 }
 
-// containerName matches the directories that container engines make for containers,
-// with either cgroup driver.
-var containerName = regexp.MustCompile(`^(?:(?:docker|libpod|libpod-payload|cri-containerd|nerdctl|crio)-)?([0-9a-f]{64})(?:\.scope)?$`)
-
-// ContainerID returns the id of the container that a cgroup was made for, by its
-// name; "" if it has none.
-func ContainerID(rel string) string {
-	m := containerName.FindStringSubmatch(filepath.Base(rel))
-	if m == nil {
-		return ""
-	}
-	return m[1]
-}
-
 // walk calls fn for the directories of all cgroups at or below path, until it returns
 // an error; fs.SkipDir leaves out those below. Cgroups come and go while they are
 // listed, which is no error.
@@ -299,73 +284,10 @@ func (r Root) Outermost(rel string, is func(rel string) bool) ([]string, error) 
 	return found, err
 }
 
-// System is a container that is run like a machine, by an engine that gives it no id.
-type System struct {
-	Engine string `json:"engine"`
-	Name   string `json:"name"`
-	// Cgroup is the container's, as [Root.Rel] returns it.
-	Cgroup string `json:"cgroup"`
-}
-
-// systemNames match the directories that LXC (Incus and LXD with it) and systemd-nspawn make
-// for containers. libvirt registers virtual machines in the same way as the latter.
-var systemNames = []struct {
-	engine string
-	name   *regexp.Regexp
-}{
-	{"LXC", regexp.MustCompile(`^lxc\.payload\.(.+)$`)},
-	{"systemd-nspawn", regexp.MustCompile(`^systemd-nspawn@(.+)\.service$`)},
-	{"systemd-nspawn", regexp.MustCompile(`^machine-(.+)\.scope$`)},
-}
-
-func systemOf(rel string) (System, bool) {
-	base := filepath.Base(rel)
-	if strings.HasPrefix(base, "machine-qemu") {
-		return System{}, false
-	}
-	for _, s := range systemNames {
-		if m := s.name.FindStringSubmatch(base); m != nil {
-			return System{Engine: s.engine, Name: m[1], Cgroup: rel}, true
-		}
-	}
-	return System{}, false
-}
-
-// Containers returns the cgroups of all running containers, by their names, and those that
-// are run like a machine, which can hold others.
-func (r Root) Containers() ([]string, []System, error) {
-	var systems []System
-	all, err := r.Outermost("/", func(rel string) bool {
-		if s, ok := systemOf(rel); ok {
-			systems = append(systems, s)
-		}
-		return ContainerID(rel) != ""
-	})
-	all = slices.DeleteFunc(all, func(rel string) bool { return !r.populated(rel) })
-	systems = slices.DeleteFunc(systems, func(s System) bool { return !r.populated(s.Cgroup) })
-	return all, systems, err
-}
-
 // populated says whether there are processes in a cgroup, or below it.
 func (r Root) populated(rel string) bool {
 	events, err := os.ReadFile(filepath.Join(r.Path(rel), "cgroup.events"))
 	return err == nil && strings.Contains(string(events), "populated 1")
-}
-
-// OfPod says whether a cgroup is within those that a kubelet makes for its pods.
-func OfPod(rel string) bool {
-	first, _, _ := strings.Cut(strings.TrimPrefix(rel, "/"), "/")
-	return first == "kubepods" || first == "kubepods.slice"
-}
-
-// HasPods says whether there is a kubelet's cgroup for pods.
-func (r Root) HasPods() bool {
-	for _, name := range []string{"/kubepods", "/kubepods.slice"} {
-		if _, err := os.Stat(r.Path(name)); err == nil {
-			return true
-		}
-	}
-	return false
 }
 
 // OfProcess returns the cgroup of a process, as [Root.Rel] returns it. The error wraps

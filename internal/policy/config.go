@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
 )
 
 // Config is what the config file holds.
@@ -58,7 +60,7 @@ func ParseConfig(name string, data []byte) (Config, error) {
 		{"socket_families", familiesOf(&cfg.Families)},
 		{"host_side", value(&cfg.HostSide, ParseSwitch)},
 		{"host_devices", list(&cfg.HostDevices, ParseDevice, distinct)},
-		{"scopes", list(&cfg.Scopes, ParseScope, finishScopes)},
+		{"scopes", list(&cfg.Scopes, cgroup.ParseScope, finishScopes)},
 		{"smtp", func(at place, n *yaml.Node) error {
 			if err := limit.set(at, n); err != nil {
 				return err

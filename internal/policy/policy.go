@@ -12,6 +12,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
 )
 
 // Mode says what happens to a packet that the policy refuses.
@@ -169,7 +171,7 @@ func Default() Policy {
 		Families:    Restrict,
 		HostSide:    On,
 		HostDevices: []Device{},
-		Scopes:      DefaultScopes(),
+		Scopes:      cgroup.DefaultScopes(),
 	}
 }
 
@@ -207,12 +209,12 @@ func (p Policy) Validate() error {
 		}
 	}
 	for _, s := range p.Scopes {
-		if _, err := ParseScope(string(s)); err != nil {
+		if _, err := cgroup.ParseScope(string(s)); err != nil {
 			return fmt.Errorf("scopes: %w", err)
 		}
 	}
-	if slices.Contains(p.Scopes, defaultsScope) {
-		return fmt.Errorf("scopes: %s is for lists that are parsed", defaultsScope)
+	if slices.Contains(p.Scopes, cgroup.DefaultsScope) {
+		return fmt.Errorf("scopes: %s is for lists that are parsed", cgroup.DefaultsScope)
 	}
 	if _, err := finishScopes(p.Scopes); err != nil {
 		return fmt.Errorf("scopes: %w", err)

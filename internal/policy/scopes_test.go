@@ -3,14 +3,16 @@ package policy
 import (
 	"slices"
 	"testing"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
 )
 
 func TestParseScopes(t *testing.T) {
 	for _, tt := range []struct{ in, want []Scope }{
 		{[]Scope{"ci-*"}, []Scope{"ci-*"}},
 		{[]Scope{"any"}, []Scope{AnyScope}},
-		{[]Scope{"default"}, DefaultScopes()},
-		{[]Scope{"ci-*", "default", "{id}", "lxc.payload.*"}, slices.Concat([]Scope{"ci-*"}, DefaultScopes(), []Scope{"lxc.payload.*"})},
+		{[]Scope{"default"}, cgroup.DefaultScopes()},
+		{[]Scope{"ci-*", "default", "{id}", "lxc.payload.*"}, slices.Concat([]Scope{"ci-*"}, cgroup.DefaultScopes(), []Scope{"lxc.payload.*"})},
 	} {
 		var texts []string
 		for _, s := range tt.in {

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
 )
 
 // YAML returns a config file that [ParseConfig] reads back as the same Config. comments
@@ -51,7 +53,7 @@ func (c Config) YAML(comments map[string][]string) []byte {
 	key("socket_families", string(c.Families))
 	key("host_side", strconv.Quote(string(c.HostSide))) // in YAML 1.1, on and off are booleans
 	key("host_devices", list(strs(c.HostDevices)))
-	if !slices.Equal(c.Scopes, DefaultScopes()) {
+	if !slices.Equal(c.Scopes, cgroup.DefaultScopes()) {
 		key("scopes", list(strs(c.Scopes)))
 	}
 	comment("smtp", "")

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -288,12 +287,7 @@ func (h Host) docker(ctx context.Context, r *Report) {
 
 // parent says whether containers in the daemon's cgroup-parent would be recognised.
 func (h Host) parent(r *Report, parent string) {
-	const id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
-	scope := filepath.Join("/", parent, id)
-	if strings.HasSuffix(parent, ".slice") {
-		scope = filepath.Join("/", parent, "docker-"+id+".scope")
-	}
-	if h.Config.IsContainer(scope) {
+	if h.Config.IsContainer(cgroup.DockerContainer(parent)) {
 		r.add("docker config", OK, "cgroup-parent %s: containers there are recognised", parent)
 	} else {
 		r.add("docker config", Warn, "cgroup-parent %s: --scopes does not recognise containers there", parent)

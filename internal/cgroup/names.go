@@ -1,0 +1,120 @@
+package cgroup
+
+import (
+	"os"
+	"path"
+	"slices"
+	"strings"
+)
+
+// DefaultScopes are what the engines that are known call the cgroups of their containers.
+func DefaultScopes() []Scope {
+	return []Scope{
+		"docker-{id}.scope", "{id}", // Docker, with either cgroup driver
+		BuildScope,
+		"libpod-{id}.scope", "libpod-{id}", "libpod-payload-{id}", // Podman; the last is Quadlet's
+		"buildah-*", "crun-buildah-*", "runc-buildah-*", // its builds
+		"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "/default/*", // containerd; the last is ctr's
+		"crio-{id}.scope", "crio-{id}",
+	}
+}
+
+// ContainerID returns the id of the container that a cgroup was made for, by its name; ""
+// if it has none. Names are those of the default scopes, each with either cgroup driver.
+func ContainerID(rel string) string {
+	name := strings.TrimSuffix(path.Base(rel), ".scope")
+	begin := len(name) - idLength
+	if begin < 0 || !isID(name[begin:]) {
+		return ""
+	}
+	known := func(s Scope) bool { p := s.Parts(); return p.Kind == ScopeID && p.Prefix == name[:begin] }
+	if !slices.ContainsFunc(DefaultScopes(), known) {
+		return ""
+	}
+	return name[begin:]
+}
+
+// System is a container that is run like a machine, by an engine that gives it no id.
+type System struct {
+	Engine string `json:"engine"`
+	Name   string `json:"name"`
+	// Cgroup is the container's, as [Root.Rel] returns it.
+	Cgroup string `json:"cgroup"`
+}
+
+// systemScopes are what LXC (Incus and LXD with it) and systemd-nspawn call the cgroups of
+// containers. The default policy does not have them.
+var systemScopes = []struct {
+	engine string
+	scope  Scope
+}{
+	{"LXC", "lxc.payload.*"},
+	{"systemd-nspawn", "systemd-nspawn@*.service"},
+	{"systemd-nspawn", "machine-*.scope"},
+}
+
+// systemOf returns the container that is run like a machine in a cgroup of that name.
+func systemOf(rel string) (System, bool) {
+	base := path.Base(rel)
+	// libvirt registers virtual machines in the same way as systemd-nspawn.
+	if strings.HasPrefix(base, "machine-qemu") {
+		return System{}, false
+	}
+	for _, s := range systemScopes {
+		if name, ok := s.scope.Parts().variable(base); ok {
+			return System{Engine: s.engine, Name: name, Cgroup: rel}, true
+		}
+	}
+	return System{}, false
+}
+
+// Containers returns the cgroups of all running containers, by their names, and those that
+// are run like a machine, which can hold others.
+func (r Root) Containers() ([]string, []System, error) {
+	var systems []System
+	all, err := r.Outermost("/", func(rel string) bool {
+		if s, ok := systemOf(rel); ok {
+			systems = append(systems, s)
+		}
+		return ContainerID(rel) != ""
+	})
+	all = slices.DeleteFunc(all, func(rel string) bool { return !r.populated(rel) })
+	systems = slices.DeleteFunc(systems, func(s System) bool { return !r.populated(s.Cgroup) })
+	return all, systems, err
+}
+
+// podParents are what a kubelet makes in the root for its pods, with either cgroup driver.
+var podParents = []string{"kubepods", "kubepods.slice"}
+
+// OfPod says whether a cgroup is within those that a kubelet makes for its pods.
+func OfPod(rel string) bool {
+	first, _, _ := strings.Cut(strings.TrimPrefix(rel, "/"), "/")
+	return slices.Contains(podParents, first)
+}
+
+// HasPods says whether there is a kubelet's cgroup for pods.
+func (r Root) HasPods() bool {
+	return slices.ContainsFunc(podParents, func(name string) bool {
+		_, err := os.Stat(r.Path("/" + name))
+		return err == nil
+	})
+}
+
+// anID is as good as any other.
+var anID = strings.Repeat("0", idLength)
+
+// PodContainers returns where a pod's container could be, with the systemd driver: as
+// containerd calls it, and as CRI-O does.
+func PodContainers() []string {
+	const pod = "/kubepods.slice/kubepods-pod0.slice/"
+	return []string{pod + "cri-containerd-" + anID + ".scope", pod + "crio-" + anID + ".scope"}
+}
+
+// DockerContainer returns where a container of Docker's could be that has a cgroup-parent: a
+// path, or with the systemd driver a slice.
+func DockerContainer(parent string) string {
+	if strings.HasSuffix(parent, ".slice") {
+		return path.Join("/", parent, "docker-"+anID+".scope")
+	}
+	return path.Join("/", parent, anID)
+}
