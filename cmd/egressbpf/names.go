@@ -6,15 +6,13 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
 	"os"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
-	"github.com/egressbpf/egressbpf/internal/coverage"
-	"github.com/egressbpf/egressbpf/internal/docker"
+	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/stats"
 )
@@ -29,47 +27,54 @@ const (
 	namesRetry = 30 * time.Second
 )
 
-// names are the names of Docker's containers. If no daemon answers there are none; the user is
-// warned only if the user has named a daemon.
+// names are what sources call the containers. If no source answers there are none; the user is
+// warned only if the user has named a source.
 type names struct {
-	client *docker.Client // nil if there is none to ask
-	asked  bool           // a daemon was named
-	stderr io.Writer
-	byID   map[string]string
-	next   time.Time // when to ask again
-	err    error     // of the last time
-	warned bool
+	containers *container.Inventory // nil if there is nobody to ask
+	asked      bool                 // a source was named
+	stderr     io.Writer
+	next       time.Time // when to ask again
+	err        error     // of the last time
+	warned     bool
 }
 
 // names returns the names of the daemon that the flags or the environment name.
 func (g *globals) names(stderr io.Writer) (*names, error) {
-	client, err := docker.Open(g.dockerHost)
-	if err != nil && g.dockerHost != "" {
+	n := &names{asked: g.dockerHost != "" || os.Getenv("DOCKER_HOST") != "", stderr: stderr}
+	docker, err := container.OpenDocker(g.dockerHost)
+	switch {
+	case err == nil:
+		n.containers = container.NewInventory(docker)
+	case g.dockerHost != "":
 		return nil, usageError{fmt.Errorf("--docker-host: %w", err)}
+	default:
+		n.err = err // the environment may be meant for other programs
 	}
-	// No error: the environment may be meant for other programs.
-	return &names{client: client, asked: g.dockerHost != "" || os.Getenv("DOCKER_HOST") != "", stderr: stderr, err: err}, nil
+	return n, nil
 }
 
 // refresh asks for the names, unless it has just done so.
 func (n *names) refresh(ctx context.Context) {
-	if now := time.Now(); n.client != nil && !now.Before(n.next) {
+	if now := time.Now(); n.containers != nil && !now.Before(n.next) {
 		ctx, cancel := context.WithTimeout(ctx, namesPatience)
 		defer cancel()
-		containers, err := n.client.Containers(ctx)
-		n.next, n.err = time.Now().Add(namesAge), err
-		if err != nil {
+		n.err = n.containers.Refresh(ctx)
+		n.next = time.Now().Add(namesAge)
+		if n.err != nil {
 			n.next = time.Now().Add(namesRetry)
-		} else {
-			n.byID = make(map[string]string, len(containers))
-			for _, c := range containers {
-				n.byID[c.ID] = c.Name
-			}
 		}
 	}
 	if n.asked {
 		n.warn()
 	}
+}
+
+// of returns what users call the container with an id.
+func (n *names) of(id string) string {
+	if n.containers == nil {
+		return ""
+	}
+	return n.containers.Name(id)
 }
 
 // warn says, once, why there are no names.
@@ -89,35 +94,39 @@ func (n *names) addTo(ctx context.Context, s *stats.Stats) {
 	}
 	n.refresh(ctx)
 	for i := range s.Containers {
-		s.Containers[i].Name = n.byID[s.Containers[i].ID]
+		s.Containers[i].Name = n.of(s.Containers[i].ID)
 	}
 }
 
 // addToStatus adds names to the containers of a status, and adds uncovered containers that only
-// the daemon knows.
+// their source knows.
 func (n *names) addToStatus(ctx context.Context, filter *loader.Filter, s *loader.Status) {
-	if len(s.Uncovered)+len(s.MetadataAllowed)+len(s.FamiliesAllowed)+len(s.Exposed) == 0 && !n.asked && !docker.Running() {
+	var listed []*loader.Uncovered
+	for i := range s.Uncovered {
+		listed = append(listed, &s.Uncovered[i])
+	}
+	for i := range s.MetadataAllowed {
+		listed = append(listed, &s.MetadataAllowed[i])
+	}
+	for i := range s.FamiliesAllowed {
+		listed = append(listed, &s.FamiliesAllowed[i].Uncovered)
+	}
+	for i := range s.Exposed {
+		listed = append(listed, &s.Exposed[i].Uncovered)
+	}
+	if len(listed) == 0 && !n.asked && (n.containers == nil || !n.containers.Started()) {
 		return
 	}
 	n.refresh(ctx)
-	for i := range s.Uncovered {
-		s.Uncovered[i].Name = n.byID[s.Uncovered[i].ID]
+	for _, c := range listed {
+		c.Name = n.of(c.ID)
 	}
-	for i := range s.MetadataAllowed {
-		s.MetadataAllowed[i].Name = n.byID[s.MetadataAllowed[i].ID]
-	}
-	for i := range s.Exposed {
-		s.Exposed[i].Name = n.byID[s.Exposed[i].ID]
-	}
-	for i := range s.FamiliesAllowed {
-		s.FamiliesAllowed[i].Name = n.byID[s.FamiliesAllowed[i].ID]
-	}
-	if n.err != nil || n.client == nil {
+	if n.containers == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, namesPatience)
 	defer cancel()
-	if err := coverage.Complete(ctx, n.client, filter, s, maps.Keys(n.byID)); err != nil {
+	if err := n.containers.AddUncovered(ctx, filter, s); err != nil {
 		fmt.Fprintf(n.stderr, "warning: containers may be missing below: %s\n", strings.Map(visible, err.Error()))
 	}
 }

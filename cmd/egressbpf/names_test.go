@@ -11,7 +11,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"github.com/egressbpf/egressbpf/internal/docker"
+	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/stats"
 )
 
@@ -50,15 +50,16 @@ func daemon(ts *testscript.TestScript, _ bool, args []string) {
 // No daemon is asked for names if there is no container to name.
 func TestNoNamesNeeded(t *testing.T) {
 	var stderr strings.Builder
-	client, err := docker.Open("unix:///nothing")
+	docker, err := container.OpenDocker("unix:///nothing")
 	check(t, err)
-	n := &names{client: client, asked: true, stderr: &stderr}
-	n.addTo(t.Context(), &stats.Stats{Containers: []stats.Container{{ID: "web"}}})
+	n := &names{containers: container.NewInventory(docker), asked: true, stderr: &stderr}
+	n.addTo(t.Context(), &stats.Stats{Containers: []stats.Container{{Identity: container.Identity{ID: "web"}}}})
 	if n.err != nil || stderr.Len() > 0 {
 		t.Errorf("asked: %v, %s", n.err, &stderr)
 	}
-	n.addTo(t.Context(), &stats.Stats{Containers: []stats.Container{{ID: hex}}})
-	n.addTo(t.Context(), &stats.Stats{Containers: []stats.Container{{ID: hex}}})
+	for range 2 {
+		n.addTo(t.Context(), &stats.Stats{Containers: []stats.Container{{Identity: container.Identity{ID: hex}}}})
+	}
 	if n.err == nil || strings.Count(stderr.String(), "warning: ") != 1 {
 		t.Errorf("%v, %s", n.err, &stderr)
 	}

@@ -1,23 +1,20 @@
 // Package daemon keeps the filter in force, and applies its rules to the containers
-// that Docker starts. What is in force does not need it.
+// that start. What is in force does not need it.
 package daemon
 
 import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"os"
 	"reflect"
 	"slices"
 	"time"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
-	"github.com/egressbpf/egressbpf/internal/coverage"
-	"github.com/egressbpf/egressbpf/internal/docker"
+	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/policy"
 	"github.com/egressbpf/egressbpf/internal/rules"
@@ -41,8 +38,8 @@ type Notify func(state string)
 type Daemon struct {
 	Filter *loader.Filter
 	Root   cgroup.Root
-	// Docker is asked for containers and what becomes of them.
-	Docker *docker.Client
+	// Containers are followed by what their sources tell.
+	Containers *container.Inventory
 	// Load reads the configuration. File is what it reads; empty if there is none.
 	Load func() (policy.Config, error)
 	File string
@@ -55,11 +52,7 @@ type Daemon struct {
 	Reload <-chan os.Signal
 
 	config policy.Config
-	// subjects are the running containers, as far as Docker has told.
-	subjects map[string]policy.Subject
-	stale    bool // Docker is to be asked for all of them
-	down     bool // Docker does not answer
-	revoke   bool // rules have changed, and unknown containers lose what they had
+	revoke bool // rules have changed, and unknown containers lose what they had
 	// optional are what the last attach could put in force and need not have: it depends
 	// on the kernel.
 	optional []string
@@ -74,7 +67,7 @@ type Daemon struct {
 	uncovered []string
 }
 
-// Run puts the filter in force and follows Docker until ctx ends, which is no error. An
+// Run puts the filter in force and follows the containers until ctx ends, which is no error. An
 // error means that the filter could not be put in force; what was in force stays.
 func (d *Daemon) Run(ctx context.Context) error {
 	file := newWatched(d.File)
@@ -94,15 +87,14 @@ func (d *Daemon) Run(ctx context.Context) error {
 			d.served.Close()
 		}
 	}()
-	d.subjects = map[string]policy.Subject{}
 	d.apply()
 	d.Notify("READY=1\n" + d.statusText(ctx))
 
-	events := make(chan docker.Event)
+	events := make(chan container.Event)
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
-		_ = d.Docker.Watch(watchCtx, func(e docker.Event) {
+		d.Containers.Watch(watchCtx, func(e container.Event) {
 			select {
 			case events <- e:
 			case <-watchCtx.Done():
@@ -159,7 +151,7 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 		return err
 	}
 	// What was given by rules that hold no more is taken back, also from containers of
-	// which Docker cannot tell now.
+	// which no source can tell now.
 	d.revoke = d.revoke || before.Policy != nil && !reflect.DeepEqual(before.Policy.Containers, config.Containers)
 	d.config = config
 	if err := d.serve(); err != nil {
@@ -225,58 +217,32 @@ func (d *Daemon) reload(ctx context.Context) {
 	d.apply()
 }
 
-// event follows Docker.
-func (d *Daemon) event(ctx context.Context, e docker.Event) {
-	switch e.Action {
-	case docker.Lost:
-		if !d.down {
-			d.Log.Warn("Docker does not answer; new containers get the defaults", "host", d.Docker.Host(), "err", e.Err)
-		}
-		d.down = true
-		return
-	case docker.Resync:
-		d.resync(ctx)
-	case docker.Die, docker.Destroy:
-		delete(d.subjects, e.ID)
-		return
-	case docker.Start, docker.Rename, docker.Update:
-		if d.stale {
-			return // the next check asks for all
-		}
-		ctx, cancel := context.WithTimeout(ctx, patience)
-		defer cancel()
-		c, err := d.Docker.Inspect(ctx, e.ID)
-		if errors.Is(err, docker.ErrNoContainer) {
-			return
-		}
-		if err != nil {
-			d.stale = true
-			d.Log.Warn("container not known; it gets the defaults until Docker tells", "id", e.ID, "err", err)
-			return
-		}
-		d.subjects[e.ID] = rules.Subject(c)
+// event has the rules follow what a source tells.
+func (d *Daemon) event(ctx context.Context, e container.Event) {
+	if d.learn(ctx, e) {
+		d.apply()
 	}
-	d.apply()
 }
 
-// resync asks Docker for all containers.
-func (d *Daemon) resync(ctx context.Context) {
+// learn takes in what a source tells, and says whether rules may be due.
+func (d *Daemon) learn(ctx context.Context, e container.Event) bool {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	all, err := d.Docker.Containers(ctx)
-	if err != nil {
-		d.stale = true
-		d.Log.Warn("Docker does not tell its containers", "host", d.Docker.Host(), "err", err)
-		return
+	lost := d.Containers.Lost(e.Source)
+	changed, err := d.Containers.Update(ctx, e)
+	name, host := e.Source.Name(), e.Source.Host()
+	switch {
+	case err == nil && lost && !d.Containers.Lost(e.Source):
+		d.Log.Info(name + " answers again")
+	case err == nil:
+	case e.Action == container.Lost:
+		d.Log.Warn(name+" does not answer; new containers get the defaults", "host", host, "err", err)
+	case e.Action == container.Resync:
+		d.Log.Warn(name+" does not tell its containers", "host", host, "err", err)
+	default:
+		d.Log.Warn("container not known; it gets the defaults until "+name+" tells", "id", e.ID, "err", err)
 	}
-	if d.down {
-		d.Log.Info("Docker answers again")
-	}
-	d.stale, d.down = false, false
-	d.subjects = make(map[string]policy.Subject, len(all))
-	for _, c := range all {
-		d.subjects[c.ID] = rules.Subject(c)
-	}
+	return changed
 }
 
 // apply brings the containers to the rules.
@@ -287,7 +253,7 @@ func (d *Daemon) apply() {
 		return
 	}
 	defer state.Close()
-	changed, err := rules.Apply(d.Root, state, d.config.Containers, d.subjects, d.revoke)
+	changed, err := rules.Apply(d.Root, state, d.config.Containers, d.Containers, d.revoke)
 	if err != nil {
 		d.Log.Error("rules not applied to all containers", "err", err)
 		return
@@ -300,8 +266,8 @@ func (d *Daemon) apply() {
 
 // check repairs what others have broken, and tells what is amiss.
 func (d *Daemon) check(ctx context.Context) {
-	if d.stale {
-		d.resync(ctx)
+	for _, source := range d.Containers.Stale() {
+		d.learn(ctx, container.Event{Source: source, Action: container.Resync})
 	}
 	d.closeTunnels()
 	if err := d.Filter.ForgetDevices(); err != nil {
@@ -401,15 +367,15 @@ func (d *Daemon) statusText(ctx context.Context) string {
 }
 
 // status is what the kernel has, and which containers are not covered although nothing
-// but Docker says that they are some.
+// but their source says that they are some.
 func (d *Daemon) status(ctx context.Context) (*loader.Status, error) {
 	s, err := d.Filter.Status()
-	if err != nil || d.down || d.stale {
+	if err != nil {
 		return s, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, coveragePatience)
 	defer cancel()
-	if err := coverage.Complete(ctx, d.Docker, d.Filter, s, maps.Keys(d.subjects)); err != nil {
+	if err := d.Containers.AddUncovered(ctx, d.Filter, s); err != nil {
 		d.Log.Warn("not known whether all containers are covered", "err", err)
 	}
 	return s, nil

@@ -20,8 +20,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/daemon"
-	"github.com/egressbpf/egressbpf/internal/docker"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -212,10 +212,10 @@ func newService(t *testing.T, config string) *service {
 	root := testenv.Root(t)
 	filter := loader.New(testenv.PinPath(t), root)
 	t.Cleanup(func() { check(t, filter.Detach(context.Background(), nil)) })
-	client, err := docker.Open("unix://" + s.engine.socket)
+	docker, err := container.OpenDocker("unix://" + s.engine.socket)
 	check(t, err)
 	s.Daemon = &daemon.Daemon{
-		Filter: filter, Root: root, Docker: client, File: s.config, Reload: s.reload,
+		Filter: filter, Root: root, Containers: container.NewInventory(docker), File: s.config, Reload: s.reload,
 		Load: func() (policy.Config, error) {
 			text, err := os.ReadFile(s.config)
 			if err != nil {

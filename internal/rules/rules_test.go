@@ -1,22 +1,11 @@
 package rules
 
 import (
-	"slices"
 	"testing"
 
-	"github.com/egressbpf/egressbpf/internal/docker"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
-
-// Links give a container a name within another one's, which no rule for that other one
-// is to match.
-func TestSubject(t *testing.T) {
-	s := Subject(docker.Container{Names: []string{"mailer-a/db", "db"}, Image: "postgres"})
-	if !slices.Equal(s.Names, []string{"db"}) || s.Image != "postgres" {
-		t.Errorf("got %+v", s)
-	}
-}
 
 // Whoever sets a limit by hand while a rule is being applied is not overruled.
 func TestLimitSetMeanwhile(t *testing.T) {

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"math"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -16,6 +15,7 @@ import (
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -32,13 +32,7 @@ type Stats struct {
 
 // Container is one container's row.
 type Container struct {
-	// ID is the container's id, or its cgroup's name.
-	ID string `json:"id"`
-	// Name is what the container is called; empty if that is not known.
-	Name     string `json:"name"`
-	CgroupID uint64 `json:"cgroup_id"`
-	// Cgroup is the path below the cgroup2 mount; empty if it is gone.
-	Cgroup    string  `json:"cgroup"`
+	container.Identity
 	Blocked   Blocked `json:"blocked"`
 	Malformed Traffic `json:"malformed"`
 	Families  Denied  `json:"socket_families"`
@@ -235,15 +229,11 @@ func (r *Reader) addIdle(known map[uint64]maps.Container, path string, p *policy
 
 // row returns a container's row. def is the policy's limit, nil if that is not known.
 func (r *Reader) row(id uint64, c maps.Container, def *policy.Limit, now uint64) (Container, error) {
-	row := Container{ID: fmt.Sprint("cgroup-", id), CgroupID: id}
-	if rel, err := r.root.Find(id); err == nil {
-		row.Cgroup = rel
-		if row.ID = cgroup.ContainerID(rel); row.ID == "" {
-			row.ID = filepath.Base(rel)
-		}
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return row, err
+	is, err := container.Identify(r.root, id)
+	if err != nil {
+		return Container{}, err
 	}
+	row := Container{Identity: is}
 	t := total(c.Counters)
 	row.Blocked, row.Malformed, row.Families, row.HostSide = t.Blocked, t.Malformed, t.Families, t.HostSide
 	row.SMTP.SMTP = t.SMTP
@@ -263,49 +253,20 @@ func (r *Reader) row(id uint64, c maps.Container, def *policy.Limit, now uint64)
 	return row, nil
 }
 
-// ErrNoContainer means that no container goes by a name.
-var ErrNoContainer = errors.New("no such container")
-
-// ErrAmbiguous means that more than one container goes by a name.
-var ErrAmbiguous = errors.New("more than one container goes by that name")
-
-// Select returns the container with a name: its id or the beginning of it, its
-// Name, the name of its cgroup, or the path of that, below the cgroup2 mount or in
-// full. A whole id goes before a name, and a name before the beginning of an id, as
-// with Docker. The error wraps ErrNoContainer or ErrAmbiguous.
+// Select returns the container that goes by a name, as [container.Select] does.
 func (r *Reader) Select(s *Stats, name string) (*Container, error) {
-	var ids, exact, begin []*Container
-	for i := range s.Containers {
-		c := &s.Containers[i]
-		switch {
-		case c.Cgroup != "" && (c.Cgroup == name || r.root.Path(c.Cgroup) == filepath.Clean(name)):
-			return c, nil
-		case c.ID == name && cgroup.ContainerID(name) != "":
-			ids = append(ids, c)
-		case name != "" && (c.ID == name || c.Name == name || c.Cgroup != "" && filepath.Base(c.Cgroup) == name):
-			exact = append(exact, c)
-		case name != "" && strings.HasPrefix(c.ID, name):
-			begin = append(begin, c)
-		}
+	all := make([]container.Identity, len(s.Containers))
+	for i, c := range s.Containers {
+		all[i] = c.Identity
 	}
-	for _, found := range [][]*Container{ids, exact, begin} {
-		switch len(found) {
-		case 0:
-			continue
-		case 1:
-			return found[0], nil
-		}
-		return nil, fmt.Errorf("%q: %w: %s", name, ErrAmbiguous, paths(found))
+	i, err := container.Select(r.root, all, name)
+	if errors.Is(err, container.ErrNoContainer) {
+		return nil, fmt.Errorf("%w below %s", err, strings.Join(s.Cgroups, ", "))
 	}
-	return nil, fmt.Errorf("%q: %w below %s", name, ErrNoContainer, strings.Join(s.Cgroups, ", "))
-}
-
-func paths(containers []*Container) string {
-	var all []string
-	for _, c := range containers {
-		all = append(all, c.Cgroup)
+	if err != nil {
+		return nil, err
 	}
-	return strings.Join(all, ", ")
+	return &s.Containers[i], nil
 }
 
 // SetLimit gives a container its own limit; UnsetLimit takes it away.

@@ -1,0 +1,73 @@
+package container
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"maps"
+	"slices"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/loader"
+)
+
+// AddUncovered adds to what a status tells uncovered the containers that have no cgroup of
+// their own, or none that is named like a container's. Only their source knows then that they
+// are containers, and it is asked for the process of each. Those that have ended are not
+// added. Sources that did not answer when they were last asked are not asked, nor are those
+// that may be another machine's, whose processes are none here.
+//
+// All are tried until ctx ends; the errors are joined.
+func (v *Inventory) AddUncovered(ctx context.Context, filter *loader.Filter, s *loader.Status) error {
+	var found []loader.Uncovered
+	var errs []error
+	for _, a := range v.accounts {
+		if a.stale || a.lost || !a.Local() {
+			continue
+		}
+		more, err := a.unnamed(ctx, s)
+		found, errs = append(found, more...), append(errs, err)
+	}
+	if len(found) > 0 {
+		errs = append(errs, filter.AddUncovered(s, found))
+	}
+	return errors.Join(errs...)
+}
+
+// unnamed returns where those run that a status does not know by the names of their cgroups.
+func (a *account) unnamed(ctx context.Context, s *loader.Status) (found []loader.Uncovered, err error) {
+	var errs []error
+	for _, id := range slices.Sorted(maps.Keys(a.running)) {
+		if s.Named[id] {
+			continue
+		}
+		u, err := a.locate(ctx, id)
+		if err == nil {
+			found = append(found, u)
+		} else if !errors.Is(err, errEnded) {
+			errs = append(errs, err)
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return found, errors.Join(errs...)
+}
+
+var errEnded = errors.New("the container has ended")
+
+// locate returns where a container runs.
+func (a *account) locate(ctx context.Context, id string) (u loader.Uncovered, err error) {
+	c, err := a.Inspect(ctx, id)
+	if errors.Is(err, ErrNoContainer) || err == nil && c.Pid == 0 {
+		return u, errEnded
+	}
+	if err != nil {
+		return u, err
+	}
+	rel, err := cgroup.OfProcess(c.Pid)
+	if errors.Is(err, fs.ErrNotExist) {
+		return u, errEnded
+	}
+	return loader.Uncovered{ID: id, Name: c.Name, Cgroup: rel}, err
+}

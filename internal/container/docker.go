@@ -1,0 +1,82 @@
+package container
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+
+	"github.com/egressbpf/egressbpf/internal/docker"
+)
+
+// Docker is the [Source] of the containers that a daemon of Docker's runs.
+type Docker struct{ client *docker.Client }
+
+// OpenDocker returns the daemon at a host as [docker.Open] does: it need not run, and nothing
+// is sent. The caller closes it.
+func OpenDocker(host string) (*Docker, error) {
+	client, err := docker.Open(host)
+	if err != nil {
+		return nil, err
+	}
+	return &Docker{client}, nil
+}
+
+// Close closes idle connections.
+func (d *Docker) Close() error { return d.client.Close() }
+
+// Name implements [Source].
+func (d *Docker) Name() string { return "Docker" }
+
+// Host implements [Source].
+func (d *Docker) Host() string { return d.client.Host() }
+
+// Local implements [Source].
+func (d *Docker) Local() bool { return d.client.Local() }
+
+// Started implements [Source].
+func (d *Docker) Started() bool { return docker.Running() }
+
+// List implements [Source].
+func (d *Docker) List(ctx context.Context) ([]Container, error) {
+	found, err := d.client.Containers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all := make([]Container, len(found))
+	for i, c := range found {
+		all[i] = d.container(c)
+	}
+	return all, nil
+}
+
+// Inspect implements [Source].
+func (d *Docker) Inspect(ctx context.Context, id string) (Container, error) {
+	c, err := d.client.Inspect(ctx, id)
+	if errors.Is(err, docker.ErrNoContainer) {
+		err = ErrNoContainer
+	}
+	return d.container(c), err
+}
+
+func (d *Docker) container(c docker.Container) Container {
+	// Links give a container names within others', which are not its own.
+	names := slices.DeleteFunc(slices.Clone(c.Names), func(name string) bool { return strings.Contains(name, "/") })
+	return Container{
+		Identity: Identity{ID: c.ID, Name: c.Name}, Source: d.Name(),
+		Names: names, Image: c.Image, Labels: c.Labels, Pid: c.Pid,
+	}
+}
+
+// Watch implements [Source].
+func (d *Docker) Watch(ctx context.Context, fn func(Event)) error {
+	return d.client.Watch(ctx, func(e docker.Event) {
+		fn(Event{Source: d, Action: actions[e.Action], ID: e.ID, Err: e.Err})
+	})
+}
+
+var actions = map[docker.Action]Action{
+	docker.Resync: Resync, docker.Lost: Lost,
+	docker.Start: Changed, docker.Rename: Changed, docker.Update: Changed,
+	docker.Die: Gone, docker.Destroy: Gone,
+}

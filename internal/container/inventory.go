@@ -1,0 +1,165 @@
+package container
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"sync"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+)
+
+// Inventory is what is known of the containers on this host. Its methods must not be called
+// at the same time, but for Watch.
+type Inventory struct{ accounts []*account }
+
+// account is what one source has told.
+type account struct {
+	Source
+	running map[string]Container // by id
+	stale   bool                 // it is to be asked for all of them
+	lost    bool                 // it cannot be reached
+}
+
+// NewInventory returns an Inventory of what sources tell. They stay the caller's to close.
+func NewInventory(sources ...Source) *Inventory {
+	v := &Inventory{}
+	for _, s := range sources {
+		v.accounts = append(v.accounts, &account{Source: s, running: map[string]Container{}})
+	}
+	return v
+}
+
+// Started says whether any source's engine runs, as far as can be told without asking one.
+func (v *Inventory) Started() bool {
+	return slices.ContainsFunc(v.accounts, func(a *account) bool { return a.Started() })
+}
+
+// Refresh asks all sources for their containers. All are tried; the errors are joined. What
+// a source that does not answer has told before stays.
+func (v *Inventory) Refresh(ctx context.Context) error {
+	var errs []error
+	for _, a := range v.accounts {
+		errs = append(errs, a.refresh(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+func (a *account) refresh(ctx context.Context) error {
+	all, err := a.List(ctx)
+	if a.stale = err != nil; err != nil {
+		return err
+	}
+	a.lost = false
+	a.running = make(map[string]Container, len(all))
+	for _, c := range all {
+		a.running[c.ID] = c
+	}
+	return nil
+}
+
+// Watch calls fn for what sources tell, until ctx ends. Calls for several sources may
+// overlap.
+func (v *Inventory) Watch(ctx context.Context, fn func(Event)) {
+	var all sync.WaitGroup
+	defer all.Wait()
+	for _, a := range v.accounts {
+		all.Go(func() { _ = a.Watch(ctx, fn) }) // the error is that of ctx
+	}
+}
+
+// Update takes in what a source tells, and asks it for what that is about. It returns whether
+// there may be containers of which something else is known than before. The error says why
+// the source does not tell; that it was lost, once until it answers again.
+func (v *Inventory) Update(ctx context.Context, e Event) (changed bool, err error) {
+	a := v.of(e.Source)
+	switch e.Action {
+	case Lost:
+		if a.lost {
+			return false, nil
+		}
+		a.lost = true
+		return false, e.Err
+	case Resync:
+		return true, a.refresh(ctx)
+	case Gone:
+		delete(a.running, e.ID)
+		return false, nil
+	}
+	if a.stale {
+		return false, nil // all are to be listed anyway
+	}
+	c, err := a.Inspect(ctx, e.ID)
+	if errors.Is(err, ErrNoContainer) {
+		return false, nil
+	}
+	if err != nil {
+		a.stale = true
+		return false, err
+	}
+	a.running[e.ID] = c
+	return true, nil
+}
+
+// Stale returns the sources that did not answer when they were last asked. An [Event] with
+// Resync has them asked again.
+func (v *Inventory) Stale() (sources []Source) {
+	for _, a := range v.accounts {
+		if a.stale {
+			sources = append(sources, a.Source)
+		}
+	}
+	return sources
+}
+
+// Lost says whether a source was lost, and has not answered since.
+func (v *Inventory) Lost(s Source) bool { return v.of(s).lost }
+
+// of returns the account of a source, which must be one of the inventory's.
+func (v *Inventory) of(s Source) *account {
+	return v.accounts[slices.IndexFunc(v.accounts, func(a *account) bool { return a.Source == s })]
+}
+
+// Find returns the running container with an id, as its source has told.
+func (v *Inventory) Find(id string) (Container, bool) {
+	for _, a := range v.accounts {
+		if c, ok := a.running[id]; ok {
+			return c, true
+		}
+	}
+	return Container{}, false
+}
+
+// Name returns what users call the container with an id; empty if no source has told.
+func (v *Inventory) Name(id string) string {
+	c, _ := v.Find(id)
+	return c.Name
+}
+
+// Running returns the containers that have a cgroup, by the names of these, and what sources
+// have told of them. All are tried; the errors are joined.
+func (v *Inventory) Running(root cgroup.Root) (all []Container, err error) {
+	found, err := root.Outermost("/", func(rel string) bool { return cgroup.ContainerID(rel) != "" })
+	if err != nil {
+		return nil, fmt.Errorf("look for containers: %w", err)
+	}
+	var errs []error
+	for _, rel := range found {
+		id, err := root.ID(rel)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it has ended
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		is := identity(rel, id)
+		c, _ := v.Find(is.ID)
+		is.Name = c.Name
+		c.Identity = is
+		all = append(all, c)
+	}
+	return all, errors.Join(errs...)
+}
