@@ -1,5 +1,5 @@
-// Package cgroup finds cgroups of the unified hierarchy (cgroup v2) by path
-// and by id.
+// Package cgroup finds cgroups of the unified hierarchy (cgroup v2) by path and by id, and
+// reads off their names which are containers'.
 package cgroup
 
 import (

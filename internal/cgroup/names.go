@@ -7,20 +7,20 @@ import (
 	"strings"
 )
 
-// DefaultScopes are what the engines that are known call the cgroups of their containers.
+// DefaultScopes are what known engines call the cgroups of their containers.
 func DefaultScopes() []Scope {
 	return []Scope{
 		"docker-{id}.scope", "{id}", // Docker, with either cgroup driver
-		BuildScope,
+		BuildScope,                                                // BuildKit
 		"libpod-{id}.scope", "libpod-{id}", "libpod-payload-{id}", // Podman; the last is Quadlet's
-		"buildah-*", "crun-buildah-*", "runc-buildah-*", // its builds
+		"buildah-*", "crun-buildah-*", "runc-buildah-*", // builds of Podman's
 		"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "/default/*", // containerd; the last is ctr's
-		"crio-{id}.scope", "crio-{id}",
+		"crio-{id}.scope", "crio-{id}", // CRI-O
 	}
 }
 
 // ContainerID returns the id of the container that a cgroup was made for, by its name; ""
-// if it has none. Names are those of the default scopes, each with either cgroup driver.
+// if it has none. It knows the names of the default scopes, with either cgroup driver.
 func ContainerID(rel string) string {
 	name := strings.TrimSuffix(path.Base(rel), ".scope")
 	begin := len(name) - idLength

@@ -40,7 +40,7 @@ type Container struct {
 	Image string
 	// Labels are as they were given: any characters, any length.
 	Labels map[string]string
-	// Pod is the one that it is in, if its source tells.
+	// Pod is the one that it is in, if its source tells. Docker does not.
 	Pod Pod
 	// Pid is its first process, as the source sees it; 0 if it does not run, and from
 	// [Source.List]. The process can have ended since.

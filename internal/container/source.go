@@ -13,12 +13,12 @@ var ErrNoContainer = errors.New("no such container")
 //
 // An engine is believed in what nobody else knows, and in nothing that could be checked:
 // whatever it answers, or does not, takes a bounded time and a bounded amount of memory, and
-// no id, name or error comes out with characters that a terminal could obey. What a container
-// has of it has neither a cgroup nor its id, for which the kernel is asked.
+// no id, name or error has characters in it that a terminal could obey. A source leaves the
+// cgroup of a container and the id of that empty: these are the kernel's to tell.
 //
-// That an engine cannot be reached is an error of List and Inspect, which wraps
-// fs.ErrNotExist where there is nothing to be reached, as on a host that does not have it.
-// Watch goes on trying.
+// Where an engine cannot be reached, List and Inspect return an error. It wraps
+// fs.ErrNotExist if there is nothing to be reached, as on a host without that engine, which
+// only those need to know who have named it. Watch goes on trying.
 type Source interface {
 	// Name is what messages call the engine.
 	Name() string
@@ -36,8 +36,8 @@ type Source interface {
 	// is none.
 	Inspect(ctx context.Context, id string) (Container, error)
 	// Watch calls fn, one call at a time, for what becomes of containers, until ctx ends,
-	// and returns the error of ctx. A slow fn may miss all but the last that happened to a
-	// container, but for what a Resync tells of.
+	// and returns the error of ctx. While fn is at work, events of one container may be put
+	// together.
 	Watch(ctx context.Context, fn func(Event)) error
 }
 
