@@ -38,19 +38,24 @@ type names struct {
 	warned     bool
 }
 
-// names returns the names of the daemon that the flags or the environment name.
+// names returns those that the sources of the inventory tell.
 func (g *globals) names(stderr io.Writer) (*names, error) {
 	n := &names{asked: g.dockerHost != "" || os.Getenv("DOCKER_HOST") != "", stderr: stderr}
-	docker, err := container.OpenDocker(g.dockerHost)
-	switch {
-	case err == nil:
-		n.containers = container.NewInventory(docker)
-	case g.dockerHost != "":
-		return nil, usageError{fmt.Errorf("--docker-host: %w", err)}
-	default:
-		n.err = err // the environment may be meant for other programs
+	n.containers, n.err = g.inventory()
+	if n.err != nil && g.dockerHost != "" {
+		return nil, usageError{fmt.Errorf("--docker-host: %w", n.err)}
 	}
-	return n, nil
+	return n, nil // the environment may be meant for other programs
+}
+
+// inventory returns one of all sources that there are, which the flags and the environment
+// name. Nobody is asked yet. The caller closes it.
+func (g *globals) inventory() (*container.Inventory, error) {
+	docker, err := container.OpenDocker(g.dockerHost)
+	if err != nil {
+		return nil, err
+	}
+	return container.NewInventory(docker), nil
 }
 
 // refresh asks for the names, unless it has just done so.

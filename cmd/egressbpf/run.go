@@ -15,7 +15,6 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
-	"github.com/egressbpf/egressbpf/internal/container"
 	service "github.com/egressbpf/egressbpf/internal/daemon"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
@@ -58,11 +57,11 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	if _, err := o.load(flags)(); err != nil {
 		return usageError{errors.Join(err, o.putDefaults(ctx, flags, stderr))}
 	}
-	docker, err := container.OpenDocker(o.dockerHost)
+	containers, err := o.inventory()
 	if err != nil {
 		return usageError{fmt.Errorf("--docker-host: %w", err)}
 	}
-	defer docker.Close()
+	defer containers.Close()
 	filter, root, err := o.filter()
 	if err != nil {
 		return err
@@ -75,7 +74,7 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	signal.Notify(reload, unix.SIGHUP)
 	defer signal.Stop(reload)
 	d := service.Daemon{
-		Filter: filter, Root: root, Containers: container.NewInventory(docker),
+		Filter: filter, Root: root, Containers: containers,
 		Load: o.load(flags), File: o.config,
 		Log:      newLogger(stderr),
 		Notify:   func(state string) { _, _ = sd.SdNotify(false, state) },

@@ -13,7 +13,7 @@ import (
 type Docker struct{ client *docker.Client }
 
 // OpenDocker returns the daemon at a host as [docker.Open] does: it need not run, and nothing
-// is sent. The caller closes it.
+// is sent. The caller closes it, or the [Inventory] that it is in.
 func OpenDocker(host string) (*Docker, error) {
 	client, err := docker.Open(host)
 	if err != nil {
@@ -21,9 +21,6 @@ func OpenDocker(host string) (*Docker, error) {
 	}
 	return &Docker{client}, nil
 }
-
-// Close closes idle connections.
-func (d *Docker) Close() error { return d.client.Close() }
 
 // Name implements [Source].
 func (d *Docker) Name() string { return "Docker" }
@@ -74,6 +71,9 @@ func (d *Docker) Watch(ctx context.Context, fn func(Event)) error {
 		fn(Event{Source: d, Action: actions[e.Action], ID: e.ID, Err: e.Err})
 	})
 }
+
+// Close implements [Source].
+func (d *Docker) Close() error { return d.client.Close() }
 
 var actions = map[docker.Action]Action{
 	docker.Resync: Resync, docker.Lost: Lost,

@@ -23,13 +23,23 @@ type account struct {
 	lost    bool                 // it cannot be reached
 }
 
-// NewInventory returns an Inventory of what sources tell. They stay the caller's to close.
+// NewInventory returns an Inventory of what sources tell. The caller closes it, and does not
+// close the sources.
 func NewInventory(sources ...Source) *Inventory {
 	v := &Inventory{}
 	for _, s := range sources {
 		v.accounts = append(v.accounts, &account{Source: s, running: map[string]Container{}})
 	}
 	return v
+}
+
+// Close closes the sources.
+func (v *Inventory) Close() error {
+	var errs []error
+	for _, a := range v.accounts {
+		errs = append(errs, a.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // Started says whether any source's engine runs, as far as can be told without asking one.

@@ -52,6 +52,8 @@ func (e *engine) Host() string  { return "test:" + e.name }
 func (e *engine) Local() bool   { return !e.remote }
 func (e *engine) Started() bool { return e.started }
 
+func (e *engine) Close() error { return nil }
+
 func (e *engine) List(context.Context) (all []Container, err error) {
 	e.asked++
 	for _, c := range e.running {
@@ -148,10 +150,11 @@ func TestUpdate(t *testing.T) {
 func TestNothingThere(t *testing.T) {
 	docker, err := OpenDocker("unix://" + filepath.Join(t.TempDir(), "socket"))
 	check(t, err)
-	defer docker.Close()
-	if err := NewInventory(docker).Refresh(t.Context()); !errors.Is(err, fs.ErrNotExist) {
+	v := NewInventory(docker)
+	if err := v.Refresh(t.Context()); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("got %v", err)
 	}
+	check(t, v.Close())
 	if err := NewInventory().Refresh(t.Context()); err != nil {
 		t.Errorf("without sources: %v", err)
 	}

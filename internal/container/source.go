@@ -39,6 +39,8 @@ type Source interface {
 	// and returns the error of ctx. While fn is at work, events of one container may be put
 	// together.
 	Watch(ctx context.Context, fn func(Event)) error
+	// Close gives back what the source holds. It does not end what is under way.
+	Close() error
 }
 
 // Action is what an [Event] is about.
