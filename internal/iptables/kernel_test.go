@@ -119,7 +119,7 @@ func TestKernelRandomRules(t *testing.T) {
 	t.Log(total)
 }
 
-func translated(t *testing.T, s Source) (*translator, *Result) {
+func translated(t *testing.T, s Source) (*translation, *Result) {
 	t.Helper()
 	tr, err := translate(s)
 	if err != nil {
@@ -134,7 +134,7 @@ func conditionsHere(c string) bool {
 }
 
 // compareWithKernel returns how many packets came to what.
-func compareWithKernel(t *testing.T, host *host, tr *translator, r *Result) map[string]int {
+func compareWithKernel(t *testing.T, host *host, tr *translation, r *Result) map[string]int {
 	t.Helper()
 	f := tr.families[0]
 	w := world{}
@@ -179,12 +179,12 @@ func compareWithKernel(t *testing.T, host *host, tr *translator, r *Result) map[
 }
 
 // asides are rules that were set aside and may decide about a packet.
-func (tr *translator) asides(p packet, w world) (list []*step) {
-	tr.each(func(_ *family, s *step) {
+func (tr *translation) asides(p packet, w world) (list []*step) {
+	for _, s := range every(tr.families) {
 		if s.aside && s.applies(p, w) {
 			list = append(list, s)
 		}
-	})
+	}
 	return list
 }
 

@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"cmp"
+	"math/bits"
 	"slices"
 	"strconv"
 	"strings"
@@ -134,24 +135,63 @@ func (h *hashlimit) finish(m *match) {
 	}
 }
 
-// settle turns hits in a window into a rate and a burst, once it is known whether
-// the packet itself is on the list when it is looked for there.
-func (l *limit) settle(counted bool) bool {
+// settle turns hits in a window into a rate and a burst, if there are such, once it is
+// known whether the packet itself is on the list when it is looked for there.
+func (l limit) settle(counted bool) (limit, bool) {
 	n := l.hits
 	if counted {
 		n--
 	}
 	if n == 0 || n > 1_000_000 {
-		return false
+		return l, false
 	}
 	l.burst = uint32(n)
 	for _, period := range []time.Duration{time.Second, time.Minute, time.Hour, 24 * time.Hour} {
 		if count := n * uint64(period/time.Second); count%l.window == 0 || period == 24*time.Hour {
 			l.rate = policy.Rate{Count: count / l.window, Period: period}
-			return l.rate.Count > 0 && l.rate.Validate() == nil
+			return l, l.rate.Count > 0 && l.rate.Validate() == nil
 		}
 	}
-	return false
+	return l, false
+}
+
+// together returns what limits come to that a packet meets one after another. What is within
+// one and goes on to the next is within the strictest; what is over one and goes on to the
+// next has that one's tokens too. Limits of both kinds come to none.
+func together(limits []*limit) (limit, bool) {
+	all := *limits[0]
+	for _, l := range limits[1:] {
+		if l.over != all.over {
+			return limit{}, false
+		}
+		if l.over {
+			all.rate, all.burst = sum(all.rate, l.rate), all.burst+l.burst
+		} else {
+			all.burst = min(all.burst, l.burst)
+			if slower(l.rate, all.rate) < 0 {
+				all.rate = l.rate
+			}
+		}
+		if !l.perContainer() {
+			all.per, all.mask = l.per, l.mask
+		}
+	}
+	return all, true
+}
+
+// sum adds two rates, in the longer of their periods.
+func sum(a, b policy.Rate) policy.Rate {
+	if a.Period < b.Period {
+		a, b = b, a
+	}
+	return policy.Rate{Count: a.Count + b.Count*uint64(a.Period/b.Period), Period: a.Period}
+}
+
+// slower compares two rates.
+func slower(a, b policy.Rate) int {
+	hiA, loA := bits.Mul64(a.Count, uint64(b.Period))
+	hiB, loB := bits.Mul64(b.Count, uint64(a.Period))
+	return cmp.Or(cmp.Compare(hiA, hiB), cmp.Compare(loA, loB))
 }
 
 // parseRate reads N, N/s, N/min and so on, as the kernel's tools do: any beginning

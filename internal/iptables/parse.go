@@ -38,6 +38,7 @@ type table struct {
 	stray  []*rule  // lines that could be about any chain
 	hidden []string // comments that tell of rules that are not shown
 	named  bool     // by a line of its own, so that another one has to end it
+	live   bool     // see [Source]
 }
 
 type chain struct {
@@ -144,7 +145,7 @@ func parse(src Source) (tables []*table, err error) {
 	seen := false
 	var hidden []string
 	newTable := func(name string) {
-		t = &table{source: src.Name, v6: v6, name: name, chains: map[string]*chain{}}
+		t = &table{source: src.Name, live: src.Live, v6: v6, name: name, chains: map[string]*chain{}}
 		tables = append(tables, t)
 	}
 	n := 0

@@ -93,10 +93,15 @@ func (s *site) container(p netip.Prefix) bool {
 	return slices.ContainsFunc(known, p.Overlaps)
 }
 
-// resolve says in m what its devices and its source mean for packets that
-// containers send over IPv4, or over IPv6.
-func (s *site) resolve(m *match, v6 bool) {
+// resolve returns a match as the rules read, with what its devices and its source mean
+// for packets that containers send over IPv4, or over IPv6.
+func (s *site) resolve(m match, v6 bool) match {
 	m.conditions = slices.Clone(m.others)
+	if m.limit != nil && m.limit.mask == everywhere(v6).Addr().BitLen() {
+		all := *m.limit
+		all.mask = -1
+		m.limit = &all
+	}
 	if d := m.in; d.value != "" {
 		switch {
 		case d.value == "+" || external(d.value) && !s.bridge(d.value):
@@ -148,4 +153,5 @@ func (s *site) resolve(m *match, v6 bool) {
 			m.conditions = append(m.conditions, condition{"-s " + n.value, n.not})
 		}
 	}
+	return m
 }

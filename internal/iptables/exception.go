@@ -1,0 +1,188 @@
+package iptables
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/egressbpf/egressbpf/internal/policy"
+)
+
+// exceptions collects what the rules let through of what they stop otherwise.
+type exceptions struct {
+	report
+	carried map[*rule]bool // by the phases before, and by this one so far
+}
+
+func after(before ledger) exceptions { return exceptions{carried: maps.Clone(before.carried)} }
+
+// carrySkip says that a step which lets packets through is carried over.
+func (x *exceptions) carrySkip(s *step) {
+	if s.act == skip {
+		x.carry(s.rule)
+		x.carried[s.rule] = true
+	}
+}
+
+// of returns what a step lets through that is stopped otherwise, or the holes in what it
+// stops.
+func (x *exceptions) of(s *step) []policy.Rule {
+	if s.rule.isGoto || s.never() != "" || s.act == none || (s.act == drop || s.limit != nil) && !x.carried[s.rule] {
+		return nil
+	}
+	entries, holes, err := s.entries()
+	if err != nil {
+		return nil
+	}
+	if s.act == drop {
+		return holes
+	}
+	return entries
+}
+
+// needed reports whether a step makes an exception for some of what an entry is about: one
+// that skips others makes none unless one of them would drop some of it.
+func (p *pass) needed(i int, e policy.Rule) bool {
+	if p.steps[i].act != skip {
+		return true
+	}
+	for j := i + 1; j < p.steps[i].end; j++ {
+		s := &p.steps[j]
+		if s.act != drop || s.never() != "" {
+			continue
+		}
+		entries, _, err := s.entries()
+		if err != nil || slices.ContainsFunc(entries, func(d policy.Rule) bool { _, ok := intersect(d, e); return ok }) {
+			return true
+		}
+	}
+	return false
+}
+
+// allowed is what the policy allows of what it blocks.
+type allowed struct {
+	exceptions
+	entries []policy.Rule
+}
+
+// maxExceptions bounds how many entries are compared with those that block.
+const maxExceptions = 100_000
+
+// allow carries over what is let through before a rule that drops. The entries begin with
+// those that the blocks spare.
+func allow(families []*family, blocked blocks, before ledger) allowed {
+	a := allowed{exceptions: after(before), entries: append([]policy.Rule{}, blocked.spared...)}
+	work := 0
+	for _, f := range families {
+		for _, p := range f.passes {
+			for i := range p.steps {
+				entries := a.of(&p.steps[i])
+				if work += len(entries) * len(blocked.entries); work > maxExceptions {
+					a.note(nil, Stricter, "too many rules: not every exception was carried over")
+					return a
+				}
+				a.step(f, p, i, entries, blocked.entries)
+			}
+		}
+	}
+	return a
+}
+
+func (a *allowed) step(f *family, p *pass, i int, entries, blocked []policy.Rule) {
+	s := &p.steps[i]
+	var refused []policy.Rule
+	for _, e := range entries {
+		for _, b := range blocked {
+			c, ok := intersect(e, b)
+			switch {
+			case !ok || !p.needed(i, c):
+			case slices.Contains(a.entries, c):
+				a.carrySkip(s)
+			case c.Validate() == nil && f.lets(c, e.Prefix.Bits() > 0):
+				a.entries = append(a.entries, c)
+				a.comment("allow", s.rule)
+				a.carrySkip(s)
+			case !slices.Contains(refused, c) && s.limit == nil:
+				refused = append(refused, c)
+			}
+		}
+	}
+	if len(refused) == 0 {
+		return
+	}
+	what := refused[0].String()
+	if len(refused) > 1 {
+		what += fmt.Sprintf(" and %d more", len(refused)-1)
+	}
+	if why := s.conditions(); why != "" {
+		a.note(s.rule, Stricter, "the exception is not carried over, since it depends on %s: the policy stops %s", why, what)
+	} else {
+		a.note(s.rule, Stricter, "the exception is not carried over: other rules may stop a part of it all the same, and the policy stops %s", what)
+	}
+}
+
+// lets reports whether the rules let all of an entry through, for limited also as
+// mail within the limit.
+func (f *family) lets(e policy.Rule, limited bool) bool {
+	v := f.verdicts(e)
+	return v == passes || limited && v&dropped == 0
+}
+
+// exempted is where mail goes without the limit.
+type exempted struct {
+	exceptions
+	destinations []netip.Prefix
+}
+
+// exempt carries over destinations to which mail is not limited; without is the
+// policy that has none of these.
+func exempt(families []*family, mail mailLimit, without policy.Policy, before ledger) exempted {
+	x := exempted{exceptions: after(before), destinations: []netip.Prefix{}}
+	if len(mail.ports) == 0 {
+		return x
+	}
+	for _, f := range families {
+		for _, p := range f.passes {
+			for i := range p.steps {
+				x.step(f, p, i, mail, without)
+			}
+		}
+	}
+	return x
+}
+
+func (x *exempted) step(f *family, p *pass, i int, mail mailLimit, without policy.Policy) {
+	s := &p.steps[i]
+	done := map[netip.Prefix]bool{}
+	for _, e := range x.of(s) {
+		to := e.Prefix
+		if to.Bits() == 0 || e.Proto != 0 && e.Proto != tcp || e.Port != 0 && !mail.limitsPort(e.Port) || done[to] {
+			continue
+		}
+		done[to] = true
+		open := func(port uint16) bool { return !without.Blocks(to.Addr(), tcp, port) }
+		if !slices.ContainsFunc(mail.ports, open) || !p.needed(i, policy.Rule{Prefix: to, Proto: tcp}) {
+			continue
+		}
+		v := verdict(0)
+		for _, port := range mail.ports {
+			v |= f.verdicts(policy.Rule{Prefix: to, Port: port, Proto: tcp})
+		}
+		listed := slices.Contains(x.destinations, to)
+		why := s.conditions()
+		switch {
+		case v == passes:
+			if !listed {
+				x.destinations = append(x.destinations, to)
+			}
+			x.comment("smtp.exempt", s.rule)
+			x.carrySkip(s)
+		case v&passes == 0:
+		case why != "":
+			x.note(s.rule, Stricter, "the exception is not carried over, since it depends on %s: the policy limits mail to %s", why, to)
+		case !listed:
+			x.note(s.rule, Stricter, "the exception is not carried over: smtp.exempt is for every packet to every port of mail, and the rules limit or stop some of those to %s", to)
+		}
+	}
+}

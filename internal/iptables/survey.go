@@ -1,0 +1,147 @@
+package iptables
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+)
+
+// spectrum is the packets that have to be looked at: between two values that follow each
+// other, in each list, all packets are alike to the rules.
+type spectrum struct {
+	addrs  []netip.Addr
+	protos []uint8
+	ports  []uint16
+	other  netip.Addr // an address that no rule names
+}
+
+// world says which conditions hold.
+type world map[string]bool
+
+// newFamily makes the family of passes, with the packets and the worlds that they tell apart.
+func newFamily(v6 bool, passes []*pass) *family {
+	f := &family{v6: v6, passes: passes, spectrum: survey(v6, passes)}
+	f.worlds, f.partial = imagine(passes)
+	return f
+}
+
+func survey(v6 bool, passes []*pass) spectrum {
+	prefixes := map[netip.Prefix]bool{}
+	icmp := protocols["icmp"]
+	if v6 {
+		icmp = protocols["icmpv6"]
+	}
+	protos := map[uint8]bool{tcp: true, protocols["udp"]: true, icmp: true, 253: true}
+	ports := map[uint16]bool{1: true, 25: true, 65535: true}
+	for _, p := range passes {
+		for i := range p.steps {
+			m := p.steps[i].match()
+			for _, d := range slices.Concat(m.dst, m.except) {
+				prefixes[d] = true
+			}
+			if m.proto != 0 {
+				protos[m.proto] = true
+			}
+			for _, r := range m.ports {
+				for _, n := range []int{int(r.low) - 1, int(r.low), int(r.high), int(r.high) + 1} {
+					if 0 < n && n < 65536 {
+						ports[uint16(n)] = true
+					}
+				}
+			}
+		}
+	}
+	s := spectrum{
+		addrs:  edges(v6, slices.Collect(maps.Keys(prefixes))),
+		protos: slices.Sorted(maps.Keys(protos)),
+		ports:  slices.Sorted(maps.Keys(ports)),
+	}
+	all := everywhere(v6)
+	s.other = s.addrs[len(s.addrs)/2]
+	for _, a := range s.addrs {
+		inside := a == all.Addr() || a == last(all)
+		for d := range prefixes {
+			inside = inside || d.Bits() > 0 && d.Contains(a)
+		}
+		if !inside {
+			s.other = a
+			break
+		}
+	}
+	return s
+}
+
+// edges returns the first and the last address of networks and their neighbours, and a few
+// that rules hardly name.
+func edges(v6 bool, prefixes []netip.Prefix) (addrs []netip.Addr) {
+	for _, d := range append(prefixes, everywhere(v6)) {
+		addrs = append(addrs, d.Addr().Prev(), d.Addr(), last(d), last(d).Next())
+	}
+	for _, a := range []string{"198.51.100.77", "8.8.8.8", "100.99.98.97", "2001:db8:77::1", "2600::1"} {
+		addrs = append(addrs, netip.MustParseAddr(a))
+	}
+	addrs = slices.DeleteFunc(addrs, func(a netip.Addr) bool { return !a.IsValid() || a.Is6() != v6 })
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	return slices.Compact(addrs)
+}
+
+// few conditions can be looked at in all combinations.
+const few = 6
+
+// imagine makes the worlds: all of them for a few conditions; else, which is partial, those
+// in which all hold, none does, one differs from the rest, or those of one rule that drops
+// do.
+func imagine(passes []*pass) (worlds []world, partial bool) {
+	conditions := map[string]bool{}
+	for _, p := range passes {
+		for i := range p.steps {
+			for _, c := range p.steps[i].match().conditions {
+				conditions[c.text] = true
+			}
+		}
+	}
+	names := slices.Sorted(maps.Keys(conditions))
+	if len(names) <= few {
+		for bits := range 1 << len(names) {
+			w := world{}
+			for i, n := range names {
+				w[n] = bits&(1<<i) != 0
+			}
+			worlds = append(worlds, w)
+		}
+		return worlds, false
+	}
+	for one := -1; one < len(names); one++ {
+		for _, rest := range []bool{true, false} {
+			w := world{}
+			for i, n := range names {
+				w[n] = (i == one) != rest
+			}
+			worlds = append(worlds, w)
+		}
+	}
+	seen := map[string]bool{}
+	for _, p := range passes {
+		for i := range p.steps {
+			s := &p.steps[i]
+			key := s.conditions()
+			if s.act != drop || key == "" || seen[key] {
+				continue
+			}
+			seen[key] = true
+			for _, rest := range []bool{true, false} {
+				w := world{}
+				for _, n := range names {
+					w[n] = rest
+				}
+				for _, m := range s.when {
+					for _, c := range m.conditions {
+						w[c.text] = !c.not
+					}
+				}
+				worlds = append(worlds, w)
+			}
+		}
+	}
+	return worlds, true
+}
