@@ -15,9 +15,9 @@ type comparison struct {
 	report
 	policy  policy.Policy
 	mail    mailLimit
-	origins map[policy.Rule][]*rule
-	told    ledger
+	blocked blocks
 	sources order
+	told    ledger
 
 	weaker, stricter map[*rule]bool // of which this has been said here
 }
@@ -25,7 +25,7 @@ type comparison struct {
 // compare puts one packet of every kind through rules and policy; told is what has been
 // said before.
 func compare(families []*family, p policy.Policy, mail mailLimit, blocked blocks, sources order, told ledger) report {
-	c := comparison{policy: p, mail: mail, origins: blocked.origins, sources: sources, told: told, weaker: map[*rule]bool{}, stricter: map[*rule]bool{}}
+	c := comparison{policy: p, mail: mail, blocked: blocked, sources: sources, told: told, weaker: map[*rule]bool{}, stricter: map[*rule]bool{}}
 	entries := len(p.Blocked()) + len(p.Allowed())
 	for _, f := range families {
 		if f.partial {
@@ -51,7 +51,12 @@ func (f *family) work(entries int) int {
 
 func (c *comparison) family(f *family) {
 	blocked, allowed := c.policy.Blocked(), c.policy.Allowed()
-	limitsMail := f.limits(c.mail.ports) // else it is said of the family as a whole
+	var limiting []*rule
+	if f.limits(c.mail.ports) { // else it is said of the family as a whole
+		for _, s := range c.mail.limits {
+			limiting = append(limiting, s.rule)
+		}
+	}
 	var addr netip.Addr
 	var nearBlocked, nearAllowed []policy.Rule
 	f.within(policy.Rule{Prefix: everywhere(f.v6)}, func(p packet) bool {
@@ -72,8 +77,8 @@ func (c *comparison) family(f *family) {
 		if blocks && want&(passes|limited) != 0 {
 			c.excess(c.blocking(p), p)
 		}
-		if limits && want&passes != 0 && limitsMail {
-			c.excess(c.limiting(), p)
+		if limits && want&passes != 0 {
+			c.excess(limiting, p)
 		}
 		return true
 	})
@@ -109,17 +114,10 @@ func (c *comparison) missed(f *family, p packet) {
 
 // blocking returns the rules that the entries come from which block a packet.
 func (c *comparison) blocking(p packet) (from []*rule) {
-	for e, rules := range c.origins {
+	for e, rules := range c.blocked.origins {
 		if contains([]policy.Rule{e}, p) {
 			from = append(from, rules...)
 		}
-	}
-	return from
-}
-
-func (c *comparison) limiting() (from []*rule) {
-	for _, s := range c.mail.limits {
-		from = append(from, s.rule)
 	}
 	return from
 }

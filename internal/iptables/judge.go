@@ -268,11 +268,21 @@ func (f *family) limits(ports []uint16) bool {
 func every(families []*family) iter.Seq2[*family, *step] {
 	return func(yield func(*family, *step) bool) {
 		for _, f := range families {
-			for _, p := range f.passes {
-				for i := range p.steps {
-					if !yield(f, &p.steps[i]) {
-						return
-					}
+			for s := range stepsOf(f.passes) {
+				if !yield(f, s) {
+					return
+				}
+			}
+		}
+	}
+}
+
+func stepsOf(passes []*pass) iter.Seq[*step] {
+	return func(yield func(*step) bool) {
+		for _, p := range passes {
+			for i := range p.steps {
+				if !yield(&p.steps[i]) {
+					return
 				}
 			}
 		}

@@ -68,30 +68,29 @@ func (t *table) stopsRest(s *site) bool {
 
 // table lays out a table, with DOCKER-USER even if no rule jumps to it.
 func (l *layout) table(t *table, means *meaning) (passes []*pass, err error) {
-	from := func(c *chain) error {
-		if c == nil {
-			return nil
-		}
-		p, err := l.chain(t, c, means)
-		passes = append(passes, p)
-		return err
-	}
 	for _, name := range hooks[t.name] {
-		if err := from(t.chains[name]); err != nil {
-			return nil, err
+		if c := t.chains[name]; c != nil {
+			p, err := l.chain(t, c, means)
+			if err != nil {
+				return nil, err
+			}
+			passes = append(passes, p)
 		}
 	}
-	reached := slices.ContainsFunc(passes, func(p *pass) bool {
-		return slices.ContainsFunc(p.steps, func(s step) bool { return s.inUser || s.rule.target == user })
-	})
+	for s := range stepsOf(passes) {
+		if s.inUser || s.rule.target == user {
+			return passes, nil
+		}
+	}
 	c := t.chains[user]
-	if hooks[t.name] == nil || reached || c == nil || len(c.rules) == 0 {
+	if hooks[t.name] == nil || c == nil || len(c.rules) == 0 {
 		return passes, nil
 	}
 	if forward := t.chains["FORWARD"]; t.name == "filter" && forward != nil && (t.live || len(forward.rules) > 0) {
 		l.note(c.rules[0], Differs, "no rule of FORWARD jumps to %s: these rules stop nothing, the policy does", user)
 	}
-	return passes, from(c)
+	p, err := l.chain(t, c, means)
+	return append(passes, p), err
 }
 
 // chain lays out all that a packet meets from a chain on.

@@ -98,7 +98,7 @@ func (l *mailLimit) port(f *family, s *step, port uint16) (by []*step, has bool)
 
 // gather adds the limits that a mail packet meets, of rules about mail or not.
 func (l *mailLimit) gather(f *family, pk packet) {
-	for _, s := range every([]*family{f}) {
+	for s := range stepsOf(f.passes) {
 		if s.act == none || s.limit == nil || !f.reaches(pk, s) ||
 			slices.ContainsFunc(l.limits, func(o *step) bool { return o.rule == s.rule }) {
 			continue

@@ -33,20 +33,18 @@ func survey(v6 bool, passes []*pass) spectrum {
 	}
 	protos := map[uint8]bool{tcp: true, protocols["udp"]: true, icmp: true, 253: true}
 	ports := map[uint16]bool{1: true, 25: true, 65535: true}
-	for _, p := range passes {
-		for i := range p.steps {
-			m := p.steps[i].match()
-			for _, d := range slices.Concat(m.dst, m.except) {
-				prefixes[d] = true
-			}
-			if m.proto != 0 {
-				protos[m.proto] = true
-			}
-			for _, r := range m.ports {
-				for _, n := range []int{int(r.low) - 1, int(r.low), int(r.high), int(r.high) + 1} {
-					if 0 < n && n < 65536 {
-						ports[uint16(n)] = true
-					}
+	for s := range stepsOf(passes) {
+		m := s.match()
+		for _, d := range slices.Concat(m.dst, m.except) {
+			prefixes[d] = true
+		}
+		if m.proto != 0 {
+			protos[m.proto] = true
+		}
+		for _, r := range m.ports {
+			for _, n := range []int{int(r.low) - 1, int(r.low), int(r.high), int(r.high) + 1} {
+				if 0 < n && n < 65536 {
+					ports[uint16(n)] = true
 				}
 			}
 		}
@@ -93,53 +91,44 @@ const few = 6
 // do.
 func imagine(passes []*pass) (worlds []world, partial bool) {
 	conditions := map[string]bool{}
-	for _, p := range passes {
-		for i := range p.steps {
-			for _, c := range p.steps[i].match().conditions {
-				conditions[c.text] = true
-			}
+	for s := range stepsOf(passes) {
+		for _, c := range s.match().conditions {
+			conditions[c.text] = true
 		}
 	}
 	names := slices.Sorted(maps.Keys(conditions))
+	add := func(holds func(i int) bool) world {
+		w := world{}
+		for i, n := range names {
+			w[n] = holds(i)
+		}
+		worlds = append(worlds, w)
+		return w
+	}
 	if len(names) <= few {
 		for bits := range 1 << len(names) {
-			w := world{}
-			for i, n := range names {
-				w[n] = bits&(1<<i) != 0
-			}
-			worlds = append(worlds, w)
+			add(func(i int) bool { return bits&(1<<i) != 0 })
 		}
 		return worlds, false
 	}
 	for one := -1; one < len(names); one++ {
 		for _, rest := range []bool{true, false} {
-			w := world{}
-			for i, n := range names {
-				w[n] = (i == one) != rest
-			}
-			worlds = append(worlds, w)
+			add(func(i int) bool { return (i == one) != rest })
 		}
 	}
 	seen := map[string]bool{}
-	for _, p := range passes {
-		for i := range p.steps {
-			s := &p.steps[i]
-			key := s.conditions()
-			if s.act != drop || key == "" || seen[key] {
-				continue
-			}
-			seen[key] = true
-			for _, rest := range []bool{true, false} {
-				w := world{}
-				for _, n := range names {
-					w[n] = rest
+	for s := range stepsOf(passes) {
+		key := s.conditions()
+		if s.act != drop || key == "" || seen[key] {
+			continue
+		}
+		seen[key] = true
+		for _, rest := range []bool{true, false} {
+			w := add(func(int) bool { return rest })
+			for _, m := range s.when {
+				for _, c := range m.conditions {
+					w[c.text] = !c.not
 				}
-				for _, m := range s.when {
-					for _, c := range m.conditions {
-						w[c.text] = !c.not
-					}
-				}
-				worlds = append(worlds, w)
 			}
 		}
 	}
