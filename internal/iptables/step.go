@@ -75,7 +75,7 @@ func (s *step) conditions() string {
 }
 
 func (s *step) newOnly() bool {
-	return slices.ContainsFunc(s.when, func(m *match) bool { return m.newOnly != "" })
+	return slices.ContainsFunc(s.when, func(m *match) bool { return m.newOnly })
 }
 
 // sparesBridge reports whether a step is not about what stays on a bridge of containers,
