@@ -2,9 +2,10 @@ package iptables
 
 import "fmt"
 
-// account sees to it that no rule of DOCKER-USER is passed over in silence; told is what
-// has been said before.
-func account(tables []*table, on *site, families []*family, told ledger) report {
+// account gives a reason for every rule of DOCKER-USER that is not carried over and that
+// nothing was said of; told is what was said before. Of other rules it names those that were
+// meant to do what a policy does.
+func account(tables []*table, host *site, families []*family, told ledger) report {
 	var rep report
 	walked, said, others := map[*rule]bool{}, map[*rule]bool{}, map[*rule]bool{}
 	for _, s := range every(families) {
@@ -14,7 +15,7 @@ func account(tables []*table, on *site, families []*family, told ledger) report 
 			continue
 		}
 		if r.garbled == "" && (s.own || !s.inUser && !s.about()) {
-			if s.unrelated(on) {
+			if s.unrelated(host) {
 				others[r] = true
 			}
 			continue
@@ -28,20 +29,20 @@ func account(tables []*table, on *site, families []*family, told ledger) report 
 		rep.note(nil, NotCarried, "rules about forwarded packets that are neither in %s nor about metadata services or mail: %d", user, n)
 	}
 	for _, t := range tables {
-		rep.unwalked(t, on, walked)
+		rep.remarks = append(rep.remarks, unwalked(t, host, walked).remarks...)
 	}
 	return rep
 }
 
 // unrelated reports whether a step outside of DOCKER-USER decides about packets of
 // containers. What Docker itself lets through between its bridges and the rest is no news.
-func (s *step) unrelated(on *site) bool {
+func (s *step) unrelated(host *site) bool {
 	return !s.own && s.act != none && !s.jump && s.never() == "" &&
-		!(s.rule.target == "ACCEPT" && on.bridge(s.rule.match.in.value))
+		!(s.rule.target == "ACCEPT" && host.bridge(s.rule.match.in.value))
 }
 
-// uncarried says why a step has nothing to do with the policy, or "" if nothing is to be
-// said of it.
+// uncarried says why the policy has no counterpart of a step, or "" if there is no reason to
+// give.
 func (s *step) uncarried() (Kind, string) {
 	if s.rule.garbled != "" {
 		return Unknown, s.rule.garbled
@@ -71,7 +72,7 @@ func (s *step) uncarried() (Kind, string) {
 func (s *step) undecided() (Kind, string) {
 	switch target := s.rule.target; {
 	case s.aside:
-		return NotCarried, "" // said, or of no concern
+		return NotCarried, "" // the reason was given where the step was set aside
 	case target == "":
 		return NotCarried, "it has no target: it counts, or puts sources on a list"
 	case s.jump || dockers(target):
@@ -87,40 +88,42 @@ func (s *step) undecided() (Kind, string) {
 	return Unknown, fmt.Sprintf("the target %s is not known here", s.rule.target)
 }
 
-// unwalked names what stands elsewhere, was meant to do the same and does something else.
-func (r *report) unwalked(t *table, on *site, walked map[*rule]bool) {
+// unwalked names the rules that no packet of a container comes to and that were meant to do
+// what a policy does, and the lines that cannot be read.
+func unwalked(t *table, host *site, walked map[*rule]bool) (rep report) {
 	for _, c := range t.hidden {
-		r.note(nil, Unknown, "%s says: %s", t.source, c)
+		rep.note(nil, Unknown, "%s says: %s", t.source, c)
 	}
-	for _, s := range t.stray {
-		r.note(s, Unknown, "%s", s.garbled)
+	for _, r := range t.stray {
+		rep.note(r, Unknown, "%s", r.garbled)
 	}
 	for _, c := range t.order {
 		if dockers(c.name) {
 			continue
 		}
 		ofHost, toHost := t.reached("OUTPUT", c.name), t.reached("INPUT", c.name)
-		for _, s := range c.rules {
-			if walked[s] {
+		for _, r := range c.rules {
+			if walked[r] {
 				continue
 			}
-			m := on.resolve(s.match, t.v6)
+			m := host.resolve(r.match, t.v6)
 			switch {
 			case c.name == user:
-				r.note(s, NotCarried, "it is in the table %s, where Docker does not use this chain", t.name)
-			case s.garbled != "":
-				r.note(s, Unknown, "%s", s.garbled)
+				rep.note(r, NotCarried, "it is in the table %s, where Docker does not use this chain", t.name)
+			case r.garbled != "":
+				rep.note(r, Unknown, "%s", r.garbled)
 			case !about([]*match{&m}, t.v6):
 			case ofHost:
-				r.note(s, NotCarried, "it is about the host's own processes, and containers with --network=host: the policy is about all containers, and no others")
+				rep.note(r, NotCarried, "it is about the host's own processes, and containers with --network=host: the policy is about all containers, and no others")
 			case toHost:
-				r.note(s, NotCarried, "it is about what is sent to the host itself: a policy does not know the host's own addresses")
+				rep.note(r, NotCarried, "it is about what is sent to the host itself: a policy does not know the host's own addresses")
 			case t.name == "nat" && c.name != "POSTROUTING":
-				r.note(s, NotCarried, "it is address translation: a policy blocks, and does not send elsewhere")
+				rep.note(r, NotCarried, "it is address translation: a policy blocks, and does not send elsewhere")
 			case t.name == "nat":
 			default:
-				r.note(s, NotCarried, "packets that containers send do not pass the chain %s of the table %s", c.name, t.name)
+				rep.note(r, NotCarried, "packets that containers send do not pass the chain %s of the table %s", c.name, t.name)
 			}
 		}
 	}
+	return rep
 }

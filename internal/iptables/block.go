@@ -11,8 +11,8 @@ import (
 type blocks struct {
 	report
 	entries []policy.Rule
-	spared  []policy.Rule           // of what they cover, what has to stay open
-	origins map[policy.Rule][]*rule // of entries, and of those that wider ones stand for
+	spared  []policy.Rule           // what has to stay open of what the entries cover
+	origins map[policy.Rule][]*rule // of entries, and of those that a wider one stands for
 }
 
 // block carries over the rules that drop.
@@ -92,8 +92,8 @@ func (b *blocks) step(f *family, s *step, entries []policy.Rule) {
 	}
 }
 
-// stopped returns the entries of which the rules stop some packets, those of mail where they
-// stop it to most destinations; others are exceptions.
+// stopped returns the entries of which the rules stop some packets. Mail to everywhere counts
+// as stopped if it is to most destinations; the others are exceptions.
 func (f *family) stopped(entries []policy.Rule, mail bool) (list []policy.Rule) {
 	for _, e := range entries {
 		v := verdict(0)

@@ -10,7 +10,7 @@ import (
 // maxWork bounds the comparison of rules and policy: some seconds.
 const maxWork = 300_000_000
 
-// comparison is where the policy differs from the rules and nothing has been said of it.
+// comparison finds where the policy differs from the rules and nothing was said of it.
 type comparison struct {
 	report
 	policy  policy.Policy
@@ -19,11 +19,11 @@ type comparison struct {
 	sources order
 	told    ledger
 
-	weaker, stricter map[*rule]bool // of which this has been said here
+	weaker, stricter map[*rule]bool // rules of which this comparison said so
 }
 
-// compare puts one packet of every kind through rules and policy; told is what has been
-// said before.
+// compare puts one packet of every kind through rules and policy, and notes what differs;
+// told is what was said before.
 func compare(families []*family, p policy.Policy, mail mailLimit, blocked blocks, sources order, told ledger) report {
 	c := comparison{policy: p, mail: mail, blocked: blocked, sources: sources, told: told, weaker: map[*rule]bool{}, stricter: map[*rule]bool{}}
 	entries := len(p.Blocked()) + len(p.Allowed())
@@ -122,8 +122,8 @@ func (c *comparison) blocking(p packet) (from []*rule) {
 	return from
 }
 
-// excess notes that the policy stops what the rules may let through, with the first of the
-// rules that this comes from.
+// excess notes, with the first of the rules that this comes from, that the policy stops what
+// the rules may let through.
 func (c *comparison) excess(from []*rule, p packet) {
 	if len(from) == 0 || slices.ContainsFunc(from, func(r *rule) bool { return c.stricter[r] || c.told.has(r, Stricter) }) {
 		return

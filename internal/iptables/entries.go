@@ -111,8 +111,8 @@ func portEntries(ports []portRange, all netip.Prefix) (list []policy.Rule, err e
 	return list, nil
 }
 
-// intersections adds to a list, each once, what entries of one list and of the other are
-// about.
+// intersections adds to a list, without duplicates, what an entry of one list and one of the
+// other are both about. The error is errTooMany.
 func intersections(to, some, others []policy.Rule) ([]policy.Rule, error) {
 	for _, a := range some {
 		for _, b := range others {

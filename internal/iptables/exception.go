@@ -17,7 +17,7 @@ type exceptions struct {
 
 func after(before ledger) exceptions { return exceptions{carried: maps.Clone(before.carried)} }
 
-// carrySkip says that a step which lets packets through is carried over.
+// carrySkip says that the rule of a step is carried over, if it lets packets through.
 func (x *exceptions) carrySkip(s *step) {
 	if s.act == skip {
 		x.carry(s.rule)
@@ -41,8 +41,8 @@ func (x *exceptions) of(s *step) []policy.Rule {
 	return entries
 }
 
-// needed reports whether a step makes an exception for some of what an entry is about: one
-// that skips others makes none unless one of them would drop some of it.
+// needed reports whether an exception for an entry can come from a step. A step that skips
+// others makes one only if one of these would drop some of what the entry is about.
 func (p *pass) needed(i int, e policy.Rule) bool {
 	if p.steps[i].act != skip {
 		return true
@@ -66,7 +66,7 @@ type allowed struct {
 	entries []policy.Rule
 }
 
-// maxExceptions bounds how many entries are compared with those that block.
+// maxExceptions bounds how many pairs of an entry and one that blocks are compared.
 const maxExceptions = 100_000
 
 // allow carries over what is let through before a rule that drops. The entries begin with

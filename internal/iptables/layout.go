@@ -23,24 +23,26 @@ var hooks = map[string][]string{
 	"filter": {"FORWARD"}, "mangle": {"PREROUTING", "FORWARD", "POSTROUTING"}, "raw": {"PREROUTING"}, "security": {"FORWARD"},
 }
 
-// layout is the rules in the places where packets of containers meet them.
+// layout is the rules in the places where packets of containers meet them. Nothing in it
+// changes later.
 type layout struct {
 	report
 	families []*family
 	lists    map[string][]*step // of -m recent, by name: the steps that put sources there
 }
 
-// layOut fails where chains jump in circles, or too often.
-func layOut(tables []*table, s *site) (layout, error) {
+// layOut lays out the tables of all dumps. It fails if chains jump in circles, or have more
+// than maxSteps rules, counted once for each jump.
+func layOut(tables []*table, host *site) (layout, error) {
 	l := layout{lists: map[string][]*step{}}
 	var passes [2][]*pass
-	means := [2]*meaning{newMeaning(s, false), newMeaning(s, true)}
+	means := [2]*meaning{newMeaning(host, false), newMeaning(host, true)}
 	for _, t := range tables {
 		i := 0
 		if t.v6 {
 			i = 1
 		}
-		if t.stopsRest(s) {
+		if t.stopsRest(host) {
 			l.note(nil, NotCarried, "%s: the policy of FORWARD in the table %s is DROP, and no rules of Docker accept what containers send: what no rule accepts is stopped there, and not by the policy", t.source, t.name)
 		}
 		added, err := l.table(t, means[i])
@@ -57,16 +59,16 @@ func layOut(tables []*table, s *site) (layout, error) {
 	return l, nil
 }
 
-// stopsRest reports whether the policy of FORWARD stops what containers send, if no rule
-// of the user accepts it.
-func (t *table) stopsRest(s *site) bool {
+// stopsRest reports whether the policy of FORWARD stops what containers send and no rule
+// accepts.
+func (t *table) stopsRest(host *site) bool {
 	c := t.chains["FORWARD"]
 	return c != nil && c.policy == "DROP" && !slices.ContainsFunc(c.rules, func(r *rule) bool {
-		return dockers(r.target) || r.target == "ACCEPT" && s.bridge(r.match.in.value)
+		return dockers(r.target) || r.target == "ACCEPT" && host.bridge(r.match.in.value)
 	})
 }
 
-// table lays out a table, with DOCKER-USER even if no rule jumps to it.
+// table lays out a table, and DOCKER-USER even if no rule jumps to it.
 func (l *layout) table(t *table, means *meaning) (passes []*pass, err error) {
 	for _, name := range hooks[t.name] {
 		if c := t.chains[name]; c != nil {
@@ -93,7 +95,7 @@ func (l *layout) table(t *table, means *meaning) (passes []*pass, err error) {
 	return append(passes, p), err
 }
 
-// chain lays out all that a packet meets from a chain on.
+// chain lays out what a packet meets from a chain on.
 func (l *layout) chain(t *table, c *chain, means *meaning) (*pass, error) {
 	row := row{table: t, means: means, report: &l.report}
 	if err := row.chain(c, nil, false, nil); err != nil {
@@ -111,9 +113,9 @@ func (l *layout) chain(t *table, c *chain, means *meaning) (*pass, error) {
 	return &pass{steps: row.steps}, nil
 }
 
-// meaning is what the rules of one family mean on a host. A rule of -m recent
-// means what it does in the first place where a packet meets it: there it is known whether
-// an earlier rule puts the packet on the list.
+// meaning is what the rules of one family mean on a host. It is asked for the rules in the
+// order in which packets meet them: what a rule of -m recent means depends on whether an
+// earlier rule puts the packet on the list.
 type meaning struct {
 	site    *site
 	v6      bool

@@ -43,8 +43,8 @@ func (n Note) String() string {
 	return s.String()
 }
 
-// report is what one phase says of the rules, in the order in which it says it. Other
-// phases read it when the phase has ended; only the phase itself adds to it.
+// report is what one phase says of the rules, in the order in which it says it. Only that
+// phase adds to it.
 type report struct {
 	remarks  []remark
 	comments []comment
@@ -53,7 +53,7 @@ type report struct {
 type remark struct {
 	rule    *rule // nil: the rules as a whole
 	kind    Kind  // "": the rule is carried over
-	refusal bool  // see refuse
+	refusal bool  // from refuse
 	text    string
 }
 
@@ -69,19 +69,18 @@ func (r *report) carry(about *rule) {
 	r.remarks = append(r.remarks, remark{rule: about})
 }
 
-// refuse says why a rule is not carried over. A rule can stand in several places; the
-// first reason is enough, and none is given where the rule was carried over from another
-// place before.
+// refuse says why a rule is not carried over. A packet can meet one rule in several places:
+// the first reason stands, and none does after the rule was carried over from another place.
 func (r *report) refuse(about *rule, why string) {
 	r.remarks = append(r.remarks, remark{rule: about, kind: NotCarried, refusal: true, text: why})
 }
 
-// comment says above a key of the config file which rule it comes from.
+// comment names a rule above the key of the config file that comes from it.
 func (r *report) comment(key string, from *rule) {
 	r.comments = append(r.comments, comment{key, from.place.String() + ": " + from.text})
 }
 
-// ledger is what reports come to, one after another. It is not changed once it is made.
+// ledger is what several reports say, without duplicates. It does not change once it is made.
 type ledger struct {
 	notes   []Note
 	noted   map[*rule][]Kind

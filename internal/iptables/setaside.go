@@ -7,15 +7,14 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// reckoning is the rules that the policy is made of and compared with.
+// reckoning is the rules that the policy is made from and compared with.
 type reckoning struct {
 	report
 	families []*family
 }
 
-// setAside takes rules that drop out of the reckoning if what they depend on has no
-// counterpart: to stop all that they may stop would be another policy. The families it is
-// given stay as they are.
+// setAside returns families without those rules that drop and depend on what has no
+// counterpart: to stop all that they may stop would be another policy.
 func setAside(families []*family) reckoning {
 	var r reckoning
 	for _, f := range families {
@@ -57,8 +56,8 @@ func (r *reckoning) step(s *step) {
 	r.refuse(s.rule, "a policy has no words for "+text)
 }
 
-// unspeakable returns the conditions of a step that a policy cannot leave out: all but the
-// devices and the networks that the packets of containers come from.
+// unspeakable returns the conditions of a step that a policy has no words for and cannot
+// leave out, as it can a device or a network of containers.
 func (s *step) unspeakable() (why []string) {
 	for _, m := range s.when {
 		for _, c := range m.conditions {

@@ -69,8 +69,8 @@ func survey(v6 bool, passes []*pass) spectrum {
 	return s
 }
 
-// edges returns the first and the last address of networks and their neighbours, and a few
-// that rules hardly name.
+// edges returns the first and the last address of each network, their neighbours, and a few
+// addresses that rules are unlikely to name.
 func edges(v6 bool, prefixes []netip.Prefix) (addrs []netip.Addr) {
 	for _, d := range append(prefixes, everywhere(v6)) {
 		addrs = append(addrs, d.Addr().Prev(), d.Addr(), last(d), last(d).Next())
@@ -86,9 +86,9 @@ func edges(v6 bool, prefixes []netip.Prefix) (addrs []netip.Addr) {
 // few conditions can be looked at in all combinations.
 const few = 6
 
-// imagine makes the worlds: all of them for a few conditions; else, which is partial, those
-// in which all hold, none does, one differs from the rest, or those of one rule that drops
-// do.
+// imagine makes the worlds: all of them for a few conditions; otherwise some, namely those in
+// which all conditions hold, none does, one differs from the rest, or those of one rule that
+// drops hold.
 func imagine(passes []*pass) (worlds []world, partial bool) {
 	conditions := map[string]bool{}
 	for s := range stepsOf(passes) {

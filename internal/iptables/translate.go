@@ -46,9 +46,9 @@ type translation struct {
 	result Result
 }
 
-// translate joins the phases. Each is a function of values that are no longer changed: of
-// the rules, and of the phases before that it names. The notes of one line stand in the order
-// in which the reports are joined.
+// translate joins the phases. Each is a function of the rules and of the results of those
+// phases that it is given, and changes none of them. The order of the reports is that of the
+// notes on one rule.
 func translate(sources ...Source) (*translation, error) {
 	var tables []*table
 	var names order
@@ -59,8 +59,8 @@ func translate(sources ...Source) (*translation, error) {
 		}
 		tables, names = append(tables, more...), append(names, s.Name)
 	}
-	on := learn(tables)
-	laid, err := layOut(tables, on)
+	host := learn(tables)
+	laid, err := layOut(tables, host)
 	if err != nil {
 		return nil, err
 	}
@@ -78,7 +78,7 @@ func translate(sources ...Source) (*translation, error) {
 	p.SMTP.Exempt = exempted.destinations
 
 	made := []report{laid.report, kept.report, mail.report, blocked.report, allowed.report, exempted.report}
-	made = append(made, account(tables, on, families, join(made...)))
+	made = append(made, account(tables, host, families, join(made...)))
 	told := join(made...)
 	made = append(made, compare(families, p, mail, blocked, names, told))
 	made = append(made, conclude(families, p, mail, blocked, len(told.carried) > 0))
@@ -97,7 +97,7 @@ func translate(sources ...Source) (*translation, error) {
 	return tr, nil
 }
 
-// commentsOf returns the comments of a config file by its keys, each once.
+// commentsOf returns the comments of a config file by its keys, without duplicates.
 func commentsOf(names order, reports []report) map[string][]string {
 	all := map[string][]string{"": {"Made by egressbpf import iptables of " + strings.Join(names, ", ") + "."}}
 	for _, r := range reports {
@@ -113,7 +113,7 @@ func commentsOf(names order, reports []report) map[string][]string {
 // order is the names of the sources in their order.
 type order []string
 
-// index puts what is about no rule last.
+// index puts what is about the rules as a whole last.
 func (o order) index(source string) int {
 	if source == "" {
 		return len(o)
