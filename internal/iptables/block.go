@@ -96,9 +96,9 @@ func (b *blocks) step(f *family, s *step, entries []policy.Rule) {
 // as stopped if it is to most destinations; the others are exceptions.
 func (f *family) stopped(entries []policy.Rule, mail bool) (list []policy.Rule) {
 	for _, e := range entries {
-		v := verdict(0)
+		var v verdict
 		if mail && e.Prefix.Bits() == 0 {
-			v = f.judge(f.mail(e.Port))
+			v = f.judge(f.mailPacket(e.Port))
 		} else {
 			v = f.verdicts(e)
 		}
@@ -154,7 +154,7 @@ func widest(entries []policy.Rule) []policy.Rule {
 // enforces reports whether a step stops mail that is over a limit.
 func (f *family) enforces(s *step, ports []uint16) bool {
 	return slices.ContainsFunc(ports, func(port uint16) bool {
-		pk := f.mail(port)
+		pk := f.mailPacket(port)
 		return f.judge(pk)&limited != 0 && f.reaches(pk, s)
 	})
 }

@@ -165,7 +165,7 @@ func (x *exempted) step(f *family, p *pass, i int, mail mailLimit, without polic
 		if !slices.ContainsFunc(mail.ports, open) || !p.needed(i, policy.Rule{Prefix: to, Proto: tcp}) {
 			continue
 		}
-		v := verdict(0)
+		var v verdict
 		for _, port := range mail.ports {
 			v |= f.verdicts(policy.Rule{Prefix: to, Port: port, Proto: tcp})
 		}

@@ -256,12 +256,12 @@ func (f *family) verdicts(e policy.Rule) (v verdict) {
 	return v
 }
 
-// mail returns a packet that opens a mail connection to an address that no rule names.
-func (f *family) mail(port uint16) packet { return packet{dst: f.other, proto: tcp, port: port} }
+// mailPacket returns one that opens a mail connection to an address that no rule names.
+func (f *family) mailPacket(port uint16) packet { return packet{dst: f.other, proto: tcp, port: port} }
 
 // limits reports whether the family's rules do anything about ports of mail.
 func (f *family) limits(ports []uint16) bool {
-	return slices.ContainsFunc(ports, func(port uint16) bool { return f.judge(f.mail(port)) != passes })
+	return slices.ContainsFunc(ports, func(port uint16) bool { return f.judge(f.mailPacket(port)) != passes })
 }
 
 // every yields the steps of families in their order.

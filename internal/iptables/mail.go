@@ -72,7 +72,7 @@ func limitMail(families []*family, lists map[string][]*step) mailLimit {
 // port reports whether a step has a part in a limit of new connections to a port, and
 // returns the rules that drop what is over it.
 func (l *mailLimit) port(f *family, s *step, port uint16) (by []*step, has bool) {
-	pk := f.mail(port)
+	pk := f.mailPacket(port)
 	entries, _, _ := s.entries()
 	narrow := entries[0].Prefix
 	if narrow.Bits() > 0 {
@@ -86,7 +86,7 @@ func (l *mailLimit) port(f *family, s *step, port uint16) (by []*step, has bool)
 		return nil, false
 	}
 	l.carry(s.rule)
-	if narrow.Bits() > 0 && f.judge(f.mail(port))&passes != 0 {
+	if narrow.Bits() > 0 && f.judge(f.mailPacket(port))&passes != 0 {
 		l.note(s.rule, Stricter, "the policy limits mail to every destination, not only to %s", narrow)
 	}
 	if c := s.conditions(); c != "" {
