@@ -15,7 +15,7 @@ import (
 
 // FuzzTranslate holds for any text: what is printed can be read back, no rule of
 // DOCKER-USER is passed over, and the policy lets nothing through that a rule said
-// to be carried over stops, unless a note says so.
+// to be carried over stops, unless a note says so or the host does not forward it.
 func FuzzTranslate(f *testing.F) {
 	files, err := filepath.Glob("testdata/*.rules")
 	if err != nil || len(files) == 0 {
@@ -64,7 +64,7 @@ func FuzzTranslate(f *testing.F) {
 		blocked, allowed := r.Config.Blocked(), r.Config.Allowed()
 		for _, f := range tr.families {
 			f.within(policy.Rule{Prefix: netip.PrefixFrom(f.addrs[0], 0)}, func(p packet) bool {
-				if f.judge(p)&dropped == 0 || contains(blocked, p) && !contains(allowed, p) {
+				if unforwarded(netip.PrefixFrom(p.dst, p.dst.BitLen())) || f.judge(p)&dropped == 0 || contains(blocked, p) && !contains(allowed, p) {
 					return true
 				}
 				for _, s := range f.droppers(p) {
