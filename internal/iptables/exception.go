@@ -2,7 +2,6 @@ package iptables
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 
@@ -12,23 +11,21 @@ import (
 // exceptions collects what the rules let through of what they stop otherwise.
 type exceptions struct {
 	report
-	carried map[*rule]bool // by the phases before, and by this one so far
+	before ledger // of the phases before
 }
-
-func after(before ledger) exceptions { return exceptions{carried: maps.Clone(before.carried)} }
 
 // carrySkip says that the rule of a step is carried over, if it lets packets through.
 func (x *exceptions) carrySkip(s *step) {
 	if s.act == skip {
 		x.carry(s.rule)
-		x.carried[s.rule] = true
 	}
 }
 
 // of returns what a step lets through that is stopped otherwise, or the holes in what it
-// stops.
+// stops. What it lets through within a limit counts if that has become the limit on mail. That
+// the rule is an exception where another jump leads to it, without the limit, does not count.
 func (x *exceptions) of(s *step) []policy.Rule {
-	if s.rule.isGoto || s.never() != "" || s.act == none || (s.act == drop || s.limit != nil) && !x.carried[s.rule] {
+	if s.rule.isGoto || s.never() != "" || s.act == none || (s.act == drop || s.limit != nil) && !x.before.carried[s.rule] {
 		return nil
 	}
 	entries, holes, err := s.entries()
@@ -72,7 +69,7 @@ const maxExceptions = 100_000
 // allow carries over what is let through before a rule that drops. The entries begin with
 // those that the blocks spare.
 func allow(families []*family, blocked blocks, before ledger) allowed {
-	a := allowed{exceptions: after(before), entries: append([]policy.Rule{}, blocked.spared...)}
+	a := allowed{exceptions: exceptions{before: before}, entries: append([]policy.Rule{}, blocked.spared...)}
 	work := 0
 	for _, f := range families {
 		for _, p := range f.passes {
@@ -138,7 +135,7 @@ type exempted struct {
 // exempt carries over destinations to which mail is not limited; without is the
 // policy that has none of these.
 func exempt(families []*family, mail mailLimit, without policy.Policy, before ledger) exempted {
-	x := exempted{exceptions: after(before), destinations: []netip.Prefix{}}
+	x := exempted{exceptions: exceptions{before: before}, destinations: []netip.Prefix{}}
 	if len(mail.ports) == 0 {
 		return x
 	}
