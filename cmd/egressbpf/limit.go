@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 
@@ -28,7 +29,7 @@ in Docker, its id or the beginning of it, or its cgroup by name or path.`,
 var errNoPolicy = errors.New("no attached program holds the policy: attach again")
 
 // withContainer calls do with the container of a name.
-func (g *globals) withContainer(cmd *cobra.Command, name string, do func(*stats.Reader, *stats.Container) error) error {
+func (g *globals) withContainer(cmd *cobra.Command, name string, do func(context.Context, *stats.Reader, *stats.Container) error) error {
 	names, err := g.names(cmd.ErrOrStderr())
 	if err != nil {
 		return err
@@ -49,7 +50,9 @@ func (g *globals) withContainer(cmd *cobra.Command, name string, do func(*stats.
 	if !c.SMTP.Known() {
 		return errNoPolicy
 	}
-	return do(reader, c)
+	ctx, cancel := context.WithTimeout(cmd.Context(), lockPatience)
+	defer cancel()
+	return do(ctx, reader, c)
 }
 
 // oneContainer accepts the name of one container.
@@ -86,7 +89,7 @@ func newLimitSet(g *globals) *cobra.Command {
 				return usageError{fmt.Errorf("--rate: %w", err)}
 			}
 		}
-		return g.withContainer(cmd, args[0], func(r *stats.Reader, c *stats.Container) error {
+		return g.withContainer(cmd, args[0], func(ctx context.Context, r *stats.Reader, c *stats.Container) error {
 			limit := policy.Limit{Rate: c.SMTP.Rate, Burst: c.SMTP.Burst}
 			if flags.Changed("rate") {
 				limit.Rate = newRate
@@ -97,7 +100,7 @@ func newLimitSet(g *globals) *cobra.Command {
 			if err := limit.Validate(); err != nil {
 				return usageError{err}
 			}
-			return r.SetLimit(c, limit)
+			return r.SetLimit(ctx, c, limit)
 		})
 	}
 	return cmd
@@ -111,7 +114,7 @@ func newLimitGet(g *globals) *cobra.Command {
 	}
 	out := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return g.withContainer(cmd, args[0], func(_ *stats.Reader, c *stats.Container) error {
+		return g.withContainer(cmd, args[0], func(_ context.Context, _ *stats.Reader, c *stats.Container) error {
 			if *out == jsonText {
 				return writeJSON(cmd.OutOrStdout(), c.SMTP)
 			}
@@ -128,8 +131,8 @@ func newLimitUnset(g *globals) *cobra.Command {
 		Short: "Return a container to the policy's limit",
 		Args:  usageArgs(oneContainer),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return g.withContainer(cmd, args[0], func(r *stats.Reader, c *stats.Container) error {
-				return r.UnsetLimit(c)
+			return g.withContainer(cmd, args[0], func(ctx context.Context, r *stats.Reader, c *stats.Container) error {
+				return r.UnsetLimit(ctx, c)
 			})
 		},
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
 	"github.com/egressbpf/egressbpf/internal/rules"
 )
@@ -87,7 +88,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 			d.served.Close()
 		}
 	}()
-	d.apply()
+	d.apply(ctx)
 	d.Notify("READY=1\n" + d.statusText(ctx))
 
 	events := make(chan container.Event)
@@ -214,13 +215,13 @@ func (d *Daemon) reload(ctx context.Context) {
 		d.Log.Error("configuration refused; what was in force stays", "err", err)
 		return
 	}
-	d.apply()
+	d.apply(ctx)
 }
 
 // event has the rules follow what a source tells.
 func (d *Daemon) event(ctx context.Context, e container.Event) {
 	if d.learn(ctx, e) {
-		d.apply()
+		d.apply(ctx)
 	}
 }
 
@@ -246,14 +247,14 @@ func (d *Daemon) learn(ctx context.Context, e container.Event) bool {
 }
 
 // apply brings the containers to the rules.
-func (d *Daemon) apply() {
-	state, err := d.Filter.State()
-	if err != nil {
-		d.Log.Error("rules not applied", "err", err)
-		return
-	}
-	defer state.Close()
-	changed, err := rules.Apply(d.Root, state, d.config.Containers, d.Containers, d.revoke)
+func (d *Daemon) apply(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	changed := 0
+	err := d.Filter.ChangeState(ctx, func(state *maps.State) (err error) {
+		changed, err = rules.Apply(d.Root, state, d.config.Containers, d.Containers, d.revoke)
+		return err
+	})
 	if err != nil {
 		d.Log.Error("rules not applied to all containers", "err", err)
 		return
@@ -289,7 +290,7 @@ func (d *Daemon) check(ctx context.Context) {
 			d.Log.Error("not in force", "err", err)
 		}
 	}
-	d.apply()
+	d.apply(ctx)
 	d.Notify(d.statusText(ctx))
 }
 

@@ -1,6 +1,7 @@
 package loader_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"strings"
@@ -165,5 +166,29 @@ func TestMapOfLaterVersion(t *testing.T) {
 	check(t, os.Rename(h.pins+"/release", h.pins+"/their_link"))
 	if err := h.attach(withBurst(9)); !errors.Is(err, loader.ErrOtherVersion) {
 		t.Errorf("got %v, want %v", err, loader.ErrOtherVersion)
+	}
+}
+
+// Who changes what holds for a container waits for an attach, which could replace the maps.
+func TestChangeState(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	set := func(ctx context.Context) error {
+		return h.ChangeState(ctx, func(s *maps.State) error { return s.SetLimit(h.id("a"), policy.Limit{Burst: 3}) })
+	}
+	if err := set(t.Context()); !errors.Is(err, loader.ErrNotAttached) {
+		t.Errorf("got %v, want %v", err, loader.ErrNotAttached)
+	}
+	h.mustAttach(withBurst(5), "a")
+	release := h.hold()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := set(ctx); !errors.Is(err, loader.ErrBusy) {
+		t.Errorf("got %v, want %v", err, loader.ErrBusy)
+	}
+	release()
+	check(t, set(t.Context()))
+	if containers, _ := h.counters(); containers[h.id("a")].Limit.Burst != 3 {
+		t.Errorf("got %+v", containers[h.id("a")])
 	}
 }

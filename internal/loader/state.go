@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -43,6 +44,26 @@ func (f *Filter) withState(do func(*maps.State) error) error {
 	if errors.Is(err, ErrNotAttached) {
 		return nil
 	}
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	return do(state)
+}
+
+// ChangeState calls do with the state of a filter that is attached, to change what holds for
+// containers. No attach replaces the maps meanwhile, which would lose the change. The error
+// can wrap ErrBusy, ErrNotAttached and ErrOtherVersion.
+func (f *Filter) ChangeState(ctx context.Context, do func(*maps.State) error) error {
+	unlock, err := f.pins.LockExisting(ctx)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w (no pins at %s)", ErrNotAttached, f.pins)
+	}
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	state, err := f.State()
 	if err != nil {
 		return err
 	}

@@ -18,32 +18,39 @@ var ErrBusy = errors.New("another egressbpf is attaching or detaching")
 // Lock excludes other processes until unlock is called. It creates the pin path,
 // and says whether it did. The error wraps ErrBusy when ctx ends before.
 func (p Path) Lock(ctx context.Context) (unlock func(), created bool, err error) {
-	path := string(p)
 	for {
-		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		if err := os.MkdirAll(filepath.Dir(string(p)), 0o700); err != nil {
 			return nil, false, err
 		}
-		err := os.Mkdir(path, 0o700)
+		err := os.Mkdir(string(p), 0o700)
 		created := err == nil
 		if err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, false, err
 		}
-		dir, err := os.Open(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
+		unlock, err := p.LockExisting(ctx)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return unlock, created, err
 		}
+	}
+}
+
+// LockExisting does so at a pin path that exists. The error wraps fs.ErrNotExist if there is
+// none.
+func (p Path) LockExisting(ctx context.Context) (unlock func(), err error) {
+	for {
+		dir, err := os.Open(string(p))
 		if err != nil {
-			return nil, false, err
+			return nil, err
 		}
 		if err := flock(ctx, dir); err != nil {
 			dir.Close()
-			return nil, false, err
+			return nil, err
 		}
 		// A detach that held the lock before may have removed the directory.
 		ours, err := dir.Stat()
 		if err == nil {
-			if current, err := os.Stat(path); err == nil && os.SameFile(ours, current) {
-				return func() { dir.Close() }, created, nil
+			if current, err := os.Stat(string(p)); err == nil && os.SameFile(ours, current) {
+				return func() { dir.Close() }, nil
 			}
 		}
 		dir.Close()

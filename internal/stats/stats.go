@@ -3,6 +3,7 @@ package stats
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -36,8 +37,10 @@ type Container struct {
 	Blocked   Blocked `json:"blocked"`
 	Malformed Traffic `json:"malformed"`
 	Families  Denied  `json:"socket_families"`
-	HostSide  Dropped `json:"host_side"`
-	SMTP      Bucket  `json:"smtp"`
+	HostSide  Traffic `json:"host_side"`
+	// HostReasons is HostSide by reason.
+	HostReasons Reasons `json:"host_side_reasons"`
+	SMTP        Bucket  `json:"smtp"`
 }
 
 // Total is the sum over all containers.
@@ -45,8 +48,10 @@ type Total struct {
 	Blocked   Blocked `json:"blocked"`
 	Malformed Traffic `json:"malformed"`
 	Families  Denied  `json:"socket_families"`
-	HostSide  Dropped `json:"host_side"`
-	SMTP      SMTP    `json:"smtp"`
+	HostSide  Traffic `json:"host_side"`
+	// HostReasons is HostSide by reason.
+	HostReasons Reasons `json:"host_side_reasons"`
+	SMTP        SMTP    `json:"smtp"`
 }
 
 // Traffic is what was dropped. Bytes count from the IP header on.
@@ -55,10 +60,8 @@ type Traffic struct {
 	Bytes   uint64 `json:"bytes"`
 }
 
-// Dropped is what the host side has dropped.
-type Dropped struct {
-	Traffic
-	// By reason. Versions that told none may have dropped some of the Traffic.
+// Reasons is what was dropped, by reason. A version that told no reasons may have dropped more.
+type Reasons struct {
 	Malformed   Traffic `json:"malformed"`
 	Blocked     Traffic `json:"blocked"`
 	RateLimited Traffic `json:"rate_limited"`
@@ -109,8 +112,8 @@ func total(c maps.Counters) Total {
 		},
 		Malformed: dropped(bpf.EgressReasonREASON_MALFORMED),
 		Families:  Denied{c.FamiliesDenied},
-		HostSide: Dropped{
-			Traffic:     Traffic{c.HostSide.Packets, c.HostSide.Bytes},
+		HostSide:  Traffic{c.HostSide.Packets, c.HostSide.Bytes},
+		HostReasons: Reasons{
 			Malformed:   onHost(bpf.EgressReasonREASON_MALFORMED),
 			Blocked:     onHost(bpf.EgressReasonREASON_BLOCKED),
 			RateLimited: onHost(bpf.EgressReasonREASON_RATE_LIMITED),
@@ -235,7 +238,7 @@ func (r *Reader) row(id uint64, c maps.Container, def *policy.Limit, now uint64)
 	}
 	row := Container{Identity: is}
 	t := total(c.Counters)
-	row.Blocked, row.Malformed, row.Families, row.HostSide = t.Blocked, t.Malformed, t.Families, t.HostSide
+	row.Blocked, row.Malformed, row.Families, row.HostSide, row.HostReasons = t.Blocked, t.Malformed, t.Families, t.HostSide, t.HostReasons
 	row.SMTP.SMTP = t.SMTP
 	limit := c.Limit
 	if limit.Burst == 0 && def == nil {
@@ -270,7 +273,13 @@ func (r *Reader) Select(s *Stats, name string) (*Container, error) {
 }
 
 // SetLimit gives a container its own limit; UnsetLimit takes it away.
-func (r *Reader) SetLimit(c *Container, l policy.Limit) error { return r.state.SetLimit(c.CgroupID, l) }
+// The error can wrap loader.ErrBusy.
+func (r *Reader) SetLimit(ctx context.Context, c *Container, l policy.Limit) error {
+	return r.filter.ChangeState(ctx, func(state *maps.State) error { return state.SetLimit(c.CgroupID, l) })
+}
 
 // UnsetLimit returns a container to the policy's limit.
-func (r *Reader) UnsetLimit(c *Container) error { return r.state.UnsetLimit(c.CgroupID) }
+// The error can wrap loader.ErrBusy.
+func (r *Reader) UnsetLimit(ctx context.Context, c *Container) error {
+	return r.filter.ChangeState(ctx, func(state *maps.State) error { return state.UnsetLimit(c.CgroupID) })
+}

@@ -163,7 +163,9 @@ const golden = `{
       },
       "host_side": {
         "packets": 9,
-        "bytes": 900,
+        "bytes": 900
+      },
+      "host_side_reasons": {
         "malformed": {
           "packets": 1,
           "bytes": 100
@@ -205,7 +207,9 @@ const golden = `{
       },
       "host_side": {
         "packets": 9,
-        "bytes": 900,
+        "bytes": 900
+      },
+      "host_side_reasons": {
         "malformed": {
           "packets": 1,
           "bytes": 100
@@ -247,7 +251,9 @@ const golden = `{
       },
       "host_side": {
         "packets": 0,
-        "bytes": 0,
+        "bytes": 0
+      },
+      "host_side_reasons": {
         "malformed": {
           "packets": 0,
           "bytes": 0
@@ -289,7 +295,9 @@ const golden = `{
       },
       "host_side": {
         "packets": 0,
-        "bytes": 0,
+        "bytes": 0
+      },
+      "host_side_reasons": {
         "malformed": {
           "packets": 0,
           "bytes": 0
@@ -328,7 +336,9 @@ const golden = `{
     },
     "host_side": {
       "packets": 9,
-      "bytes": 900,
+      "bytes": 900
+    },
+    "host_side_reasons": {
       "malformed": {
         "packets": 1,
         "bytes": 100
@@ -472,17 +482,17 @@ func TestLimit(t *testing.T) {
 	want(def, 5)
 	row := h.row(id)
 	own := policy.Limit{Rate: policy.Rate{Count: 2, Period: time.Hour}, Burst: 9}
-	check(t, h.SetLimit(&row, own))
+	check(t, h.SetLimit(t.Context(), &row, own))
 	want(own, 9)
 	unlimited := policy.Limit{Burst: 9}
-	check(t, h.SetLimit(&row, unlimited))
+	check(t, h.SetLimit(t.Context(), &row, unlimited))
 	want(unlimited, -1)
 
 	p := policy.Default()
 	p.SMTP.Burst = 7
 	h.attach(p)
 	want(unlimited, -1)
-	check(t, h.UnsetLimit(&row))
+	check(t, h.UnsetLimit(t.Context(), &row))
 	want(p.SMTP.Limit(), 7)
 	p.SMTP.Rate = policy.Rate{}
 	h.attach(p)
