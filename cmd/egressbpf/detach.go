@@ -32,9 +32,9 @@ attached. Stop the service (egressbpf run) first, or it restores the filter.
 A filter that is not pinned at --pin-path stays in force, and detach warns about it.
 With --elsewhere, detach detaches those filters instead.
 
-To go back to an earlier version, use --hand-over: the filter stays in force, and
-detach removes only the pins that would keep an earlier version from attaching. Then
-attach with that version.`,
+To go back to an earlier version, use --hand-over: the filter stays in force with all
+counters, buckets and limits, in maps that every version knows, and detach removes only
+the pins that would keep an earlier version from attaching. Then attach with that version.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if alone := len(o.cgroups) == 0; o.elsewhere && (!alone || o.handOver) || o.handOver && !alone {
