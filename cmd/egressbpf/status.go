@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -82,15 +83,7 @@ func printStatus(w io.Writer, s *loader.Status) error {
 	row("")
 	row("HOOK\tCGROUP\tATTACHED\tPROGRAM\tLINK\tSINCE")
 	for _, h := range s.Hooks {
-		if !h.Attached {
-			row("%s\t%s\tno: %s", h.Name, place(h), h.Reason)
-			continue
-		}
-		attached := "yes"
-		if h.Reason != "" {
-			attached += ", " + h.Reason
-		}
-		row("%s\t%s\t%s\t%d\t%d\t%s", h.Name, place(h), attached, h.Program, h.Link, h.Since.Format("2006-01-02 15:04:05"))
+		row("%s", hookRow(h))
 	}
 	row("")
 	row("DEFENCE\tACTIVE")
@@ -105,36 +98,18 @@ func printStatus(w io.Writer, s *loader.Status) error {
 		row("")
 		row("unknown pins\t%s: of another version; detach removes them", join(s.Unknown))
 	}
-	for i, e := range s.Elsewhere {
-		if i == 0 {
-			row("")
-			row("PINNED ELSEWHERE\tCGROUP\tPROGRAM\tLINK")
-		}
-		row("egressbpf %s\t%s\t%d\t%d", printable(e.Version), printable(e.Cgroup), e.Program, e.Link)
-	}
+	printTable(row, "PINNED ELSEWHERE\tCGROUP\tPROGRAM\tLINK", s.Elsewhere, func(e loader.Elsewhere) string {
+		return fmt.Sprintf("egressbpf %s\t%s\t%d\t%d", printable(e.Version), printable(e.Cgroup), e.Program, e.Link)
+	})
 	if s.Room != nil && s.Room.Short() {
 		row("")
 		row("room\t%s", roomText(*s.Room))
 	}
-	for i, c := range s.MetadataAllowed {
-		if i == 0 {
-			row("")
-			row("METADATA ALLOWED\tCGROUP")
-		}
-		row("%s\t%s", title(c.Name, c.ID), printable(c.Cgroup))
-	}
-	for i, c := range s.FamiliesAllowed {
-		if i == 0 {
-			row("")
-			row("SOCKETS ALLOWED\tCGROUP\tFAMILIES")
-		}
-		row("%s\t%s\t%s", title(c.Name, c.ID), printable(c.Cgroup), c.Families)
-	}
-	for i, c := range s.Exposed {
-		if i == 0 {
-			row("")
-			row("EXPOSED CGROUPS\tCGROUP\tWHAT THE CONTAINER HAS")
-		}
+	printTable(row, "METADATA ALLOWED\tCGROUP", s.MetadataAllowed, containerRow)
+	printTable(row, "SOCKETS ALLOWED\tCGROUP\tFAMILIES", s.FamiliesAllowed, func(c loader.WithFamilies) string {
+		return fmt.Sprintf("%s\t%s", containerRow(c.Uncovered), c.Families)
+	})
+	printTable(row, "EXPOSED CGROUPS\tCGROUP\tWHAT THE CONTAINER HAS", s.Exposed, func(c loader.Exposed) string {
 		var has []string
 		if c.Namespace {
 			has = append(has, "the host's cgroup namespace (--cgroupns=host)")
@@ -142,23 +117,38 @@ func printStatus(w io.Writer, s *loader.Status) error {
 		if c.Writable {
 			has = append(has, "the host's cgroup tree, writable")
 		}
-		row("%s\t%s\t%s", title(c.Name, c.ID), printable(c.Cgroup), strings.Join(has, ", "))
-	}
-	for i, c := range s.Systems {
-		if i == 0 {
-			row("")
-			row("NOT POLICED\tCGROUP\tENGINE")
-		}
-		row("%s\t%s\t%s: name it with --scopes if you do not trust it", printable(c.Name), printable(c.Cgroup), c.Engine)
-	}
-	for i, u := range s.Uncovered {
-		if i == 0 {
-			row("")
-			row("NOT COVERED\tCGROUP")
-		}
-		row("%s\t%s", title(u.Name, u.ID), printable(u.Cgroup))
-	}
+		return containerRow(c.Uncovered) + "\t" + strings.Join(has, ", ")
+	})
+	printTable(row, "NOT POLICED\tCGROUP\tENGINE", s.Systems, func(c cgroup.System) string {
+		return fmt.Sprintf("%s\t%s\t%s: name it with --scopes if you do not trust it", printable(c.Name), printable(c.Cgroup), c.Engine)
+	})
+	printTable(row, "NOT COVERED\tCGROUP", s.Uncovered, containerRow)
 	return tw.Flush()
+}
+
+// printTable prints a row for each of a list, below a header; nothing if the list is empty.
+func printTable[T any](row func(format string, args ...any), header string, list []T, text func(T) string) {
+	if len(list) == 0 {
+		return
+	}
+	row("")
+	row("%s", header)
+	for _, item := range list {
+		row("%s", text(item))
+	}
+}
+
+func containerRow(c loader.Uncovered) string { return title(c.Name, c.ID) + "\t" + printable(c.Cgroup) }
+
+func hookRow(h loader.Hook) string {
+	if !h.Attached {
+		return fmt.Sprintf("%s\t%s\tno: %s", h.Name, location(h), h.Reason)
+	}
+	attached := "yes"
+	if h.Reason != "" {
+		attached += ", " + h.Reason
+	}
+	return fmt.Sprintf("%s\t%s\t%s\t%d\t%d\t%s", h.Name, location(h), attached, h.Program, h.Link, h.Since.Format("2006-01-02 15:04:05"))
 }
 
 // roomText says how much room there is for containers, and what a lack of it means.
@@ -173,7 +163,8 @@ func roomText(r maps.Room) string {
 	return text
 }
 
-func place(h loader.Hook) string {
+// location is where a hook is: at a device, at a cgroup or on the host.
+func location(h loader.Hook) string {
 	if h.Device != "" {
 		return "(" + printable(h.Device) + ")"
 	}
