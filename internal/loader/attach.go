@@ -7,9 +7,9 @@ import (
 	"os"
 	"slices"
 
-	"github.com/cilium/ebpf/rlimit"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
@@ -94,7 +94,7 @@ func (f *Filter) validate(cgroups []string, p policy.Policy) (named []string, er
 		return nil, err
 	}
 	// Kernels before 5.11 charge maps to it.
-	if err := rlimit.RemoveMemlock(); err != nil {
+	if err := maps.RemoveMemlock(); err != nil {
 		return nil, err
 	}
 	return named, f.checkNested(named)

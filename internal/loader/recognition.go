@@ -7,7 +7,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-	"github.com/cilium/ebpf/rlimit"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/maps"
@@ -119,7 +118,7 @@ func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebp
 	}
 	spec.Programs = map[string]*ebpf.ProgramSpec{"program": spec.Programs[name]}
 	// Kernels before 5.11 charge maps to it.
-	if err := rlimit.RemoveMemlock(); err != nil {
+	if err := maps.RemoveMemlock(); err != nil {
 		return nil, err
 	}
 	shared, err := state.Use(spec)

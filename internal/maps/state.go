@@ -11,7 +11,6 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
@@ -108,7 +107,7 @@ func CreateStateIn(format Format) (*State, error) {
 		return nil, err
 	}
 	// Kernels before 5.11 charge maps to it.
-	if err := rlimit.RemoveMemlock(); err != nil {
+	if err := RemoveMemlock(); err != nil {
 		return nil, err
 	}
 	made := map[string]*ebpf.Map{}
@@ -307,7 +306,7 @@ func loadProgram(name string, spec *ebpf.CollectionSpec, s *State, others map[st
 	}
 	spec.Programs = map[string]*ebpf.ProgramSpec{"program": spec.Programs[name]}
 	// Kernels before 5.11 charge maps to it.
-	if err := rlimit.RemoveMemlock(); err != nil {
+	if err := RemoveMemlock(); err != nil {
 		return nil, err
 	}
 	var loaded struct {

@@ -28,7 +28,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
@@ -80,7 +79,7 @@ func main() {
 
 // measure prints the figures, and says whether all are within their bounds.
 func measure(besideAlone bool) (ok bool, err error) {
-	if err := rlimit.RemoveMemlock(); err != nil {
+	if err := maps.RemoveMemlock(); err != nil {
 		return false, err
 	}
 	root, err := cgroup.FindRoot()

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/rlimit"
 
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -28,7 +27,7 @@ type bucket struct {
 // newBucket returns a bucket that was never used.
 func newBucket(t *testing.T) *bucket {
 	t.Helper()
-	if err := rlimit.RemoveMemlock(); err != nil {
+	if err := maps.RemoveMemlock(); err != nil {
 		t.Fatal(err)
 	}
 	b := &bucket{}

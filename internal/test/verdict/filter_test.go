@@ -13,7 +13,6 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
@@ -55,7 +54,7 @@ func newPlace(t testing.TB) *place {
 
 func newPlaceAt(t testing.TB, policed, container, process string) *place {
 	t.Helper()
-	if err := rlimit.RemoveMemlock(); err != nil {
+	if err := maps.RemoveMemlock(); err != nil {
 		t.Fatal(err)
 	}
 	p := &place{policed: cgroupID(t, policed), container: cgroupID(t, container)}

@@ -12,7 +12,6 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
-	"github.com/cilium/ebpf/rlimit"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/maps"
@@ -142,7 +141,7 @@ func TestEnums(t *testing.T) {
 // and without: the verifier sees a different program each time. Features that the kernel lacks
 // stay off.
 func TestSwitches(t *testing.T) {
-	if err := rlimit.RemoveMemlock(); err != nil {
+	if err := maps.RemoveMemlock(); err != nil {
 		t.Fatal(err)
 	}
 	var switches []string

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../../.."
 
 # For the oldest kernel: tests whose result depends on the compiler or the verifier.
 oldest='^(TestVerdict|TestOwner|TestRecognised|TestPermitted|TestContention|TestHostIngress.+)$'
-loader='^(TestAttach|TestRecognise|TestRemovedContainers|TestRefusedSocketsOfRecognised|TestHostSideBefore64)$'
+loader='^(TestAttach|TestFormats|TestKilledInMigration|TestRecognise|TestRemovedContainers|TestRefusedSocketsOfRecognised|TestHostSideBefore64)$'
 on_some='^(TestSwap|TestRelease|TestRemovedCgroup|TestDetachedByOthers|TestKeptFamiliesRefuse)$'
 
 machines=("$@")
