@@ -7,7 +7,6 @@ import (
 	"os"
 	"slices"
 
-
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/pins"

@@ -28,13 +28,11 @@ func (s site) state() (*maps.State, error) {
 		return nil, err
 	}
 	from, err := s.pins.Replaced()
-	if err == nil {
-		err = state.Replaces(from)
-	}
 	if err != nil {
 		state.Close()
 		return nil, err
 	}
+	state.Replaces(from)
 	return state, nil
 }
 
@@ -49,6 +47,16 @@ func (f *Filter) withState(do func(*maps.State) error) error {
 	}
 	defer state.Close()
 	return do(state)
+}
+
+// IsCurrent says whether no attach has replaced the maps of a state since it was opened.
+func (f *Filter) IsCurrent(state *maps.State) bool {
+	now, err := f.State()
+	if err != nil {
+		return true // there is nothing that would be better
+	}
+	defer now.Close()
+	return now.Same(state)
 }
 
 // ChangeState calls do with the state of a filter that is attached, to change what holds for
@@ -86,8 +94,8 @@ func (s site) openState(change *pins.Change, format maps.Format) (*maps.State, *
 		return nil, nil, err
 	}
 	change.Keep(state)
-	if err := state.Replaces(from); err != nil || len(from) == 0 {
-		return state, nil, err
+	if state.Replaces(from); len(from) == 0 {
+		return state, nil, nil
 	}
 	m, err := state.Migrate()
 	if err != nil {

@@ -37,6 +37,17 @@ func add(a, b Counters) Counters {
 	return a
 }
 
+// less says whether one of a's counters is less than b's.
+func less(a, b Counters) bool {
+	other := wordsOf(&b)
+	for i, n := range wordsOf(&a) {
+		if n < other[i] {
+			return true
+		}
+	}
+	return false
+}
+
 // readSums returns the sum over the CPUs of a map like totals.
 func readSums(m *ebpf.Map) (sum Sums, err error) {
 	cpus, err := ebpf.PossibleCPU()

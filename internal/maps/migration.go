@@ -30,29 +30,38 @@ type Migration struct {
 
 // Replaces tells a State of maps that some of its own replace, by their names, and in which
 // something may be counted still. The State closes them.
-func (s *State) Replaces(from map[string]*ebpf.Map) error {
+func (s *State) Replaces(from map[string]*ebpf.Map) {
 	s.from = from
 	for name, m := range from {
 		own := s.byName[name]
 		if own == nil {
 			continue
 		}
-		a, err := m.Info()
-		if err != nil {
-			return fmt.Errorf("replaced map %s: %w", name, err)
-		}
-		b, err := own.Info()
-		if err != nil {
-			return fmt.Errorf("map %s: %w", name, err)
-		}
-		idA, _ := a.ID()
-		if idB, _ := b.ID(); idA == idB {
+		if sameMap(m, own) {
 			// It was not replaced yet when it was opened.
 			m.Close()
 			delete(from, name)
 		}
 	}
-	return nil
+}
+
+// Same says whether two States have the same maps of containers and totals.
+func (s *State) Same(other *State) bool {
+	return sameMap(s.containers, other.containers) && sameMap(s.totals, other.totals)
+}
+
+// sameMap says whether both are the same map of the kernel, or there is none.
+func sameMap(a, b *ebpf.Map) bool {
+	id := func(m *ebpf.Map) (id ebpf.MapID) {
+		if m == nil {
+			return 0
+		}
+		if info, err := m.Info(); err == nil {
+			id, _ = info.ID()
+		}
+		return id
+	}
+	return id(a) == id(b)
 }
 
 // Migrate returns the migration from the maps that the State replaces. The caller closes it,

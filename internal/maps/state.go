@@ -144,38 +144,85 @@ func CloseAll(byName map[string]*ebpf.Map) error {
 // Containers returns the containers that something was counted for, by the ids
 // of their cgroups.
 func (s *State) Containers() (map[uint64]Container, error) {
-	found := map[uint64]Container{}
-	err := eachEntry(s.containers, func(id uint64, value []byte) error {
-		found[id] = decode[Container](value)
-		return nil
-	})
-	if m := s.from[bpf.EgressMapContainers]; m != nil && err == nil {
-		err = eachEntry(m, func(id uint64, value []byte) error {
-			c := decode[Container](value)
-			if now, ok := found[id]; ok {
-				counters := add(now.Counters, c.Counters)
-				c, c.Counters = now, counters
-			}
-			found[id] = c
-			return nil
-		})
+	from := s.from[bpf.EgressMapContainers]
+	if from == nil {
+		return readContainers(s.containers)
 	}
+	var found map[uint64]Container
+	err := steady(func() (map[uint64]Container, error) { return readContainers(from) }, func() (err error) {
+		found, err = readContainers(s.containers)
+		return err
+	}, func(before, after map[uint64]Container) bool {
+		for id, c := range after {
+			if less(c.Counters, before[id].Counters) {
+				return false
+			}
+		}
+		for id, c := range before {
+			now, ok := found[id]
+			if !ok {
+				found[id] = c
+				continue
+			}
+			now.Counters = add(now.Counters, c.Counters)
+			found[id] = now
+		}
+		return true
+	})
 	return found, err
 }
 
 // Totals returns the sum over all containers since the first attach, those
 // that are gone included.
 func (s *State) Totals() (Counters, error) {
+	from := s.from[bpf.EgressMapTotals]
 	if s.totals == nil {
 		return Counters{}, nil
 	}
-	sum, err := readSums(s.totals)
-	if m := s.from[bpf.EgressMapTotals]; m != nil && err == nil {
-		var before Sums
-		before, err = readSums(m)
-		sum.Counters = add(sum.Counters, before.Counters)
+	if from == nil {
+		sum, err := readSums(s.totals)
+		return sum.Counters, err
 	}
+	var sum Sums
+	err := steady(func() (Sums, error) { return readSums(from) }, func() (err error) {
+		sum, err = readSums(s.totals)
+		return err
+	}, func(before, after Sums) bool {
+		sum.Counters = add(sum.Counters, before.Counters)
+		return !less(after.Counters, before.Counters)
+	})
 	return sum.Counters, err
+}
+
+// steady reads what is in a map that is being replaced before and after read, which reads the
+// map that replaces it, and has both joined. It does so again if join returns false, since
+// something was moved from the one to the other meanwhile.
+func steady[V any](from func() (V, error), read func() error, join func(before, after V) bool) error {
+	for range 100 {
+		before, err := from()
+		if err != nil {
+			return err
+		}
+		if err := read(); err != nil {
+			return err
+		}
+		after, err := from()
+		if err != nil {
+			return err
+		}
+		if join(before, after) {
+			break
+		}
+	}
+	return nil
+}
+
+func readContainers(m *ebpf.Map) (map[uint64]Container, error) {
+	found := map[uint64]Container{}
+	return found, eachEntry(m, func(id uint64, value []byte) error {
+		found[id] = decode[Container](value)
+		return nil
+	})
 }
 
 // Change is what [State.Configure] does to a container.

@@ -149,24 +149,12 @@ func (r *Reader) Close() error { return r.state.Close() }
 // Read returns the counters as they are. Containers that exist and that nothing
 // was counted for have a row too.
 func (r *Reader) Read() (*Stats, error) {
-	// The filter may have been taken off, or attached anew, since the last time.
-	state, err := r.filter.State()
-	if err != nil {
-		return nil, err
-	}
-	r.state.Close()
-	r.state = state
 	status, err := r.filter.Status()
 	if err != nil {
 		return nil, err
 	}
 	s := &Stats{Mode: status.Mode, Cgroups: status.Cgroups, Containers: []Container{}}
-	// In this order no row shows more than the total.
-	known, err := r.state.Containers()
-	if err != nil {
-		return nil, err
-	}
-	sum, err := r.state.Totals()
+	known, sum, err := r.counters()
 	if err != nil {
 		return nil, err
 	}
@@ -196,6 +184,31 @@ func (r *Reader) Read() (*Stats, error) {
 		return cmp.Or(strings.Compare(a.Cgroup, b.Cgroup), cmp.Compare(a.CgroupID, b.CgroupID))
 	})
 	return s, nil
+}
+
+// counters returns what is counted for each container and in total. An attach may replace the
+// maps: then it reads those that replace them.
+func (r *Reader) counters() (known map[uint64]maps.Container, sum maps.Counters, err error) {
+	for range 10 {
+		// The filter may have been taken off, or attached anew, since the last time.
+		state, err := r.filter.State()
+		if err != nil {
+			return nil, sum, err
+		}
+		r.state.Close()
+		r.state = state
+		// In this order no row shows more than the total.
+		if known, err = state.Containers(); err != nil {
+			return nil, sum, err
+		}
+		if sum, err = state.Totals(); err != nil {
+			return nil, sum, err
+		}
+		if r.filter.IsCurrent(state) {
+			break
+		}
+	}
+	return known, sum, nil
 }
 
 // addIdle adds the containers below a policed cgroup that have no state. Those that are
