@@ -51,12 +51,16 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) (err error) {
 			left++
 			continue
 		}
+		// The boundary goes last, as it came first.
+		if err := f.families.detach(change, p); err != nil {
+			return err
+		}
 		if err := f.egress.detach(change, p); err != nil {
 			return err
 		}
 	}
 	if left == 0 {
-		return f.removeState(change)
+		return f.detachHost(change)
 	}
 	return f.forgetBelow(unwanted)
 }
@@ -78,10 +82,13 @@ func (f *Filter) forgetBelow(rels []string) error {
 	return err
 }
 
-// removeState removes everything but policed cgroups, what another version has pinned
-// included.
-func (f *Filter) removeState(change *pins.Change) error {
-	if err := f.host.ingress.detach(change); err != nil {
+// detachHost detaches the layers of the whole host, and removes the state and whatever another
+// version has pinned.
+func (f *Filter) detachHost(change *pins.Change) error {
+	if err := f.host.detach(change); err != nil {
+		return err
+	}
+	if err := f.recognition.detach(change); err != nil {
 		return err
 	}
 	return f.pins.RemoveAll()

@@ -200,8 +200,7 @@ func (p *Programs) AttachFor(dir *os.File, types []ebpf.AttachType) (detach func
 	return detach, nil
 }
 
-// detach takes the filter off one cgroup, with what refuses its sockets, and what another
-// version has pinned.
+// detach takes the filter off one cgroup, with what another version has pinned for it.
 func (e egress) detach(change *pins.Change, p *policed) error {
 	entries, err := os.ReadDir(p.dir)
 	if err != nil {

@@ -113,13 +113,17 @@ func (h host) turnOff(a *attachment) error {
 	if err := h.tunnels.set(nil, a); err != nil {
 		return err
 	}
-	if err := h.netfilter.detach(a.change); err != nil {
-		return err
+	return h.detach(a.change)
+}
+
+// detach detaches both strategies, whichever is in force, and what finds tunnels.
+func (h host) detach(change *pins.Change) error {
+	for _, detach := range []func(*pins.Change) error{h.netfilter.detach, h.tunnels.detach, h.ingress.detach} {
+		if err := detach(change); err != nil {
+			return err
+		}
 	}
-	if err := h.tunnels.detach(a.change); err != nil {
-		return err
-	}
-	return h.ingress.detach(a.change)
+	return nil
 }
 
 // read adds the defence and its hooks to a status.

@@ -6,8 +6,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
-// A layer is a part of the filter that is attached, read back and taken off by itself: by its
-// detach, off a policed cgroup or off the host, where it can go alone.
+// A layer is a part of the filter that is attached, read back and detached by itself. Its
+// detach is for a policed cgroup, or for the host.
 type layer interface {
 	// attach puts it in force for the targets of an attach, within its change. Why the kernel
 	// cannot have what the filter works without is noted in what was found, and what an

@@ -399,16 +399,26 @@ func TestForeignPins(t *testing.T) {
 func TestNoLink(t *testing.T) {
 	h := newHost(t)
 	h.mustAttach(withBurst(5), "a")
-	pin := fmt.Sprintf("%s/cgroup-%d/%s", h.pins, h.id("a"), bpf.EgressProgConnect4)
 	occupy := func() {
 		t.Helper()
-		check(t, os.Remove(pin))
-		pinMap(t, pin, ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
+		cgroup := fmt.Sprintf("%s/cgroup-%d/", h.pins, h.id("a"))
+		for _, pin := range []string{cgroup + bpf.EgressProgConnect4, cgroup + loader.FamiliesHook, h.pins + "/release", h.pins + "/host_forward4"} {
+			_ = os.Remove(pin)
+			pinMap(t, pin, ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
+		}
 	}
 	occupy()
 	if s := h.status(); s.Enforcing {
 		t.Errorf("enforcing: %+v", s.Hooks)
 	}
+	h.mustAttach(withDefences(5))
+	if row := h.hook("release", ""); !row.Attached {
+		t.Errorf("not restored: %+v", row)
+	}
+	if hasNetfilter(t) && !h.hook("host_forward4", "").Attached {
+		t.Error("the host side is not restored")
+	}
+	occupy()
 	h.mustAttach(withBurst(5))
 	occupy()
 	h.mustDetach()

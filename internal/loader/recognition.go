@@ -64,6 +64,16 @@ func (r recognition) attachHook(name string, constants map[string]any, a *attach
 	})
 }
 
+// detach detaches the programs that follow containers.
+func (r recognition) detach(change *pins.Change) error {
+	for _, name := range cgroupsHooks {
+		if err := change.DropLink(r.pins.Pin(name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // read adds the hooks to a status.
 func (r recognition) read(s *reading) {
 	for _, name := range cgroupsHooks {

@@ -201,11 +201,20 @@ func (c *Change) ReplaceLink(pin string, attach func() (link.Link, error)) error
 
 // DropLink ends a pinned link. That there is none is no error.
 func (c *Change) DropLink(pin string) error {
-	old, err := heldLink(pin)
-	if err != nil || old == nil {
-		return err
+	if _, err := os.Lstat(pin); errors.Is(err, fs.ErrNotExist) {
+		return nil
 	}
-	c.Keep(old)
+	var old link.Link
+	if !c.oneWay {
+		var err error
+		if old, err = heldLink(pin); err != nil {
+			return err
+		}
+		if old == nil {
+			return Remove(pin)
+		}
+		c.Keep(old)
+	}
 	if err := c.Step("unpin %s", filepath.Base(pin)); err != nil {
 		return err
 	}

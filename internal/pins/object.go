@@ -74,10 +74,10 @@ func Detach(pin string) error {
 }
 
 // heldLink returns a pinned link that does not know of its pin, so that it can be
-// pinned there again; nil if there is none.
+// pinned there again; nil if there is none, or something else is pinned there.
 func heldLink(pin string) (link.Link, error) {
 	info, err := Info(pin)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || err != nil && IsNoLink(pin) {
 		return nil, nil
 	}
 	if err != nil {
