@@ -128,7 +128,7 @@ func (c *comparison) excess(from []*rule, p packet) {
 	if len(from) == 0 || slices.ContainsFunc(from, func(r *rule) bool { return c.stricter[r] || c.told.has(r, Stricter) }) {
 		return
 	}
-	first := slices.MinFunc(from, func(a, b *rule) int { return c.sources.compare(a.place, b.place) })
+	first := slices.MinFunc(from, func(a, b *rule) int { return c.sources.compare(a.at, b.at) })
 	c.stricter[first] = true
 	c.note(first, Stricter, "the policy also stops packets that the rules may let through, such as one to %s", p)
 }

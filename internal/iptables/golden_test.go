@@ -94,8 +94,8 @@ func accounted(t *testing.T, text, name string, r *Result) {
 		if slices.ContainsFunc(r.Notes, func(n2 Note) bool { return n2.Line == n && n2.Source == name }) {
 			continue
 		}
-		told := place{name, n}.String() + ": " + rule
-		found := r.rules[place{name, n}]
+		told := position{name, n}.String() + ": " + rule
+		found := r.rules[position{name, n}]
 		for _, lines := range r.Comments {
 			found = found || slices.Contains(lines, told)
 		}

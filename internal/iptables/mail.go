@@ -58,7 +58,7 @@ func limitMail(families []*family, lists map[string][]*step) mailLimit {
 	if len(rejects) > 0 {
 		l.smtp.OverLimit = policy.Reject
 		for _, r := range drops {
-			l.note(r, Differs, "the policy has one over_limit: what is over the limit is refused at once here too, as %s does", rejects[0].place)
+			l.note(r, Differs, "the policy has one over_limit: what is over the limit is refused at once here too, as %s does", rejects[0].at)
 		}
 	}
 	l.setLimit(lists)
@@ -161,7 +161,7 @@ func (l *mailLimit) counted(s *step) {
 func (l *mailLimit) recent(s *step, list []*step) {
 	for _, sets := range list {
 		if len(mailOf(sets.when, false))+len(mailOf(sets.when, true)) == 0 {
-			l.note(s.rule, Weaker, "the rule also counts what is not mail, by the one at %s", sets.rule.place)
+			l.note(s.rule, Weaker, "the rule also counts what is not mail, by the one at %s", sets.rule.at)
 		}
 	}
 	l.note(s.rule, Weaker, "the rule lets %d through within any %d seconds, and with --update starts anew at every attempt; the policy lets %d through at once and then %s, up to twice as many in such a time", s.limit.burst, s.limit.window, l.smtp.Burst, l.smtp.Rate)
@@ -172,6 +172,6 @@ func (l *mailLimit) merged(s *step) {
 	if slower(s.limit.rate, l.smtp.Rate) != 0 || s.limit.burst != l.smtp.Burst {
 		l.note(s.rule, Stricter, "the policy has one limit for all mail of a container, the strictest of the rules': %s, burst %d, instead of %s, burst %d", l.smtp.Rate, l.smtp.Burst, s.limit.rate, s.limit.burst)
 	} else if s != l.limits[0] && s.limit.perContainer() {
-		l.note(s.rule, Stricter, "the policy has one limit for all mail of a container; the rules count apart what they let through here and at %s", l.limits[0].rule.place)
+		l.note(s.rule, Stricter, "the policy has one limit for all mail of a container; the rules count apart what they let through here and at %s", l.limits[0].rule.at)
 	}
 }

@@ -77,7 +77,7 @@ func (r *report) refuse(about *rule, why string) {
 
 // comment names a rule above the key of the config file that comes from it.
 func (r *report) comment(key string, from *rule) {
-	r.comments = append(r.comments, comment{key, from.place.String() + ": " + from.text})
+	r.comments = append(r.comments, comment{key, from.at.String() + ": " + from.text})
 }
 
 // ledger is what several reports say, without duplicates. It does not change once it is made.
@@ -101,7 +101,7 @@ func join(reports ...report) ledger {
 			}
 			n := Note{Kind: m.kind, Text: m.text}
 			if m.rule != nil {
-				n.Source, n.Line, n.Rule = m.rule.place.source, m.rule.place.line, m.rule.text
+				n.Source, n.Line, n.Rule = m.rule.at.source, m.rule.at.line, m.rule.text
 				l.noted[m.rule] = append(l.noted[m.rule], m.kind)
 			}
 			if !said[n] {

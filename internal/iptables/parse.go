@@ -49,7 +49,7 @@ type chain struct {
 
 // rule is one line.
 type rule struct {
-	place   place
+	at      position
 	text    string // as it stands in the dump, without counters
 	match   match
 	target  string // "": none
@@ -57,13 +57,13 @@ type rule struct {
 	garbled string // what of the line makes no sense; such a rule decides nothing here
 }
 
-// place is where a rule stands.
-type place struct {
+// position is where a rule stands in a source.
+type position struct {
 	source string
 	line   int
 }
 
-func (p place) String() string { return fmt.Sprintf("%s:%d", p.source, p.line) }
+func (p position) String() string { return fmt.Sprintf("%s:%d", p.source, p.line) }
 
 // match is when a rule applies: when all of it does.
 type match struct {
@@ -191,15 +191,15 @@ func (d *dump) line(n int, text string) {
 		if d.table == nil { // as iptables -S prints them
 			d.begin("filter")
 		}
-		d.command(place{d.source.Name, n}, text)
+		d.command(position{d.source.Name, n}, text)
 	}
 }
 
 // command reads a line about a chain of the table. A command of another kind, and a line
 // that cannot be read, may have been meant for any chain.
-func (d *dump) command(at place, text string) {
+func (d *dump) command(at position, text string) {
 	stray := func(why string) {
-		d.table.stray = append(d.table.stray, &rule{place: at, text: text, garbled: why})
+		d.table.stray = append(d.table.stray, &rule{at: at, text: text, garbled: why})
 	}
 	words, err := split(text)
 	if err != nil {
@@ -226,7 +226,7 @@ func (d *dump) command(at place, text string) {
 			return
 		case "-A", "--append":
 			c := d.chain(words[1])
-			d.rule(c, len(c.rules), &rule{place: at, text: text}, words[2:])
+			d.rule(c, len(c.rules), &rule{at: at, text: text}, words[2:])
 			return
 		case "-I", "--insert":
 			c := d.chain(words[1])
@@ -236,7 +236,7 @@ func (d *dump) command(at place, text string) {
 					i, rest = max(0, min(n-1, len(c.rules))), rest[1:]
 				}
 			}
-			d.rule(c, i, &rule{place: at, text: text}, rest)
+			d.rule(c, i, &rule{at: at, text: text}, rest)
 			return
 		}
 	}

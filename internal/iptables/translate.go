@@ -17,7 +17,7 @@ type Result struct {
 	Notes    []Note // in the order of sources and lines
 	Carried  int    // rules
 
-	rules map[place]bool // those carried over
+	rules map[position]bool // those carried over
 }
 
 // ErrNothing is returned with a result whose notes say why nothing in it was
@@ -89,10 +89,10 @@ func translate(sources ...Source) (*translation, error) {
 		Comments: commentsOf(names, made),
 		Notes:    names.sorted(tr.notes),
 		Carried:  len(tr.carried),
-		rules:    map[place]bool{},
+		rules:    map[position]bool{},
 	}
 	for r := range tr.carried {
-		tr.result.rules[r.place] = true
+		tr.result.rules[r.at] = true
 	}
 	return tr, nil
 }
@@ -121,13 +121,13 @@ func (o order) index(source string) int {
 	return slices.Index(o, source)
 }
 
-func (o order) compare(a, b place) int {
+func (o order) compare(a, b position) int {
 	return cmp.Or(cmp.Compare(o.index(a.source), o.index(b.source)), cmp.Compare(a.line, b.line))
 }
 
 // sorted returns notes by sources and lines; those of one line keep their order.
 func (o order) sorted(notes []Note) []Note {
 	return slices.SortedStableFunc(slices.Values(notes), func(a, b Note) int {
-		return o.compare(place{a.Source, a.Line}, place{b.Source, b.Line})
+		return o.compare(position{a.Source, a.Line}, position{b.Source, b.Line})
 	})
 }

@@ -29,7 +29,7 @@ type Config struct {
 // every malformed value. Errors begin with "name:line: key: ".
 func ParseConfig(name string, data []byte) (Config, error) {
 	cfg := Config{Cgroups: []string{}, Policy: Default()}
-	at := place{file: name}
+	at := position{file: name}
 	in := &lineReader{data: data}
 	docs, err := documents(in)
 	switch {
@@ -61,7 +61,7 @@ func ParseConfig(name string, data []byte) (Config, error) {
 		{"host_side", value(&cfg.HostSide, ParseSwitch)},
 		{"host_devices", list(&cfg.HostDevices, ParseDevice, distinct)},
 		{"scopes", list(&cfg.Scopes, cgroup.ParseScope, finishScopes)},
-		{"smtp", func(at place, n *yaml.Node) error {
+		{"smtp", func(at position, n *yaml.Node) error {
 			if err := limit.set(at, n); err != nil {
 				return err
 			}
@@ -71,7 +71,7 @@ func ParseConfig(name string, data []byte) (Config, error) {
 			}
 			return nil
 		}},
-		{"containers", func(at place, n *yaml.Node) error {
+		{"containers", func(at position, n *yaml.Node) error {
 			containers = func() error { return containerRules(&cfg.Containers, smtp.Limit())(at, n) }
 			return nil
 		}},
@@ -177,17 +177,17 @@ func (r *lineReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// place is the place of a value in the file, for errors.
-type place struct{ file, key string }
+// position is where a value is in the file, for errors.
+type position struct{ file, key string }
 
-func (at place) under(key string) place {
+func (at position) under(key string) position {
 	if at.key != "" {
 		key = at.key + "." + key
 	}
-	return place{at.file, key}
+	return position{at.file, key}
 }
 
-func (at place) errorf(n *yaml.Node, format string, args ...any) error {
+func (at position) errorf(n *yaml.Node, format string, args ...any) error {
 	where := fmt.Sprintf("%s:%d: ", at.file, n.Line)
 	if at.key != "" {
 		where += at.key + ": "
@@ -196,7 +196,7 @@ func (at place) errorf(n *yaml.Node, format string, args ...any) error {
 }
 
 // setter stores the value of one key.
-type setter func(at place, n *yaml.Node) error
+type setter func(at position, n *yaml.Node) error
 
 // fields are the keys that a mapping may have. The mapping is walked as nodes instead of
 // decoded, since only nodes have the line of each value.
@@ -215,7 +215,7 @@ func (f fields) names() []string {
 
 // set stores every key of the mapping n. An empty mapping, as when all keys are commented
 // out, changes nothing.
-func (f fields) set(at place, n *yaml.Node) error {
+func (f fields) set(at position, n *yaml.Node) error {
 	n, err := at.resolve(n)
 	if err != nil || n.ShortTag() == nullTag {
 		return err
@@ -244,7 +244,7 @@ func (f fields) set(at place, n *yaml.Node) error {
 	return nil
 }
 
-func (f fields) setOne(at place, key, v *yaml.Node) error {
+func (f fields) setOne(at position, key, v *yaml.Node) error {
 	for _, field := range f {
 		if field.key == key.Value {
 			return field.set(at, v)
@@ -255,7 +255,7 @@ func (f fields) setOne(at place, key, v *yaml.Node) error {
 
 // value stores a single value.
 func value[T any](dst *T, parse func(string) (T, error)) setter {
-	return func(at place, n *yaml.Node) (err error) {
+	return func(at position, n *yaml.Node) (err error) {
 		*dst, err = scalar(at, n, parse)
 		return err
 	}
@@ -263,7 +263,7 @@ func value[T any](dst *T, parse func(string) (T, error)) setter {
 
 // list stores a list that finish has checked and put in order.
 func list[T any](dst *[]T, parse func(string) (T, error), finish func([]T) ([]T, error)) setter {
-	return func(at place, n *yaml.Node) error {
+	return func(at position, n *yaml.Node) error {
 		entries, err := at.sequence(n)
 		if err != nil {
 			return err
@@ -286,7 +286,7 @@ func list[T any](dst *[]T, parse func(string) (T, error), finish func([]T) ([]T,
 
 // familiesOf stores socket families, given as one value or as a list.
 func familiesOf(dst *Families) setter {
-	return func(at place, n *yaml.Node) error {
+	return func(at position, n *yaml.Node) error {
 		r, err := at.resolve(n)
 		if err != nil {
 			return err
@@ -310,7 +310,7 @@ func familiesOf(dst *Families) setter {
 }
 
 // sequence returns the entries of the list n.
-func (at place) sequence(n *yaml.Node) ([]*yaml.Node, error) {
+func (at position) sequence(n *yaml.Node) ([]*yaml.Node, error) {
 	n, err := at.resolve(n)
 	if err != nil {
 		return nil, err
@@ -324,7 +324,7 @@ func (at place) sequence(n *yaml.Node) ([]*yaml.Node, error) {
 	return n.Content, nil
 }
 
-func scalar[T any](at place, n *yaml.Node, parse func(string) (T, error)) (v T, err error) {
+func scalar[T any](at position, n *yaml.Node, parse func(string) (T, error)) (v T, err error) {
 	if n, err = at.resolve(n); err != nil {
 		return v, err
 	}
@@ -344,7 +344,7 @@ func scalar[T any](at place, n *yaml.Node, parse func(string) (T, error)) (v T, 
 const nullTag = "!!null"
 
 // resolve returns the node that n stands for.
-func (at place) resolve(n *yaml.Node) (*yaml.Node, error) {
+func (at position) resolve(n *yaml.Node) (*yaml.Node, error) {
 	if n.Kind == yaml.DocumentNode {
 		n = n.Content[0]
 	}

@@ -149,7 +149,7 @@ func parseLabel(s string) (string, error) {
 
 // setContainer stores one entry of the list containers.
 func setContainer(r *ContainerRule, def Limit) setter {
-	return func(at place, n *yaml.Node) error {
+	return func(at position, n *yaml.Node) error {
 		limit := def
 		err := fields{
 			{"name", value(&r.Name, parseNamePattern)},
@@ -157,7 +157,7 @@ func setContainer(r *ContainerRule, def Limit) setter {
 			{"label", value(&r.Label, parseLabel)},
 			{"metadata", value(&r.Metadata, ParseAccess)},
 			{"socket_families", familiesOf(&r.Families)},
-			{"smtp", func(at place, n *yaml.Node) error {
+			{"smtp", func(at position, n *yaml.Node) error {
 				r.SMTP = &limit
 				if err := (fields{{"rate", value(&limit.Rate, ParseRate)}, {"burst", value(&limit.Burst, parseBurst)}}).set(at, n); err != nil {
 					return err
@@ -180,7 +180,7 @@ func setContainer(r *ContainerRule, def Limit) setter {
 
 // containerRules stores the list containers.
 func containerRules(dst *[]ContainerRule, def Limit) setter {
-	return func(at place, n *yaml.Node) error {
+	return func(at position, n *yaml.Node) error {
 		entries, err := at.sequence(n)
 		if err != nil {
 			return err

@@ -18,8 +18,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// place is the network of an agent, as far as packets show it.
-type place struct {
+// vantage is the network of an agent, as far as packets show it.
+type vantage struct {
 	name string
 	*lab.Netns
 	own  netip.Addr
@@ -28,7 +28,7 @@ type place struct {
 	behind bool
 }
 
-func (s *scene) places() (container, host place) {
+func (s *scene) vantages() (container, host vantage) {
 	s.t.Helper()
 	mac := func(text string) net.HardwareAddr {
 		addr, err := net.ParseMAC(text)
@@ -45,10 +45,10 @@ func (s *scene) places() (container, host place) {
 		})
 		return addr
 	}
-	container = place{"container's network", s.a.Netns, s.a.IPv4, lab.Link{
+	container = vantage{"container's network", s.a.Netns, s.a.IPv4, lab.Link{
 		Device: "eth0", Source: device(s.a.Netns, "eth0"), Gateway: mac("02:00:00:00:90:01"),
 	}, true}
-	host = place{"host's network", s.Host, netip.MustParseAddr("10.91.0.1"), lab.Link{
+	host = vantage{"host's network", s.Host, netip.MustParseAddr("10.91.0.1"), lab.Link{
 		Device: "server", Source: device(s.Host, "server"), Gateway: device(s.Server, "eth0"),
 	}, false}
 	return container, host
@@ -66,7 +66,7 @@ type mover struct {
 const packetSocket = "packet"
 
 // movers opens a socket of each kind.
-func movers(t *testing.T, a *lab.Agent, in place) []mover {
+func movers(t *testing.T, a *lab.Agent, in vantage) []mover {
 	t.Helper()
 	meta := lab.Metadata4
 	write := func(payload []byte, to netip.AddrPort) func(*lab.Socket) lab.Result {
@@ -138,7 +138,7 @@ func TestSocketsPassedOn(t *testing.T) {
 			direction := map[bool]string{true: "out of a container", false: "into a container"}[fromContainer]
 			t.Run(fmt.Sprintf("%s, host network %v", direction, inHost), func(t *testing.T) {
 				s := newScene(t)
-				in, host := s.places()
+				in, host := s.vantages()
 				if inHost {
 					in = host
 				}
@@ -194,7 +194,7 @@ func TestSocketsPassedOn(t *testing.T) {
 // When a process moves, its sockets keep their cgroup; new sockets belong to its new cgroup.
 func TestProcessesMove(t *testing.T) {
 	s := newScene(t)
-	_, host := s.places()
+	_, host := s.vantages()
 	outside := lab.Cgroup(t)
 	c := &container{cgroup: filepath.Join(s.policed, "c")}
 	if err := os.Mkdir(c.cgroup, 0o755); err != nil {
@@ -351,7 +351,7 @@ func TestSocketsOutliveTheirCgroup(t *testing.T) {
 // warns about it.
 func TestPacketSocketMadeBeforeAttach(t *testing.T) {
 	s := newScene(t)
-	in, _ := s.places()
+	in, _ := s.vantages()
 	m := movers(t, s.a.Agent, in)[5]
 	seen := s.Capture(t)
 	if !m.fires(t, seen) {

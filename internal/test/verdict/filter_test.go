@@ -33,9 +33,9 @@ const (
 // longest is the size of the longest packet that the kernel test-runs.
 const longest = 3712 - etherSize
 
-// place is where packets are sent from: a cgroup nested in a container of a policed cgroup,
+// sender is where packets are sent from: a cgroup nested in a container of a policed cgroup,
 // in a network namespace that has another device besides the loopback.
-type place struct {
+type sender struct {
 	rel       string // of the policed cgroup
 	policed   uint64
 	container uint64
@@ -43,21 +43,21 @@ type place struct {
 	netns     *os.File
 }
 
-// newPlace moves the test process into such a cgroup. Each goroutine that sends must call
+// newSender moves the test process into such a cgroup. Each goroutine that sends must call
 // inside.
-func newPlace(t testing.TB) *place {
+func newSender(t testing.TB) *sender {
 	t.Helper()
 	policed := testenv.Cgroup(t)
 	container := testenv.Child(t, policed, "container")
-	return newPlaceAt(t, policed, container, testenv.Child(t, testenv.Child(t, container, "nested"), "deeper"))
+	return newSenderIn(t, policed, container, testenv.Child(t, testenv.Child(t, container, "nested"), "deeper"))
 }
 
-func newPlaceAt(t testing.TB, policed, container, process string) *place {
+func newSenderIn(t testing.TB, policed, container, process string) *sender {
 	t.Helper()
 	if err := maps.RemoveMemlock(); err != nil {
 		t.Fatal(err)
 	}
-	p := &place{policed: cgroupID(t, policed), container: cgroupID(t, container)}
+	p := &sender{policed: cgroupID(t, policed), container: cgroupID(t, container)}
 	var err error
 	if p.rel, err = testenv.Root(t).Rel(policed); err != nil {
 		t.Fatal(err)
@@ -116,8 +116,8 @@ func setNetns(t testing.TB, ns *os.File) {
 	}
 }
 
-// inside runs fn on a thread that is in the place's network namespace.
-func (p *place) inside(t testing.TB, fn func()) {
+// inside runs fn on a thread that is in the sender's network namespace.
+func (p *sender) inside(t testing.TB, fn func()) {
 	t.Helper()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -138,14 +138,14 @@ func (p *place) inside(t testing.TB, fn func()) {
 
 // filter is the egress program with a policy, loaded and not attached.
 type filter struct {
-	*place
+	*sender
 	prog   *ebpf.Program
 	state  *maps.State
 	policy policy.Policy
 	full   bool // no room for the container in the state
 }
 
-func (p *place) load(t testing.TB, pol policy.Policy) *filter {
+func (p *sender) load(t testing.TB, pol policy.Policy) *filter {
 	t.Helper()
 	state, err := maps.CreateState()
 	if err != nil {
@@ -155,7 +155,7 @@ func (p *place) load(t testing.TB, pol policy.Policy) *filter {
 	return p.loadWith(t, pol, state)
 }
 
-func (p *place) loadWith(t testing.TB, pol policy.Policy, state *maps.State) *filter {
+func (p *sender) loadWith(t testing.TB, pol policy.Policy, state *maps.State) *filter {
 	t.Helper()
 	if err := pol.Validate(); err != nil {
 		t.Fatal(err)

@@ -22,7 +22,7 @@ type contest struct {
 
 // contests returns a contest for each policy of the tables, for a policy with many rules, and
 // for one in audit mode.
-func (p *place) contests(t testing.TB) []*contest {
+func (p *sender) contests(t testing.TB) []*contest {
 	t.Helper()
 	all := policies(t)
 	many := all["nested"]
@@ -123,15 +123,15 @@ func TestRandom(t *testing.T) {
 	if testing.Short() {
 		packets /= 10
 	}
-	place := newPlace(t)
-	contests := place.contests(t)
+	at := newSender(t)
+	contests := at.contests(t)
 	seen := map[verdict]int{}
-	place.inside(t, func() {
+	at.inside(t, func() {
 		for i, c := range contests {
 			choose := chooser(rand.New(rand.NewPCG(uint64(i), 0)).IntN)
 			for n, wrong := 0, 0; n < packets/len(contests) && wrong < 5; n++ {
 				etherType, packet := c.packet(choose)
-				device := place.device
+				device := at.device
 				if choose.once(16) {
 					device = loopback
 				}
@@ -161,8 +161,8 @@ func allRows() (rows []row) {
 // FuzzVerdict compares the program with the model on data of the fuzzer. In form 0, data is a
 // frame from the type of its packet on; in form 1, it is the decisions of the generator.
 func FuzzVerdict(f *testing.F) {
-	place := newPlace(f)
-	contests := place.contests(f)
+	at := newSender(f)
+	contests := at.contests(f)
 	const one = 8 // of so many rows: each costs time at every start
 	for i, row := range allRows() {
 		if i%one == 0 {
@@ -180,7 +180,7 @@ func FuzzVerdict(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, policy, form uint8, data []byte) {
 		c := contests[int(policy)%len(contests)]
-		device := place.device
+		device := at.device
 		if form&2 != 0 {
 			device = loopback
 		}
@@ -191,7 +191,7 @@ func FuzzVerdict(f *testing.F) {
 		} else if len(data) >= 2 {
 			etherType, packet = binary.BigEndian.Uint16(data), data[2:]
 		}
-		place.inside(t, func() {
+		at.inside(t, func() {
 			if _, difference := c.hold(t, etherType, packet, device); difference != "" {
 				t.Errorf("policy %s, %04x %x from device %d: %s", c.name, etherType, packet, device, difference)
 			}

@@ -31,12 +31,12 @@ const (
 )
 
 // ingress is the host side of kernels before 6.4, loaded and not attached. The sockets of test
-// runs are in the place's container, so that container is the sender.
+// runs are in the sender's container, so that container is the sender.
 type ingress struct {
 	*filter
 }
 
-func (p *place) loadIngress(t testing.TB, pol policy.Policy) *ingress {
+func (p *sender) loadIngress(t testing.TB, pol policy.Policy) *ingress {
 	t.Helper()
 	state, err := maps.CreateState()
 	if err != nil {
@@ -119,21 +119,21 @@ var carriesBlocked = []string{"IPv6 in IPv6"}
 // TestHostIngress tests the host side with the rows of all tables. A mail connection that the
 // egress hook has not announced takes a token of the device.
 func TestHostIngress(t *testing.T) {
-	place := newPlace(t)
-	place.inside(t, func() { place.forwards(t) })
+	at := newSender(t)
+	at.inside(t, func() { at.forwards(t) })
 	for _, table := range tables() {
 		t.Run(table.name, func(t *testing.T) {
 			enforce := policies(t)[table.policy]
 			audit := enforce
 			audit.Mode = policy.Audit
-			all := []*ingress{place.loadIngress(t, enforce), place.loadIngress(t, audit)}
+			all := []*ingress{at.loadIngress(t, enforce), at.loadIngress(t, audit)}
 			for _, row := range table.rows {
 				etherType := row.packet.etherType()
 				if row.packet.length < 0 || len(row.packet.addition) > 0 {
 					continue // the frame is longer: see below
 				}
 				t.Run(row.name, func(t *testing.T) {
-					place.inside(t, func() {
+					at.inside(t, func() {
 						for _, f := range all {
 							f.refill(t)
 							// A packet that no TCP socket has paid for takes a token too,
@@ -162,8 +162,8 @@ func TestHostIngress(t *testing.T) {
 // The addresses of the host that forwards.
 const host4, host6 = "192.0.2.1", "2001:db8:77::1"
 
-// forwards makes the place a host with routes to all destinations. The caller must be inside.
-func (p *place) forwards(t *testing.T) {
+// forwards makes the namespace of the sender a host with routes to all destinations. The caller must be inside.
+func (p *sender) forwards(t *testing.T) {
 	t.Helper()
 	for _, args := range []string{
 		"link set lo up", "link set verdict up",
@@ -197,13 +197,13 @@ func tagged(p packet, tags ...uint16) (etherType uint16, data []byte) {
 
 // TestHostIngressFrames tests what is before and after the packet.
 func TestHostIngressFrames(t *testing.T) {
-	place := newPlace(t)
-	f := place.loadIngress(t, policies(t)["default"])
+	at := newSender(t)
+	f := at.loadIngress(t, policies(t)["default"])
 	frame := func(what string, passes bool, etherType uint16, data []byte) {
 		t.Helper()
 		f.wants(t, what, etherType, data, passes)
 	}
-	place.inside(t, func() {
+	at.inside(t, func() {
 		for _, dst := range []string{open4, open6, metadata, "fd00:ec2::254"} {
 			p := packet{dst: dst, payload: udp(53)}
 			passes := dst == open4 || dst == open6
@@ -255,13 +255,13 @@ func segmentOf(flags byte, seq, acknowledged byte) packet {
 // TestHostIngressMail checks that packets that the egress hook has announced pass, once for
 // each announcement, and so do the packets that continue the connection.
 func TestHostIngressMail(t *testing.T) {
-	place := newPlace(t)
-	f := place.loadIngress(t, policies(t)["default"])
+	at := newSender(t)
+	f := at.loadIngress(t, policies(t)["default"])
 	wants := func(what string, p packet, passes bool) {
 		t.Helper()
 		f.wants(t, what, etherIPv4, p.bytes(), passes)
 	}
-	place.inside(t, func() {
+	at.inside(t, func() {
 		wants("the device's only token", segmentOf(syn, 1, 0), true)
 		wants("its repeat", segmentOf(syn, 1, 0), true)
 		wants("without a token", segmentOf(syn, 2, 0), false)
@@ -290,8 +290,8 @@ func TestHostIngressMail(t *testing.T) {
 // connection: any segment with the first sequence number that acknowledges the server's
 // answer.
 func TestHostIngressCookies(t *testing.T) {
-	place := newPlace(t)
-	f := place.loadIngress(t, policies(t)["default"])
+	at := newSender(t)
+	f := at.loadIngress(t, policies(t)["default"])
 	wants := func(what string, p packet, passes bool) {
 		t.Helper()
 		f.wants(t, what, etherIPv4, p.bytes(), passes)
@@ -306,7 +306,7 @@ func TestHostIngressCookies(t *testing.T) {
 		wants("SYN", segmentOf(syn, 1, 0), true)
 		wants("the first", segmentOf(ack, 2, 10), true)
 	}
-	place.inside(t, func() {
+	at.inside(t, func() {
 		open()
 		wants("the first once more", segmentOf(ack, 2, 10), false)
 		wants("the first with another MSS", segmentOf(ack, 2, 13), false)
@@ -350,14 +350,14 @@ func TestHostIngressCookies(t *testing.T) {
 // TestHostIngressPermits checks that as many packets to the metadata service pass as the egress
 // hook has permitted.
 func TestHostIngressPermits(t *testing.T) {
-	place := newPlace(t)
-	f := place.loadIngress(t, policies(t)["default"])
+	at := newSender(t)
+	f := at.loadIngress(t, policies(t)["default"])
 	p := packet{dst: metadata, payload: tcp(80, syn)}
 	flow := bpf.EgressFlowKey{
 		Src: addressOf(p.bytes()[12:16]), Dst: netip.MustParseAddr(metadata).As16(),
 		Sport: htons(40000), Dport: htons(80), Proto: protoTCP,
 	}
-	place.inside(t, func() {
+	at.inside(t, func() {
 		permit := func(p bpf.EgressPermit) {
 			t.Helper()
 			if err := f.state.ByName()[bpf.EgressMapPermitted].Put(flow, p); err != nil {
@@ -510,15 +510,15 @@ func ipip(p packet) segment {
 // TestHostIngressTunnels sends packets to the host that its tunnels might unpack, and to others
 // packets that those might unpack.
 func TestHostIngressTunnels(t *testing.T) {
-	place := newPlace(t)
-	f := place.loadIngress(t, policies(t)["default"])
+	at := newSender(t)
+	f := at.loadIngress(t, policies(t)["default"])
 	wants := func(what string, to string, payload segment, passes bool) {
 		t.Helper()
 		p := packet{dst: to, payload: payload}
 		f.wants(t, what+" to "+to, p.etherType(), p.bytes(), passes)
 	}
-	place.inside(t, func() {
-		place.forwards(t)
+	at.inside(t, func() {
+		at.forwards(t)
 		for _, dst := range []string{open4, open6, metadata, "fd00:ec2::254"} {
 			harmless := dst == open4 || dst == open6
 			p := packet{dst: dst, payload: udp(53)}

@@ -42,9 +42,9 @@ func limited(l policy.Limit) policy.Policy {
 }
 
 func TestDefaultLimit(t *testing.T) {
-	place := newPlace(t)
-	f := place.load(t, policy.Default())
-	place.inside(t, func() {
+	at := newSender(t)
+	f := at.load(t, policy.Default())
+	at.inside(t, func() {
 		for range 5 {
 			f.wants(t, "within the burst", mail, admitted)
 		}
@@ -74,9 +74,9 @@ func TestOwner(t *testing.T) {
 		{"policed further down, named like a container", first, disguised, disguised},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			place := newPlaceAt(t, tt.policed, tt.owner, tt.sender)
-			f := place.load(t, limited(strict))
-			place.inside(t, func() {
+			at := newSenderIn(t, tt.policed, tt.owner, tt.sender)
+			f := at.load(t, limited(strict))
+			at.inside(t, func() {
 				f.wants(t, "mail", mail, admitted)
 				f.wants(t, "more mail", mail, rateLimited)
 				f.wants(t, "metadata", packet{dst: metadata, payload: icmp()}, blocked)
@@ -91,12 +91,12 @@ func TestOwner(t *testing.T) {
 // TestFullMap fills the map of the containers: mail of a container without an entry is dropped,
 // and counted in the total.
 func TestFullMap(t *testing.T) {
-	place := newPlace(t)
+	at := newSender(t)
 	for _, mode := range []policy.Mode{policy.Enforce, policy.Audit} {
 		t.Run(string(mode), func(t *testing.T) {
 			p := limited(strict)
 			p.Mode = mode
-			f := place.load(t, p)
+			f := at.load(t, p)
 			containers := f.state.ByName()[bpf.EgressMapContainers]
 			ids := make([]uint64, containers.MaxEntries())
 			for i := range ids {
@@ -106,7 +106,7 @@ func TestFullMap(t *testing.T) {
 			if _, err := containers.BatchUpdate(ids[:room], make([]maps.Container, room), nil); err != nil {
 				t.Fatal(err)
 			}
-			place.inside(t, func() {
+			at.inside(t, func() {
 				f.wants(t, "into the last entry", mail, admitted)
 				f.wants(t, "with an entry, full", mail, rateLimited)
 				f.wants(t, "blocked, with an entry, full", packet{dst: metadata, payload: icmp()}, blocked)
@@ -140,7 +140,7 @@ func TestChangedLimit(t *testing.T) {
 	// So slow that the bucket does not fill up during a change, which loads a program.
 	fast := policy.Limit{Rate: policy.Rate{Count: 500, Period: time.Second}, Burst: 1000}
 	const fill = 2 * time.Second
-	place := newPlace(t)
+	at := newSender(t)
 	for _, tt := range []struct {
 		name    string
 		prepare func(*testing.T, *filter, policy.Limit) (change func() *filter)
@@ -154,19 +154,19 @@ func TestChangedLimit(t *testing.T) {
 			}
 		}},
 		{"of the policy", func(t *testing.T, f *filter, l policy.Limit) func() *filter {
-			changed := place.loadWith(t, limited(l), f.state)
+			changed := at.loadWith(t, limited(l), f.state)
 			return func() *filter { return changed }
 		}},
 	} {
 		changed := func(t *testing.T, from, to policy.Limit) *filter {
-			f := place.load(t, limited(from))
+			f := at.load(t, limited(from))
 			change := tt.prepare(t, f, to)
 			for f.admits(t) {
 			}
 			return change()
 		}
 		t.Run(tt.name+", up", func(t *testing.T) {
-			place.inside(t, func() {
+			at.inside(t, func() {
 				f := changed(t, strict, policy.Limit{Rate: fast.Rate, Burst: 1})
 				for start := time.Now(); !f.admits(t); {
 					if time.Since(start) > time.Second {
@@ -176,7 +176,7 @@ func TestChangedLimit(t *testing.T) {
 			})
 		})
 		t.Run(tt.name+", down", func(t *testing.T) {
-			place.inside(t, func() {
+			at.inside(t, func() {
 				f := changed(t, fast, strict)
 				// Until all tokens would be back at the old rate.
 				for start := time.Now(); time.Since(start) < fill; {
@@ -188,8 +188,8 @@ func TestChangedLimit(t *testing.T) {
 		})
 	}
 	t.Run("to unlimited and back", func(t *testing.T) {
-		place.inside(t, func() {
-			f := place.load(t, limited(strict))
+		at.inside(t, func() {
+			f := at.load(t, limited(strict))
 			f.wants(t, "of the policy", mail, admitted)
 			f.wants(t, "of the policy", mail, rateLimited)
 			before := f.counts(t)
@@ -262,12 +262,12 @@ func (f *filter) counted(t *testing.T, taken, refused int64) {
 func TestContention(t *testing.T) {
 	// Only if nobody asks for a second does the bucket fill up and lose tokens.
 	limit := policy.Limit{Rate: policy.Rate{Count: 1000, Period: time.Second}, Burst: 1000}
-	place := newPlace(t)
-	f := place.load(t, limited(limit))
+	at := newSender(t)
+	f := at.load(t, limited(limit))
 	var taken, refused int64
 	// drain returns the times at which the call that found the bucket empty began and ended.
 	drain := func() (began, ended int64) {
-		place.inside(t, func() {
+		at.inside(t, func() {
 			for empty := false; !empty; {
 				began = monotonic(t)
 				late := began-clockNow(t, unix.CLOCK_MONOTONIC_COARSE) > 50*time.Millisecond.Nanoseconds()
@@ -309,7 +309,7 @@ func refill(l policy.Limit, ns int64) int64 { return ns * int64(l.Rate.Count) / 
 // TestCollisions uses a limit so high that CPUs take tokens at the same moment.
 func TestCollisions(t *testing.T) {
 	limit := policy.Limit{Rate: policy.Rate{Count: 20_000, Period: time.Second}, Burst: 10_000}
-	f := newPlace(t).load(t, limited(limit))
+	f := newSender(t).load(t, limited(limit))
 	start := monotonic(t)
 	taken, refused := f.hammer(t, time.Second)
 	if most := int64(limit.Burst) + refill(limit, monotonic(t)-start); taken > most {
@@ -321,8 +321,8 @@ func TestCollisions(t *testing.T) {
 // TestFirstContact sends the first packets of a container from two CPUs at once. Both count for
 // the same entry, and share its bucket.
 func TestFirstContact(t *testing.T) {
-	place := newPlace(t)
-	f := place.load(t, limited(strict))
+	at := newSender(t)
+	f := at.load(t, limited(strict))
 	const rounds = 3000
 	var begun, done atomic.Int64
 	await := func(n *atomic.Int64, value int64) {
@@ -334,7 +334,7 @@ func TestFirstContact(t *testing.T) {
 	go func() {
 		defer close(other)
 		defer done.Store(rounds) // should it fail, too
-		place.inside(t, func() {
+		at.inside(t, func() {
 			for round := range int64(rounds) {
 				await(&begun, round+1)
 				f.admits(t)
@@ -342,7 +342,7 @@ func TestFirstContact(t *testing.T) {
 			}
 		})
 	}()
-	place.inside(t, func() {
+	at.inside(t, func() {
 		defer begun.Store(rounds)
 		for round := range int64(rounds) {
 			f.forget(t)

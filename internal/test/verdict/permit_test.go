@@ -16,8 +16,8 @@ func TestPermitted(t *testing.T) {
 	p.Block = []policy.Rule{{Prefix: netip.MustParsePrefix(other + "/32")}, {Prefix: netip.MustParsePrefix(both + "/32")}}
 	web := func(to string) packet { return packet{dst: to, payload: tcp(80, syn)} }
 
-	place := newPlace(t)
-	f := place.load(t, p)
+	at := newSender(t)
+	f := at.load(t, p)
 	announced := func() map[bpf.EgressFlowKey]uint32 {
 		found := map[bpf.EgressFlowKey]uint32{}
 		var key bpf.EgressFlowKey
@@ -27,7 +27,7 @@ func TestPermitted(t *testing.T) {
 		}
 		return found
 	}
-	place.inside(t, func() {
+	at.inside(t, func() {
 		f.wants(t, "before", web(metadata), blocked)
 		if err := f.state.Configure(f.container, maps.Change{Mask: maps.MayReachMetadata, Flags: maps.MayReachMetadata}); err != nil {
 			t.Fatal(err)

@@ -41,8 +41,8 @@ func TestRecognised(t *testing.T) {
 		{"container beside one without state", nested, newer, true, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			place := newPlaceAt(t, slice, container, tt.sender)
-			f := place.load(t, limited(strict))
+			at := newSenderIn(t, slice, container, tt.sender)
+			f := at.load(t, limited(strict))
 			if _, err := f.state.Enrol(f.container); err != nil {
 				t.Fatal(err)
 			}
@@ -52,7 +52,7 @@ func TestRecognised(t *testing.T) {
 				}
 			}
 			f.full = tt.full
-			place.inside(t, func() {
+			at.inside(t, func() {
 				switch {
 				case !tt.policed:
 					for range 3 {
@@ -83,9 +83,9 @@ func TestRecognised(t *testing.T) {
 func TestAnyScope(t *testing.T) {
 	slice := testenv.Child(t, testenv.Cgroup(t), "own.slice")
 	service := testenv.Child(t, slice, "a.service")
-	place := newPlaceAt(t, slice, service, service)
+	at := newSenderIn(t, slice, service, service)
 	p := policy.Default()
 	p.Scopes = []policy.Scope{policy.AnyScope}
-	f := place.load(t, p)
-	place.inside(t, func() { f.wants(t, "metadata", packet{dst: metadata, payload: icmp()}, blocked) })
+	f := at.load(t, p)
+	at.inside(t, func() { f.wants(t, "metadata", packet{dst: metadata, payload: icmp()}, blocked) })
 }

@@ -29,7 +29,7 @@ func tables() []table {
 // TestVerdict checks the program with every row of every table: the verdict, and what is
 // counted and remembered.
 func TestVerdict(t *testing.T) {
-	place := newPlace(t)
+	at := newSender(t)
 	for i, table := range tables() {
 		if testing.Short() && i%8 > 0 {
 			continue // under emulation, each policy takes long to load
@@ -38,13 +38,13 @@ func TestVerdict(t *testing.T) {
 			enforce := policies(t)[table.policy]
 			audit := enforce
 			audit.Mode = policy.Audit
-			enforcing, auditing := place.load(t, enforce), place.load(t, audit)
+			enforcing, auditing := at.load(t, enforce), at.load(t, audit)
 			for _, row := range table.rows {
 				t.Run(row.name, func(t *testing.T) {
-					place.inside(t, func() {
-						enforcing.check(t, row, place.device)
+					at.inside(t, func() {
+						enforcing.check(t, row, at.device)
 						enforcing.check(t, row, loopback)
-						auditing.check(t, row, place.device)
+						auditing.check(t, row, at.device)
 					})
 				})
 			}

@@ -88,16 +88,16 @@ func ExpectPrograms(t testing.TB, cgroup string, n int) {
 		t.Fatal(err)
 	}
 	defer dir.Close()
-	for _, place := range []ebpf.AttachType{
+	for _, hook := range []ebpf.AttachType{
 		ebpf.AttachCGroupInetEgress, ebpf.AttachCGroupInet4Connect, ebpf.AttachCGroupInet6Connect,
 		ebpf.AttachCGroupUDP4Sendmsg, ebpf.AttachCGroupUDP6Sendmsg,
 	} {
-		attached, err := link.QueryPrograms(link.QueryOptions{Target: int(dir.Fd()), Attach: place})
+		attached, err := link.QueryPrograms(link.QueryOptions{Target: int(dir.Fd()), Attach: hook})
 		if err != nil {
 			t.Fatal(err)
 		}
 		if len(attached.Programs) != n {
-			t.Errorf("%d programs are attached as %v, want %d", len(attached.Programs), place, n)
+			t.Errorf("%d programs are attached as %v, want %d", len(attached.Programs), hook, n)
 		}
 	}
 }
