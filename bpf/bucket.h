@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* The token bucket, as a generic cell rate algorithm (ITU-T I.371): one time,
- * full_at, says it all. A token may be taken while the bucket would be full
- * again within tolerance, and moves full_at on by what a token lasts. Over
- * any window of t no more than burst + rate * t are taken, and no less are
- * if asked for often enough.
+/* The token bucket, as a generic cell rate algorithm (ITU-T I.371). The bucket is one time,
+ * full_at: the moment at which it is full again. A token may be taken if the bucket would
+ * be full again within tolerance; taking it moves full_at on by the time that a token
+ * lasts. Over any window of t, a container takes at most burst + rate * t tokens, and no
+ * fewer if it asks often enough.
  *
- * Clock and lock are the caller's.
+ * The caller supplies the clock and holds the lock.
  */
 #ifndef EGRESSBPF_BUCKET_H
 #define EGRESSBPF_BUCKET_H
@@ -14,16 +14,15 @@
 
 #include <bpf/bpf_helpers.h>
 
-/* Whether b is reckoned with l: not so after the limit has changed. */
+/* Whether b was last used under the limit l. False once the limit has changed. */
 static __always_inline bool bucket_settled(const struct bucket *b, const volatile struct limit *l)
 {
 	return b->interval == l->interval && b->count == l->count && b->burst == l->burst;
 }
 
-/* Brings b to l, where it was last used under another limit: as many tokens are
- * missing as before, rounded up, at the new pace. A changed limit neither refills
- * a bucket nor makes it pay the old limit's debt in time. The caller holds the
- * lock.
+/* Brings b to the limit l if b was last used under another limit. As many tokens are
+ * missing as before, rounded up, at the new pace: a changed limit neither refills a bucket
+ * nor makes it pay the old limit's debt in time. The caller holds the lock.
  */
 static __always_inline void bucket_adopt(struct bucket *b, const volatile struct limit *l, __u64 now)
 {
@@ -51,15 +50,14 @@ static __always_inline void bucket_adopt(struct bucket *b, const volatile struct
 	b->burst = l->burst;
 }
 
-/* Whether a token is there, in a settled bucket. Takes no lock: full_at only ever
- * moves forward, so a refusal is right at the moment it was read; an admission
- * has to be taken.
+/* Whether a settled bucket has a token. Takes no lock: full_at only moves forward, so "no"
+ * is right at the moment of reading, while a token still has to be taken under the lock.
  */
 static __always_inline bool bucket_has(const struct bucket *b, const volatile struct limit *l, __u64 now)
 {
 	__u64 full_at = *(const volatile __u64 *)&b->full_at, latest = now + l->tolerance;
 
-	/* In the last nanosecond, the fractions of both decide. */
+	/* Within the last nanosecond, the fractions decide. */
 	return full_at < latest ||
 	       (full_at == latest && b->rest <= (__u64)(l->burst - 1) * l->rest % l->count);
 }

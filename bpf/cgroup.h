@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* The kernel's cgroups, for programs that are handed one. */
+/* The kernel's cgroups, for programs that get one as an argument. */
 #ifndef EGRESSBPF_CGROUP_H
 #define EGRESSBPF_CGROUP_H
 
@@ -29,7 +29,9 @@ struct cgroup___ids {
 	__u64 ancestor_ids[];
 } __attribute__((preserve_access_index));
 
-/* Both on their own, so that the compiler does not look for a field where there is none. */
+/* Two functions of their own, so that the compiler does not relocate a field where the
+ * kernel has none.
+ */
 static __noinline __u64 ancestor_id_since_6_1(struct cgroup *cgrp, __u32 level)
 {
 	struct cgroup *above;
@@ -46,7 +48,9 @@ static __noinline __u64 ancestor_id_before_6_1(struct cgroup___ids *cgrp, __u32 
 	return id;
 }
 
-/* The id of the cgroup at a level above cgrp, or its own; 0 if it is not as deep. */
+/* The id of the ancestor of cgrp at a level, or of cgrp itself at its own level; 0 if cgrp
+ * is not that deep.
+ */
 static __always_inline __u64 ancestor_id(struct cgroup *cgrp, __u32 level)
 {
 	struct cgroup___ids *old = (void *)cgrp;

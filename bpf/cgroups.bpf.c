@@ -1,9 +1,9 @@
 //go:build ignore
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Containers appear and go. Where a policed cgroup holds other things too, such as
- * the slices of systemd, a container is known by the name of its cgroup, from the
- * moment that is made: the kernel runs this within mkdir, before a process can be
- * in there.
+/* Follows containers as they come and go. If a policed cgroup also holds other things, such
+ * as systemd's slices, a container is recognised by the name of its cgroup as soon as the
+ * cgroup is made: the kernel runs recognise() within mkdir, before a process can be in the
+ * cgroup.
  */
 #include "cgroup.h"
 #include "owner.h"
@@ -16,7 +16,7 @@ const volatile struct policed_cgroup policed[MAX_POLICED];
 const volatile struct scope scopes[MAX_SCOPES];
 const volatile __u32 n_scopes;
 
-/* Room for any name. */
+/* The length of a buffer for any name. */
 #define TEXT sizeof(((struct name_key *)0)->name)
 
 static __always_inline bool hex(char c)
@@ -32,8 +32,8 @@ static __always_inline bool begins(const char *text, const volatile struct scope
 	return true;
 }
 
-/* BuildKit's identity.NewID, and what stands before it where BuildKit takes the parent for
- * systemd to read for a name.
+/* The length of a BuildKit identity (identity.NewID). Something and a colon precede it if
+ * BuildKit takes the parent for one that systemd manages.
  */
 #define BUILD_ID 25
 
@@ -52,7 +52,7 @@ static __always_inline bool build(const char *name, __u32 len)
 	return true;
 }
 
-/* Whether a name of len characters is one of the scope's. */
+/* Whether a name of len characters matches the scope. */
 static __always_inline bool named(const char *name, __u32 len, const volatile struct scope *s)
 {
 	__u32 at = s->prefix_len;
@@ -73,11 +73,11 @@ static __always_inline bool named(const char *name, __u32 len, const volatile st
 	return true;
 }
 
-/* Whether the cgroup with a name of len characters, at a path, is a container's. */
+/* Whether the cgroup with this name of len characters, at this path, is a container's. */
 static __always_inline bool is_container(struct cgroup *cgrp, const char *name, __u32 len, const char *path)
 {
 	__u32 level = BPF_CORE_READ(cgrp, level);
-	char begin[SCOPE_PREFIX + 1];	/* with a NUL */
+	char begin[SCOPE_PREFIX + 1];	/* with room for a NUL */
 
 	for (__u32 i = 0; i < MAX_SCOPES && i < n_scopes; i++)
 		if (scopes[i].kind != SCOPE_CHILD && named(name, len, &scopes[i]))
@@ -97,7 +97,9 @@ static __always_inline __u64 above(void *ctx, __u32 level)
 	return level < (__u32)BPF_CORE_READ(cgrp, level) ? ancestor_id(cgrp, level) : 0;
 }
 
-/* The policed cgroup that a cgroup is in, itself excluded; NULL if in none. */
+/* The policed cgroup that contains cgrp; NULL if there is none. A policed cgroup does not
+ * contain itself.
+ */
 static __always_inline const volatile struct policed_cgroup *policed_above(struct cgroup *cgrp)
 {
 	for (__u32 i = 0; i < MAX_POLICED && policed[i].id; i++)
@@ -106,13 +108,13 @@ static __always_inline const volatile struct policed_cgroup *policed_above(struc
 	return NULL;
 }
 
-/* Has a container judged without state of its own; 0 if there was room for that. */
+/* Makes a container one without state. Returns 0 if the map had room. */
 static __always_inline long do_without(__u64 id, enum without_state why)
 {
 	return bpf_map_update_elem(&stateless, &id, &why, BPF_ANY);
 }
 
-/* Returns the length of the cgroup's name, which becomes the key's; 0 on an error. */
+/* Reads the cgroup's name into key and returns its length; 0 on an error. */
 static __always_inline __u32 read_name(struct cgroup *cgrp, struct name_key *key)
 {
 	long len = bpf_probe_read_kernel_str(key->name, sizeof(key->name), BPF_CORE_READ(cgrp, kn, name));
@@ -131,13 +133,13 @@ int recognise(__u64 *ctx)
 	__u32 len, depth;
 	__u64 id;
 
-	if (cgrp->root->hierarchy_id)	/* cgroup v1 numbers its own */
+	if (cgrp->root->hierarchy_id)	/* ids of cgroup v1 are separate */
 		return 0;
 	top = policed_above(cgrp);
 	if (!top)
 		return 0;
 	depth = cgrp->level - top->level;
-	/* No packet of it would be found to be a container's, and status says so. */
+	/* find_known() does not look this deep; status reports such a container. */
 	if (depth > MAX_DEPTH)
 		return 0;
 	key.policed = top->id;
@@ -147,7 +149,7 @@ int recognise(__u64 *ctx)
 		if (find_known(top->level, above, cgrp, &c) || !is_container(cgrp, key.name, len, (const char *)ctx[1]))
 			return 0;
 	} else if (!before || depth != 1) {
-		return 0;	/* gets its state when it is needed */
+		return 0;	/* gets its state when it first needs it */
 	}
 	id = cgrp->kn->id;
 	c = state_of(id);
@@ -164,9 +166,10 @@ int recognise(__u64 *ctx)
 }
 
 /* Keeps what a container takes over when it is started again, and nothing else: the kernel
- * may not release the cgroup for months. Sockets can outlive the directory, and be somebody
- * else's by now. They are still a container's, but open no more mail connections: whoever
- * takes over the bucket has all of it. 5.10 has no lock for programs of this type.
+ * may not release the cgroup for months. The container's sockets can outlive the directory
+ * and pass to other processes. They stay the container's, but open no more mail
+ * connections, since the restarted container takes over the whole bucket. Takes no lock:
+ * 5.10 has none for programs of this type.
  */
 SEC("tp_btf/cgroup_rmdir")
 int keep(__u64 *ctx)
@@ -186,7 +189,9 @@ int keep(__u64 *ctx)
 	id = cgrp->kn->id;
 	c = bpf_map_lookup_elem(&containers, &id);
 	if (!c) {
-		/* It would get one with a full bucket. */
+		/* Otherwise a socket that lives on would get an entry
+		 * with a full bucket.
+		 */
 		if (!top->recognises && cgrp->level == (int)top->level + 1)
 			do_without(id, WAS_REMOVED);
 		return 0;
@@ -198,7 +203,7 @@ int keep(__u64 *ctx)
 		now.limit = c->limit;
 		now.flags = CONTAINER_LIMIT_SET;
 	}
-	if (now.bucket.count || now.flags) {	/* else it is as new */
+	if (now.bucket.count || now.flags) {	/* otherwise it is like new */
 		key.policed = top->id;
 		read_name(cgrp, &key);
 		bpf_map_update_elem(&retired, &key, &now, BPF_ANY);
@@ -208,7 +213,9 @@ int keep(__u64 *ctx)
 	return 0;
 }
 
-/* Forgets a container once its cgroup is gone with the last of its sockets. */
+/* Forgets a container once the kernel releases its cgroup, after the
+ * last of its sockets.
+ */
 SEC("tp_btf/cgroup_release")
 int release(__u64 *ctx)
 {

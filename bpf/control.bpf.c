@@ -1,8 +1,8 @@
 //go:build ignore
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* Programs that are attached nowhere. The controller runs them to change what is kept about
- * a container: the system calls for that write whole values, and undo what is counted
- * meanwhile.
+ * a container: the system call for that writes a whole value, and would undo what was
+ * counted meanwhile.
  */
 #include "bucket.h"
 #include "state.h"
@@ -26,7 +26,7 @@ static __noinline int apply(const struct request *r)
 	return 1;
 }
 
-/* Changes what holds for a container. Returns 1 if it did. */
+/* Changes the flags and the limit of a container. Returns 1 if it did. */
 SEC("cgroup_skb/egress")
 int configure(struct __sk_buff *skb)
 {
@@ -37,7 +37,7 @@ int configure(struct __sk_buff *skb)
 	return apply(&r);
 }
 
-/* The maps that are replaced. */
+/* The maps that containers and totals replace. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -55,12 +55,12 @@ struct {
 
 #define MAX_COUNTERS (sizeof(struct counters) / sizeof(__u64))
 
-/* How many counters the values of both maps have. */
+/* How many counters the values have in both maps. */
 const volatile __u32 counters = MAX_COUNTERS;
 
-/* Moves counts, so that at any time the counters in both maps together are what they were.
- * Those of the totals are moved for all CPUs at once: it is their sum that counts, and it
- * may be less than 0 on one of them.
+/* Moves counts from one map to the other, so that the sum of both is right at any time. The
+ * totals move for all CPUs at once: only the sum over the CPUs counts, and the count of a
+ * single CPU may be below 0.
  */
 static __always_inline void move(struct __sk_buff *skb, __u64 *from, __u64 *to)
 {
@@ -74,7 +74,7 @@ static __always_inline void move(struct __sk_buff *skb, __u64 *from, __u64 *to)
 	}
 }
 
-/* Takes from a bucket what was taken from its copy. */
+/* Takes from a bucket the tokens that were taken from its copy. */
 static __always_inline void pay(struct bucket *b, const struct bucket *copy, __u32 tokens, __u64 now)
 {
 	bool same = b->interval == copy->interval && b->count == copy->count && b->burst == copy->burst;
@@ -109,8 +109,8 @@ static __noinline int carry_container(struct __sk_buff *skb, const struct cargo 
 	return 1;
 }
 
-/* Moves what was counted for a container, and the tokens it has taken, or moves the totals.
- * Returns 1 if it did. A program is never stopped half-way, as a process may be.
+/* Moves a container's counts and the tokens that it has taken, or moves the totals. Returns
+ * 1 if it did. A process can be killed half-way; a program cannot.
  */
 SEC("cgroup_skb/egress")
 int carry(struct __sk_buff *skb)
@@ -131,7 +131,9 @@ int carry(struct __sk_buff *skb)
 	return 1;
 }
 
-/* What containers is in format 1: the controller makes it for versions that know no other. */
+/* The map containers in format 1. The controller creates it for versions that know no other
+ * format.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

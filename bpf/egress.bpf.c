@@ -1,8 +1,8 @@
 //go:build ignore
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Decides what containers may send. The packet hook is the boundary; the socket
- * hooks give its verdict early, so that a program is refused at once instead of
- * waiting for an answer that will not come.
+/* Decides what containers may send. The packet hook is the boundary. The socket hooks give
+ * the same verdict early, so that a program is refused at once instead of waiting for an
+ * answer that never comes.
  */
 #include "glance.h"
 #include "limit.h"
@@ -13,9 +13,9 @@
 #include "tunnels.h"
 #include "verdict.h"
 
-const volatile bool over_limit_reject;	/* refuse in connect() what has no token */
+const volatile bool over_limit_reject;	/* refuse a connection without a token in connect() */
 const volatile bool has_set_retval;	/* bpf_set_retval(), 5.18 */
-const volatile bool has_host_side;	/* which wants to know what was let through */
+const volatile bool has_host_side;	/* the host side has to be told what was let through */
 
 #define LOOPBACK_IFINDEX 1
 #define SOCK_STREAM 1
@@ -29,14 +29,16 @@ static __always_inline __u64 above_packet(void *skb, __u32 level)
 	return bpf_skb_ancestor_cgroup_id(skb, level);
 }
 
-/* The container whose socket it is, however deep below it the socket was made. */
+/* The container that the socket belongs to, however deep below it the socket was made.
+ * False if there is none.
+ */
 static __always_inline bool sent_by_container(struct __sk_buff *skb, struct container **c)
 {
 	return find_container(&policed, above_packet, skb, c);
 }
 
-/* The TCP socket that sends, listeners included; NULL if it is a socket of another kind,
- * whose packets the kernel does not answer for.
+/* The TCP socket that sends, which may be a listener. NULL for a socket of another kind:
+ * the kernel does not answer for the packets of such a socket.
  */
 static __always_inline struct bpf_sock *tcp_socket(struct __sk_buff *skb)
 {
@@ -44,11 +46,11 @@ static __always_inline struct bpf_sock *tcp_socket(struct __sk_buff *skb)
 
 	if (sk)
 		sk = bpf_sk_fullsock(sk);
-	/* Older kernels take raw sockets of protocol TCP for one. */
+	/* Older kernels also return raw sockets of protocol TCP. */
 	return sk && sk->type == SOCK_STREAM && sk->protocol == IPPROTO_TCP ? sk : NULL;
 }
 
-/* What the socket sends from here on has to be paid again. */
+/* Ends the ticket: the next packet of the socket has to be paid for again. */
 static __always_inline void end_ticket(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = tcp_socket(skb);
@@ -57,13 +59,15 @@ static __always_inline void end_ticket(struct __sk_buff *skb)
 		bpf_sk_storage_delete(&tickets, sk);
 }
 
-/* Good enough for what lasts a second. */
+/* Precise enough for ANNOUNCED_NS. */
 static __always_inline __u64 now_roughly(void)
 {
 	return has_coarse_clock ? bpf_ktime_get_coarse_ns() : bpf_ktime_get_ns();
 }
 
-/* Tells the host side that the packet has been judged; once more, if that has not been used. */
+/* Tells the host side that a packet was let through. again renews an announcement that is
+ * still unused.
+ */
 static __always_inline void announce(const struct flow *f, bool again)
 {
 	struct announcement key = { .seq = f->seq, .dport = f->dport };
@@ -81,8 +85,8 @@ static __always_inline void announce(const struct flow *f, bool again)
 	bpf_map_update_elem(&admitted, &key, &now, again ? BPF_EXIST : BPF_ANY);
 }
 
-/* Whether the host has seen a connection go on, as it does if others forge what this socket
- * has not sent.
+/* Whether the host has seen the connection go on. The host also sees that if somebody else
+ * forges packets that this socket has not sent.
  */
 static __always_inline bool answered_on_host(const struct flow *f)
 {
@@ -97,29 +101,30 @@ static __always_inline bool answered_on_host(const struct flow *f)
 	return known && known->answered;
 }
 
-/* Whether the packet is of the connection that the ticket was bought for. */
+/* Whether the packet belongs to the connection that the ticket paid for. */
 static __always_inline bool same_connection(const struct ticket *t, const struct flow *f)
 {
 	return t->sport == f->sport && t->dport == f->dport && !__builtin_memcmp(t->dst, &f->dst, sizeof(t->dst)) &&
 	       !__builtin_memcmp(t->src, &f->src, sizeof(t->src));
 }
 
-/* Whether a SYN repeats one that was paid for, as the kernel knows. Once the connection has
- * gone on, the socket would not send it again, unless for another one.
+/* Whether a SYN repeats one that was paid for, according to the kernel's count of
+ * retransmissions. Once the connection has gone on, the socket would send this SYN only to
+ * open another one.
  */
 static __always_inline bool repeats_syn(const struct ticket *t, const struct bpf_tcp_sock *tcp, const struct flow *f)
 {
 	return opens_no_more(&t->opening, f) && tcp->total_retrans > t->retransmits && !answered_on_host(f);
 }
 
-/* The host side forgets connections that have long been idle, so it is told of them now and
- * then.
+/* Tells the host side of the connection now and then, since the host side forgets
+ * connections that have long been idle.
  */
 static __always_inline void remind(struct ticket *t, const struct flow *f)
 {
 	__u64 now;
 
-	/* Nobody is to send the opening twice, by an announcement that is left over. */
+	/* A leftover announcement must not let anybody send the opening a second time. */
 	if (!has_host_side || (bpf_ntohl(f->seq) == t->opening.first && !t->opening.moved))
 		return;
 	now = now_roughly();
@@ -129,7 +134,7 @@ static __always_inline void remind(struct ticket *t, const struct flow *f)
 	}
 }
 
-/* Notes that the connection is the socket's to go on with, from this packet on. */
+/* Notes that the socket has paid for the connection that begins with this packet. */
 static __always_inline void begin_ticket(struct __sk_buff *skb, const struct flow *f)
 {
 	struct bpf_sock *sk = tcp_socket(skb);
@@ -151,7 +156,7 @@ static __always_inline void begin_ticket(struct __sk_buff *skb, const struct flo
 	t->announced = 0;
 }
 
-/* Whether what is blocked for that reason is open to this container. */
+/* Whether this container may reach what is blocked for the reason why. */
 static __always_inline bool permits(const struct container *c, __u32 why)
 {
 	return c && c->flags & CONTAINER_METADATA && why == RULE_METADATA;
@@ -189,19 +194,21 @@ static __always_inline int drop(struct __sk_buff *skb, struct container *c, enum
 
 #define TCP_LISTENS 10
 
-/* What a mail packet is to the socket that sends it: 0 is none of them. */
+/* How a mail packet relates to the socket that sends it. A bit each, since a packet can
+ * both pay and begin.
+ */
 enum mail {
 	FREE = 1,	/* passes */
 	PAYS = 2,	/* needs a token to pass */
-	BEGINS = 4,	/* with that, the socket may go on */
-	FORGED = 8,	/* passes only where there is no limit */
+	BEGINS = 4,	/* once paid, the socket may continue the connection */
+	FORGED = 8,	/* passes only without a limit */
 };
 
 /* A TCP socket pays for a connection with its first packet, whichever that is: a server
- * that answers with SYN cookies needs no SYN to accept one. Then it sends what is of that
- * connection. Whatever else may send TCP pays for each SYN, and sends nothing else: it could
- * answer for a connection whose SYN a deaf TCP socket repeats for free, and so make many of
- * one token.
+ * that answers with SYN cookies needs no SYN to accept a connection. From then on the
+ * socket may send packets of that connection. Any other sender of TCP pays for each SYN and
+ * sends nothing else. Otherwise it could answer for a connection whose SYN a deaf TCP
+ * socket repeats for free, and so make many connections with one token.
  */
 static __always_inline enum mail judge_socket(struct __sk_buff *skb, const struct flow *f)
 {
@@ -235,12 +242,14 @@ static __always_inline enum mail judge_socket(struct __sk_buff *skb, const struc
 			return FORGED;
 		}
 	}
-	/* Wherever this one goes, the ticket was bought for another connection, or has ended. */
+	/* The ticket was bought for another connection, or has ended, wherever this packet
+	 * goes.
+	 */
 	if (t)
 		bpf_sk_storage_delete(&tickets, sk);
 	if (loopback || f->flags & TCP_RST)
 		return FREE;
-	/* What answers somebody opens nothing at a server, and takes no token: else whoever asks
+	/* An answer opens nothing at a server and takes no token, or else whoever connects
 	 * from a mail port could empty the bucket.
 	 */
 	if (!opens(f) && (accepts(f) || sk->state == TCP_LISTENS))
@@ -248,11 +257,11 @@ static __always_inline enum mail judge_socket(struct __sk_buff *skb, const struc
 	return PAYS | BEGINS;
 }
 
-/* The verdict on TCP to a mail port, whose destination is not blocked. */
+/* The verdict on a TCP packet to a mail port whose destination is not blocked. */
 static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *f)
 {
-	/* Not where a register would be kept: so the verifier knows no value, and goes through
-	 * what follows once.
+	/* In memory rather than in a register, so that the verifier does not know the value
+	 * and walks through the rest once.
 	 */
 	struct {
 		__u8 unused;
@@ -272,16 +281,17 @@ static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *
 	} else if (limit_of(c)->count && refuse(c, HOOK_EGRESS, REASON_RATE_LIMITED, skb->len)) {
 		return 0;
 	}
-	/* In audit mode a connection goes on that was not paid for, and is counted once. */
+	/* In audit mode a connection that was not paid for goes on, and is counted once. */
 	announce(f, false);
 	if (is & BEGINS)
 		begin_ticket(skb, f);
 	return 1;
 }
 
-/* Why a packet may not be sent that is not blocked. Over the loopback, a container could
- * reach the host's own tunnels, in the host's network. By other sockets than those of TCP it
- * could tell a TCP socket, its own or a neighbour's, what a mail server has not said.
+/* Why a packet that is not blocked may still not be sent. Over the loopback device, a
+ * container in the host's network could reach the host's own tunnels. Without a TCP socket,
+ * a container could make a TCP socket, its own or a neighbour's, believe that a mail server
+ * has answered.
  */
 static __always_inline enum reason judge_sender(struct __sk_buff *skb, const struct flow *f)
 {
@@ -292,14 +302,14 @@ static __always_inline enum reason judge_sender(struct __sk_buff *skb, const str
 	return REASON_NONE;
 }
 
-/* What is to become of a packet that has been read. */
+/* What happens to a packet that judge() has read. */
 enum finding {
 	DROPPED,
 	PASSES,
-	IS_MAIL,	/* to be judged as that */
+	IS_MAIL,	/* judge_mail() decides */
 };
 
-/* Judges any packet but for mail. why is what it is blocked by; 0 if it is not. */
+/* Judges a packet, except as mail. why becomes what blocks the packet, or stays 0. */
 static __always_inline enum finding judge(struct __sk_buff *skb, struct flow *f, __u32 *why)
 {
 	struct packet p = { .data = skb, .len = skb->len, .protocol = skb->protocol };
@@ -316,7 +326,9 @@ static __always_inline enum finding judge(struct __sk_buff *skb, struct flow *f,
 		if (!sent_by_container(skb, &c))
 			return PASSES;
 		if (!permits(c, *why)) {
-			/* The repeat may look better, and is not that of what was paid for. */
+			/* The socket may repeat the packet in a valid form, which nobody
+			 * has paid for.
+			 */
 			end_ticket(skb);
 			return drop(skb, c, reason) ? PASSES : DROPPED;
 		}
@@ -334,7 +346,7 @@ static __always_inline enum glance glance(struct __sk_buff *skb)
 	const void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	__u32 len = skb->len;
 
-	/* Loaded once, before the compiler needs skb's register. */
+	/* Loaded once, before the compiler needs the register of skb. */
 	asm volatile("" : "+r"(len));
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		return glance4(data, end, len);
@@ -343,8 +355,9 @@ static __always_inline enum glance glance(struct __sk_buff *skb)
 	return UNCLEAR;
 }
 
-/* Reads the flow of what is MAIL at a glance, which has seen that all of it is there. The packet's pointers are loaded once more:
- * kept from the glance, they would have it spill registers.
+/* Reads the flow of a packet that is MAIL at a glance. The glance has checked that all of
+ * it is there. The packet's pointers are loaded again: if they were kept from the glance,
+ * the compiler would spill registers there.
  */
 static __always_inline bool read_mail(struct __sk_buff *skb, struct flow *f)
 {
@@ -354,8 +367,8 @@ static __always_inline bool read_mail(struct __sk_buff *skb, struct flow *f)
 	return skb->protocol == bpf_htons(ETH_P_IP) ? read_tcp4(data, end, skb->len, f) : read_tcp6(data, end, skb->len, f);
 }
 
-/* Whether a plain datagram is for a port at which the host may have a tunnel, over the
- * loopback.
+/* Whether a plain datagram goes over the loopback device to a port at which the host may
+ * have a tunnel.
  */
 static __always_inline bool near_tunnel(struct __sk_buff *skb)
 {
@@ -393,8 +406,8 @@ int egress(struct __sk_buff *skb)
 	return 1;
 }
 
-/* It may have been handed a socket from elsewhere; then there is no container below
- * the policed cgroup to charge.
+/* The calling process may be outside the policed cgroup and have got the socket from
+ * inside. Then no container below the policed cgroup can be charged.
  */
 static __always_inline __u64 above_caller(void *ctx, __u32 level)
 {
@@ -404,13 +417,13 @@ static __always_inline __u64 above_caller(void *ctx, __u32 level)
 	return bpf_get_current_ancestor_cgroup_id(level);
 }
 
-/* The container of the process that asks. */
+/* The container of the calling process. False if there is none. */
 static __always_inline bool asked_by_container(struct container **c)
 {
 	return find_container(&policed, above_caller, NULL, c);
 }
 
-/* Where connect() leads to the loopback device whatever the routes say. */
+/* Whether connect() to this address leads to the loopback device, whatever the routes say. */
 static __always_inline bool loopback(const union address *a)
 {
 	if (mapped4(a))
@@ -418,9 +431,9 @@ static __always_inline bool loopback(const union address *a)
 	return !a->be32[0] && !a->be32[1] && !a->be32[2] && (!a->be32[3] || a->be32[3] == bpf_htonl(1));
 }
 
-/* Whether the container itself may be the one that listens there. Nothing tells
- * whether an address is its own, so a socket that listens on every address makes
- * this true of all: then the packet decides.
+/* Whether the container itself may be listening there. Nothing shows whether an address is
+ * the container's own, so a socket that listens on every address makes this true for all
+ * addresses. Then the packet is judged instead.
  */
 static __always_inline bool own_listener(struct bpf_sock_addr *ctx, const struct flow *f)
 {
@@ -450,8 +463,8 @@ static __always_inline enum reason judge_attempt(struct bpf_sock_addr *ctx, cons
 
 	if (why && asked_by_container(c) && !permits(*c, why))
 		return REASON_BLOCKED;
-	/* Only looks: the token is the packet's to take, and to count if nothing is
-	 * refused.
+	/* Only looks at the bucket: the packet takes the token, or is counted as over the
+	 * limit in audit mode.
 	 */
 	if (enforce && over_limit_reject && f->proto == IPPROTO_TCP && smtp_ports[f->dport] &&
 	    !loopback(&f->dst) && !exempt(f) && asked_by_container(c) && *c &&
@@ -470,7 +483,7 @@ static __always_inline int attempt(struct bpf_sock_addr *ctx, struct flow *f)
 	struct container *c = NULL;
 	enum reason reason;
 
-	/* Whatever the socket has paid for was another connection. */
+	/* What the socket has paid for was another connection. */
 	if (ctx->protocol == IPPROTO_TCP && ctx->sk)
 		bpf_sk_storage_delete(&tickets, ctx->sk);
 	f->dport = ctx->user_port;
@@ -479,7 +492,7 @@ static __always_inline int attempt(struct bpf_sock_addr *ctx, struct flow *f)
 	reason = judge_attempt(ctx, f, &c);
 	if (reason == REASON_NONE || !refuse_attempt(c, reason))
 		return 1;
-	/* Without it the kernel says EPERM. */
+	/* Without bpf_set_retval() the call fails with EPERM. */
 	if (has_set_retval)
 		bpf_set_retval(-ECONNREFUSED);
 	return 0;

@@ -1,8 +1,8 @@
 //go:build ignore
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Refuses sockets that send by a road of their own, past the egress hook: packet
- * sockets, AF_XDP and the like. Two programs for the same place, of which the
- * controller attaches one: which of them works is up to the kernel.
+/* Refuses sockets that send past the egress hook: packet sockets, AF_XDP and the like.
+ * There are two programs for this, of which the controller attaches one; the kernel decides
+ * which of them works.
  */
 #include "cgroup.h"
 #include "owner.h"
@@ -13,18 +13,18 @@
 /* The cgroup that this instance polices. */
 const volatile struct policed_cgroup policed;
 
-const volatile __u64 families;		/* let through: bit 1 << family */
+const volatile __u64 families;		/* allowed: bit 1 << family */
 
-/* The flags that a container must have to be let through with a family all the same. */
+/* The flags that allow a container to use a family that families does not have. */
 const volatile __u32 family_flags[64];
 
-/* If set, nothing is refused but sockets of this protocol, which does not exist:
- * so the controller finds out whether this kernel listens to the program at all.
+/* If set, the program refuses only sockets of this protocol, which does not exist. So the
+ * controller finds out whether the kernel heeds the program at all.
  */
 const volatile int probe_protocol;
 
-/* For kernels where tracing programs cannot call bpf_get_current_ancestor_cgroup_id()
- * (before 5.15).
+/* False where tracing programs cannot call bpf_get_current_ancestor_cgroup_id(): before
+ * 5.15.
  */
 const volatile bool has_ancestor_helper;
 
@@ -57,8 +57,8 @@ static __always_inline bool may_use(const struct container *c, __u32 family)
 	return (c->flags & need) == need;
 }
 
-/* Whether the calling process may not make a socket. Those that the kernel makes for
- * itself are no way around: what makes them was judged.
+/* Whether to refuse a socket to the calling process. Sockets that the kernel makes for
+ * itself (kern) are not a way around: the request that led to them was judged.
  */
 static __always_inline bool refused(int family, int protocol, int kern, ancestor_fn ancestor)
 {
@@ -75,14 +75,14 @@ static __always_inline bool refused(int family, int protocol, int kern, ancestor
 	return refuse(c, HOOK_SOCKET, REASON_FAMILY, 0);
 }
 
-/* 6.0, where the BPF LSM is on. Runs for policed processes only. */
+/* Since 6.0, if the BPF LSM is enabled. Runs for policed processes only. */
 SEC("lsm_cgroup/socket_create")
 int families_lsm(__u64 *ctx)
 {
 	return !refused(ctx[0], ctx[2], ctx[3], above_caller);
 }
 
-/* 5.7. Runs for every process of the host. */
+/* Since 5.7. Runs for every process of the host. */
 SEC("fmod_ret/security_socket_create")
 int families_fmod(__u64 *ctx)
 {

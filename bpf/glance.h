@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* What can be said of most packets before they are parsed. */
+/* Recognises most packets without parsing them. */
 #ifndef EGRESSBPF_GLANCE_H
 #define EGRESSBPF_GLANCE_H
 
 #include "rules.h"
 
-/* What a glance at the headers, where they lie, tells of a packet. */
+/* What a glance at the headers shows. The headers are read in place. */
 enum glance {
 	PLAIN,		/* passes */
 	DATAGRAM,	/* UDP, not blocked */
-	MAIL,		/* TCP to a mail port and from no other, not blocked */
-	UNCLEAR,	/* anything else: to be parsed */
+	MAIL,		/* TCP to a mail port and not from one, not blocked */
+	UNCLEAR,	/* anything else; has to be parsed */
 };
 
 static __always_inline enum glance glance_transport(__u8 proto, const struct tcp *tcp, const void *end)
@@ -48,9 +48,9 @@ union header6 {
 	};
 };
 
-/* Both are of the packet of len bytes at data, of which those before end can be read.
- * They compare the first eight bytes at once: version, length and what else has
- * to be as it is in a plain header.
+/* glance4() and glance6() look at a packet of len bytes at data, which can be read up to
+ * end. They compare the first eight bytes of its header at once: the version, the length,
+ * and whatever else is fixed in a plain header.
  */
 static __always_inline enum glance glance4(const void *data, const void *end, __u32 len)
 {
@@ -85,7 +85,9 @@ static __always_inline bool read_whole_tcp(const struct tcp *tcp, const void *en
 	return true;
 }
 
-/* Both read what a glance found to be TCP; false if it is cut off. */
+/* read_tcp4() and read_tcp6() read a packet that a glance found to be TCP; false if it is
+ * cut off.
+ */
 static __always_inline bool read_tcp4(const void *data, const void *end, __u32 len, struct flow *f)
 {
 	const struct iphdr *ip = data;

@@ -1,8 +1,8 @@
 //go:build ignore
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* The second judge, on the host: whatever comes from a container's bridge meets it,
- * by whatever road it left the container. It runs before connection tracking and
- * before every rule of iptables and nftables.
+/* The host side: judges packets from a container's bridge again, by whatever way they left
+ * the container. It runs before connection tracking and before every rule of iptables and
+ * nftables.
  */
 #define PACKET_IS_DYNPTR
 #define RULES_LINKAGE __noinline
@@ -19,7 +19,7 @@
 #define TCP_TIME_WAIT 6
 #define TCP_NEW_SYN_RECV 12
 
-/* Names that the policy adds to those of Docker's bridges. */
+/* Names of devices that the policy adds to those of Docker's bridges. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -89,8 +89,8 @@ union device_key {
 	__u64 word[2];
 };
 
-/* Docker names the bridge of a network br- and 12 hexadecimal digits. What else
- * begins like this may well lead out of the host.
+/* Docker names the bridge of a network br- and 12 hexadecimal digits. Other devices whose
+ * names begin with br- may lead out of the host.
  */
 static __always_inline bool docker_network(const union device_key *k)
 {
@@ -131,13 +131,13 @@ static __always_inline struct net_device *adjacent(struct list_head *at)
 	return BPF_CORE_READ(a, dev);
 }
 
-/* Whether what the device receives comes from containers. A bridge hands up frames to
- * the groups of IEEE 802.1D (01:80:c2:00:00:0x) as what its port has received,
- * whatever is in them; and to a device above it, of VLANs or with another address, what
- * is for that.
+/* Whether the device's packets come from containers. A bridge passes frames for the groups
+ * of IEEE 802.1D (01:80:c2:00:00:0x) up as received by its port, whatever they contain. It
+ * passes to a device above it (of a VLAN, or with an address of its own) what is for that
+ * device.
  *
- * This and some below are no static functions, for the verifier's sake: it looks at each
- * of them once, and not again on every path that leads there.
+ * This function and some below are global for the verifier's sake: it checks a global
+ * function once, not again on every path that leads there.
  */
 __noinline int from_containers(struct bpf_nf_ctx *ctx)
 {
@@ -159,8 +159,8 @@ static __always_inline __u64 above(void *cgrp, __u32 level)
 	return ancestor_id(cgrp, level);
 }
 
-/* The container whose socket sent the packet, if that is still known: it is while a
- * bridge hands the packet to netfilter itself (br_netfilter). NULL if not.
+/* The container whose socket sent the packet; NULL if the socket is no longer known. The
+ * socket is known while a bridge itself hands the packet to netfilter (br_netfilter).
  */
 static __always_inline struct container *sender(struct sk_buff *skb)
 {
@@ -197,12 +197,14 @@ static __always_inline int drop(struct bpf_nf_ctx *ctx, enum reason reason)
 {
 	int refused = refuse_packet(ctx, reason);
 
-	/* The compiler knows what the function returns, and the verifier does not. */
+	/* The compiler knows which values the function returns; the verifier does not. */
 	asm volatile("" : "+r"(refused));
 	return refused ? NF_DROP : NF_ACCEPT;
 }
 
-/* How long those are that the packet is to be split into; 0 if it is not. */
+/* The size of the segments that the packet will be split into; 0 if it
+ * will not be split.
+ */
 static __always_inline __u32 segment_size(struct sk_buff *skb)
 {
 	struct skb_shared_info *shared = (void *)skb->head + skb->end;
@@ -210,7 +212,7 @@ static __always_inline __u32 segment_size(struct sk_buff *skb)
 	return BPF_CORE_READ(shared, gso_size);
 }
 
-/* Reads what is in the packet as a flow; 0 if it cannot be judged. */
+/* Reads the packet at a place within the one of ctx as a flow; 0 if it cannot be judged. */
 __noinline int parse_at(struct bpf_nf_ctx *ctx, const struct packet *at, struct flow *f)
 {
 	struct bpf_dynptr data;
@@ -231,9 +233,9 @@ static __always_inline bool read_flow(struct bpf_nf_ctx *ctx, struct flow *f)
 	return parse_at(ctx, &p, f);
 }
 
-/* Reads the packet at an offset within that of ctx, or within what ends there, if that is
- * given. This and the next are functions of their own for the verifier's sake, as are those
- * above.
+/* Reads the packet at in->off within the one of ctx, or within the part that ends at end,
+ * if end is not 0. This function and the next are global for the verifier's sake, like
+ * those above.
  */
 __noinline int look_inside(struct bpf_nf_ctx *ctx, const struct inner *in, __u32 end, __u32 fragment, struct flow *f)
 {
@@ -262,7 +264,9 @@ __noinline int judge_inside(const struct flow *f, __u32 guessed)
 	return f ? judge_as_unpacked(f, guessed) : REASON_MALFORMED;
 }
 
-/* Why what a packet with this flow carries may not pass. The inner flow overwrites it. */
+/* Why a packet may not pass because of the packet that it carries. The flow of the carried
+ * packet overwrites f.
+ */
 __noinline int judge_carried(struct bpf_nf_ctx *ctx, struct flow *f)
 {
 	struct bpf_dynptr data;
@@ -282,7 +286,7 @@ __noinline int judge_flow(const struct flow *f, __u32 segments, __u32 device)
 	return f ? judge_forwarded(f, segments, device) : REASON_MALFORMED;
 }
 
-/* Why a packet that came in by a device may not pass. */
+/* Why a packet that came in by a device may not be forwarded. */
 static __always_inline enum reason judge(struct bpf_nf_ctx *ctx, __u32 device)
 {
 	enum reason reason;
@@ -296,7 +300,7 @@ static __always_inline enum reason judge(struct bpf_nf_ctx *ctx, __u32 device)
 	return reason;
 }
 
-/* Most packets pass at a glance. */
+/* Whether the packet passes at a glance, as most do. */
 static __always_inline bool plain(struct bpf_nf_ctx *ctx)
 {
 	__u8 copy[sizeof(struct ipv6hdr) + sizeof(struct tcp)] = {};
@@ -327,7 +331,7 @@ int host_forward(struct bpf_nf_ctx *ctx)
 	return reason == REASON_NONE ? NF_ACCEPT : drop(ctx, reason);
 }
 
-/* Notes what is in a datagram whose data is at an offset. */
+/* Adds to all what the datagram whose data is at off may contain. */
 __noinline int unpack(struct bpf_nf_ctx *ctx, __u32 off, struct inners *all)
 {
 	struct bpf_dynptr data;
@@ -338,8 +342,8 @@ __noinline int unpack(struct bpf_nf_ctx *ctx, __u32 off, struct inners *all)
 	return 0;
 }
 
-/* Why a datagram whose data is at an offset, up to end, may not pass, for what the host
- * would unpack from it. With end 0 it is the last one.
+/* Why a datagram whose data is at off and ends at end may not pass, because of what the
+ * host would unpack from it. If end is 0, the datagram goes to the end of the packet.
  */
 __noinline int judge_datagram(struct bpf_nf_ctx *ctx, __u32 off, __u32 end, __u32 fragment)
 {
@@ -365,8 +369,9 @@ __noinline int judge_datagram(struct bpf_nf_ctx *ctx, __u32 off, __u32 end, __u3
 	return all.deep || (all.cut && fragment) ? REASON_MALFORMED : REASON_NONE;
 }
 
-/* NF_INET_LOCAL_IN: for packets to the host itself, which may unpack others from them.
- * Fragments of IPv6 are not put together yet; what has its first dropped never is.
+/* NF_INET_LOCAL_IN: packets to the host itself, which may unpack others from them. IPv6
+ * fragments are not reassembled yet. If the first one is dropped here, the packet is never
+ * reassembled.
  */
 SEC("netfilter")
 int host_deliver(struct bpf_nf_ctx *ctx)
@@ -398,11 +403,11 @@ int host_deliver(struct bpf_nf_ctx *ctx)
 }
 
 #define PROTO_ICMPV6 58
-#define ICMPV6_INFO 128	/* types below are of errors (RFC 4443) */
+#define ICMPV6_INFO 128	/* types below are errors (RFC 4443) */
 
-/* NF_INET_LOCAL_OUT, IPv6: an error that the host has found before NF_INET_PRE_ROUTING, in
- * a packet that says it comes from the metadata service, is not told there. Much of such a
- * packet would go along.
+/* NF_INET_LOCAL_OUT, IPv6: the host may find an error before NF_INET_PRE_ROUTING, in a
+ * packet whose forged source is the metadata service. The host must not report the error
+ * there, since the report contains much of the packet.
  */
 SEC("netfilter")
 int host_answer(struct bpf_nf_ctx *ctx)
@@ -417,7 +422,7 @@ int host_answer(struct bpf_nf_ctx *ctx)
 	    load(&p, sizeof(ip), &type, sizeof(type)) || type >= ICMPV6_INFO)
 		return NF_ACCEPT;
 	__builtin_memcpy(&to, &ip.daddr, sizeof(to));
-	/* As is told of the source that such a packet has. */
+	/* Judged like the source of the packet that had the error. */
 	if (suspect(&to) && rule_flags(&to, (struct service){ .proto = PROTO_ICMPV6 }) & RULE_BLOCK_SOURCE)
 		return drop(ctx, REASON_BLOCKED);
 	return NF_ACCEPT;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* What the host side thinks of packets, whichever hook it has them from. */
+/* How the host side judges packets, at either of its hooks. */
 #ifndef EGRESSBPF_HOST_H
 #define EGRESSBPF_HOST_H
 
@@ -15,7 +15,9 @@
 #define MAX_POLICED 8
 const volatile struct policed_cgroup policed[MAX_POLICED];
 
-/* The container that the sender is in; NULL if there is none, or it has no state. */
+/* The container of the sender; NULL if the sender is in none, or the container has no
+ * state.
+ */
 static __always_inline struct container *container_of_sender(ancestor_fn ancestor, void *sender)
 {
 	struct container *c = NULL;
@@ -29,10 +31,11 @@ static __always_inline struct container *container_of_sender(ancestor_fn ancesto
 	return c;
 }
 
-/* Whether a blocked packet is one that the egress hook has let through, since its
- * container may reach the metadata service: as many of a flow pass as it has. For a
- * connection that it has closed, a kernel answers without the connection's socket: with
- * no data, and the one number that follows the last. Nobody else knows that.
+/* Whether a blocked packet is one that the egress hook let through, because its container
+ * may reach the metadata service. As many packets of a flow pass as the egress hook let
+ * through. For a connection that the container has closed, its kernel answers without the
+ * socket of the connection: without data, and with the one sequence number that follows the
+ * FIN. Nobody else knows that number.
  */
 static __always_inline bool take_permit(const struct flow *f, __u32 why)
 {
@@ -52,8 +55,9 @@ static __always_inline bool take_permit(const struct flow *f, __u32 why)
 	n = (__s32 *)&permit->packets;
 	if (*(volatile __s32 *)n <= 0)
 		return false;
-	/* Additions that return nothing: others came in 5.12. Of several CPUs that want
-	 * the last one, none may get it, never two.
+	/* Additions whose result is not used: atomic operations that return a value came in
+	 * 5.12. If several CPUs want the last permit at once, perhaps none gets it, but
+	 * never two.
 	 */
 	__sync_fetch_and_add(n, -1);
 	if (*(volatile __s32 *)n >= 0)
@@ -64,8 +68,8 @@ static __always_inline bool take_permit(const struct flow *f, __u32 why)
 
 static const struct device new_device;
 
-/* A token of all that comes from this device past the egress hook: an address can be
- * forged, a device cannot.
+/* Takes a token for a packet that came from this device past the egress hook. The bucket is
+ * the device's: a packet can forge its address, but not its device.
  */
 static __always_inline bool take_device_token(__u32 index)
 {
@@ -90,23 +94,26 @@ static __always_inline bool take_device_token(__u32 index)
 	return taken;
 }
 
-/* How far from its SYN a server may take a connection up: in the window that it has offered,
- * and a segment that begins before may reach into that.
+/* How far from the SYN a segment may be for a server to accept the connection by it: the
+ * window that a server offers at first. A segment that begins before the window may reach
+ * into it.
  */
 #define FIRST_WINDOW (1 << 20)
 
-/* Whether a packet is of a connection that has been let through, and could open no other. */
+/* Whether a packet belongs to a connection that was let through, and could not open
+ * another.
+ */
 static __always_inline bool known_to_go_on(struct opening *known, const struct flow *f)
 {
 	if (opens(f))
 		return opens_no_more(known, f);
-	/* What is further off answers nobody, and may be somebody else's guess. */
+	/* A segment further off answers no server, and may be somebody else's guess. */
 	if (!known->answered && bpf_ntohl(f->seq) - known->first + FIRST_WINDOW > 2 * FIRST_WINDOW)
 		return true;
 	return go_on(known, f) == GOES_ON;
 }
 
-/* Whether the egress hook has just let this very packet through, and nothing has used
+/* Whether the egress hook has just let exactly this packet through, and no packet has used
  * that yet.
  */
 static __always_inline bool take_announced(const struct flow *f)
@@ -121,16 +128,16 @@ static __always_inline bool take_announced(const struct flow *f)
 		key.ack = f->ack;
 	}
 	at = bpf_map_lookup_elem(&admitted, &key);
-	/* The clock of the egress hook may be behind, and this one's packet late. */
+	/* The egress hook's coarse clock may lag, and this packet may be late. */
 	if (!at || (__s64)(bpf_ktime_get_ns() - *at) > (__s64)ANNOUNCED_NS)
 		return false;
 	return !bpf_map_delete_elem(&admitted, &key);
 }
 
-/* Whether a packet of a mail connection may pass: one that goes on with what has been let
- * through; or that the egress hook has let through, once each time it was paid for; or
- * that takes a token here. The answer of a listener takes none: else whoever asks from a
- * mail port could empty the bucket.
+/* Whether a packet of a mail connection may pass. It passes if it continues a connection
+ * that was let through; if the egress hook let it through, once for each payment; or if it
+ * takes a token of the device here. The answer of a listener takes no token, or else
+ * whoever connects from a mail port could empty the bucket.
  */
 static __always_inline bool admit_mail(const struct flow *f, __u32 index)
 {
@@ -146,7 +153,9 @@ static __always_inline bool admit_mail(const struct flow *f, __u32 index)
 		return true;
 	if (!take_announced(f) && (accepts(f) || !take_device_token(index)))
 		return false;
-	/* What it has begun with stays known, also when that is repeated and paid for. */
+	/* The beginning of a connection stays noted, even if its first segment is repeated
+	 * and paid for again.
+	 */
 	if (known && !opens(f))
 		return true;
 	fresh = begin_opening(f);
@@ -154,8 +163,8 @@ static __always_inline bool admit_mail(const struct flow *f, __u32 index)
 	return true;
 }
 
-/* Why a packet that came in by a device may not go where it wants to. segments is how long
- * those are that it is to be split into; 0 if it is not.
+/* Why a packet that came in by a device may not be forwarded. segments is the size of the
+ * segments that the packet will be split into; 0 if it will not be split.
  */
 static __always_inline enum reason judge_forwarded(const struct flow *f, __u32 segments, __u32 device)
 {
@@ -163,7 +172,7 @@ static __always_inline enum reason judge_forwarded(const struct flow *f, __u32 s
 
 	if (why && !take_permit(f, why))
 		return REASON_BLOCKED;
-	/* No kernel asks for several connections at once. */
+	/* No kernel asks for several connections with one packet. */
 	if (f->proto == IPPROTO_TCP && opens(f) && segments)
 		return REASON_MALFORMED;
 	if (f->proto == IPPROTO_TCP && f->has_ports && smtp_ports[f->dport] && !admit_mail(f, device))
@@ -182,18 +191,20 @@ static __always_inline bool is_tag(__be16 protocol)
 	return protocol == bpf_htons(ETH_P_8021Q) || protocol == bpf_htons(ETH_P_8021AD);
 }
 
-/* Packets within packets that are still to be looked at: where, and what of. */
+/* Packets inside the packet that are still to be judged: where they begin, and their
+ * protocol.
+ */
 #define MAX_INNER 8
 struct inner {
 	__u32 off;
 	__be16 protocol;
-	__u16 guessed;	/* 1: nothing but its first bits say that it is a packet */
+	__u16 guessed;	/* 1: only its first bits say that it is a packet */
 };
 struct inners {
 	struct inner list[MAX_INNER];
 	__u32 n;
-	bool cut;	/* something is behind the end of the packet */
-	bool deep;	/* there is more than is looked at */
+	bool cut;	/* something lies beyond the end of the packet */
+	bool deep;	/* there are more packets inside than are judged */
 };
 
 static __always_inline void add_inner(struct inners *all, __u32 off, __be16 protocol, bool guessed)
@@ -206,8 +217,8 @@ static __always_inline void add_inner(struct inners *all, __u32 off, __be16 prot
 	all->n++;
 }
 
-/* Goes from off, at which there is what is called type, to behind VLAN tags, if that is
- * what follows. False if the packet ends before.
+/* Moves off and type past VLAN tags, if there are any at off, where type says what follows.
+ * False if the packet ends first.
  */
 static __always_inline bool skip_tags(const struct packet *p, __u32 *off, __be16 *type)
 {
@@ -234,7 +245,7 @@ static __always_inline void add_by_type(const struct packet *p, struct inners *a
 		add_inner(all, off, type, false);
 }
 
-/* An Ethernet frame at off. */
+/* Adds what an Ethernet frame at off carries. */
 static __always_inline void add_frame(const struct packet *p, struct inners *all, __u32 off)
 {
 	__be16 type;
@@ -245,7 +256,7 @@ static __always_inline void add_frame(const struct packet *p, struct inners *all
 		add_by_type(p, all, off + 14, type);
 }
 
-/* What a tunnel that carries any type has at off. */
+/* Adds what is at off in a tunnel that can carry any type. */
 static __always_inline void add_payload(const struct packet *p, struct inners *all, __u32 off, __be16 type)
 {
 	if (type == bpf_htons(ETH_P_TEB))
@@ -254,7 +265,7 @@ static __always_inline void add_payload(const struct packet *p, struct inners *a
 		add_by_type(p, all, off, type);
 }
 
-/* Of GRE, or of what reads like it. */
+/* Adds what GRE at off carries, or bytes that read like GRE. */
 static __always_inline void add_gre(const struct packet *p, struct inners *all, __u32 off)
 {
 	struct {
@@ -269,9 +280,9 @@ static __always_inline void add_gre(const struct packet *p, struct inners *all, 
 	}
 	if (h.version & 7)
 		return;
-	/* Of four bytes each: flags, checksum, (routing), key, sequence. */
+	/* Optional fields of four bytes each: checksum, routing, key, sequence. */
 	off += 4 + ((h.flags >> 5 & 4) + (h.flags >> 4 & 4) + (h.flags >> 3 & 4) + (h.flags >> 2 & 4));
-	if (h.type == bpf_htons(ETH_P_WCCP)) {	/* with a header of its own, or without */
+	if (h.type == bpf_htons(ETH_P_WCCP)) {	/* with or without a header of its own */
 		add_inner(all, off, bpf_htons(ETH_P_IP), true);
 		add_inner(all, off + 4, bpf_htons(ETH_P_IP), true);
 		add_inner(all, off, bpf_htons(ETH_P_IPV6), true);
@@ -281,8 +292,9 @@ static __always_inline void add_gre(const struct packet *p, struct inners *all, 
 	}
 }
 
-/* What a tunnel of this host may find in a UDP datagram whose data is at off, if there is
- * one that is not known here yet. What reads as a tunnel's header counts.
+/* Adds every packet that a tunnel of this host could find in a UDP datagram whose data is
+ * at off. The tunnel may be one that the map tunnels does not have yet, so the data is read
+ * as each kind of tunnel would read it.
  */
 static __always_inline void add_datagram(const struct packet *p, __u32 off, struct inners *all)
 {
@@ -299,7 +311,7 @@ static __always_inline void add_datagram(const struct packet *p, __u32 off, stru
 	}
 	if (h.first & 0x08)	/* VXLAN */
 		add_frame(p, all, off + 8);
-	if ((h.first & 0x0c) == 0x0c) {	/* VXLAN-GPE, with the protocol that is next */
+	if ((h.first & 0x0c) == 0x0c) {	/* VXLAN-GPE, which names the next protocol */
 		if ((bpf_ntohs(h.type) & 0xff) == 1)
 			add_inner(all, off + 8, bpf_htons(ETH_P_IP), true);
 		if ((bpf_ntohs(h.type) & 0xff) == 2)
@@ -324,13 +336,14 @@ static __always_inline void add_datagram(const struct packet *p, __u32 off, stru
 	add_gre(p, all, off);
 }
 
-/* How many datagrams a socket hands over as one (UDP_SEGMENT) at most; the kernel splits
- * them before it unpacks.
+/* The largest number of datagrams that a socket can send as one (UDP_SEGMENT). The kernel
+ * splits them before a tunnel unpacks them.
  */
 #define MAX_SEGMENTS 128
 
-/* The packet that is behind the transport header of one of IPv6, wherever that goes: a route
- * can have the host unpack it (seg6local). Its protocol is 0 if there is none.
+/* The packet behind the transport header of an IPv6 packet. It is judged wherever the IPv6
+ * packet goes, since a route can make the host unpack it (seg6local). The protocol is 0 if
+ * there is no such packet.
  */
 static __always_inline struct inner carried(const struct packet *p, const struct flow *f)
 {
@@ -359,7 +372,9 @@ static __always_inline bool carries(const struct flow *f)
 	return !mapped4(&f->dst) && (f->proto == PROTO_IPIP || f->proto == PROTO_IPV6 || f->proto == PROTO_ETHERNET);
 }
 
-/* Why such a packet may not pass, for all that is known of where it is unpacked. */
+/* Why a packet inside an IPv6 packet may not pass. Nothing is known of where it will be
+ * unpacked.
+ */
 static __always_inline enum reason judge_as_carried(const struct flow *f)
 {
 	if (blocked(f))
@@ -383,7 +398,7 @@ union ip_header {
 	};
 };
 
-/* What an IP header says of how long the packet is. */
+/* How long the packet is according to its IP header. */
 static __always_inline __u32 claimed_length(const struct packet *p, const union ip_header *ip)
 {
 	if (p->protocol == bpf_htons(ETH_P_IP))
@@ -391,20 +406,20 @@ static __always_inline __u32 claimed_length(const struct packet *p, const union 
 	return bpf_ntohs(ip->payload_len) + sizeof(struct ipv6hdr);
 }
 
-/* How much of a packet within a fragment has to be there for it to be judged: its headers,
- * as far as they are read.
+/* How much of a packet inside a fragment has to be there to be judged: its headers, as far
+ * as they are read.
  */
 #define MIN_INSIDE 80
 
-/* What is found inside of a packet. */
+/* What look_inside() finds. */
 enum inside {
-	NOTHING,	/* nothing that a tunnel would take for a packet */
+	NOTHING,	/* no packet, to any tunnel */
 	A_FLOW,
 	UNREADABLE,	/* a packet that cannot be judged */
 };
 
-/* Finds the end of the packet p, which is within another one, so that it can be read as
- * those that are not. What follows is padding; of a fragment, its end may be still to come.
+/* Finds the end of p, a packet inside another one, so that p can be parsed like any packet.
+ * What follows its end is padding. In a fragment, the end may be still to come.
  */
 static __always_inline enum inside trim(struct packet *p, bool fragment)
 {
@@ -425,8 +440,9 @@ static __always_inline enum inside trim(struct packet *p, bool fragment)
 	return A_FLOW;
 }
 
-/* Why what a tunnel of this host would unpack may not go where it wants to. None of it is
- * mail, or for another tunnel, of which any data may remind.
+/* Why a packet that a tunnel of this host would unpack may not pass. It may be neither mail
+ * nor for another tunnel. A guessed packet may be for a tunnel port, since any data may
+ * look like that.
  */
 static __always_inline enum reason judge_as_unpacked(const struct flow *f, bool guessed)
 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Who may open another mail connection. */
+/* Whether a container may open another mail connection. */
 #ifndef EGRESSBPF_LIMIT_H
 #define EGRESSBPF_LIMIT_H
 
@@ -13,10 +13,9 @@ static __always_inline const volatile struct limit *limit_of(const struct contai
 	return c->limit.burst ? &c->limit : &default_limit;
 }
 
-/* Whether a bucket is surely empty. Most of a flood is refused by
- * this, without the lock, and without the precise clock, which costs as much as
- * all the rest: the coarse one lags by a tick, and decides nothing that is less
- * than clock_slack away.
+/* Whether a bucket is certainly empty. This refuses most of a flood without the lock and
+ * without the precise clock, which costs as much as all the rest. The coarse clock lags by
+ * up to a tick, so it does not decide what is closer than clock_slack.
  */
 static __always_inline bool surely_empty(const struct bucket *b, const volatile struct limit *l)
 {
@@ -42,7 +41,7 @@ static __always_inline bool take_token(struct container *c)
 		return false;
 	now = bpf_ktime_get_ns();
 	bpf_spin_lock(&c->lock);
-	/* Read again: the limit may have changed, and be no limit any more. */
+	/* limit_of() again: the limit may have changed, even to unlimited. */
 	taken = bucket_take(&c->bucket, limit_of(c), now);
 	bpf_spin_unlock(&c->lock);
 	return taken;

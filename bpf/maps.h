@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* State. The controller pins it and hands it to the next version of the programs: the first
- * four maps with all that is in them (internal/maps, Kept), the others where they still fit.
+/* The state. The controller pins these maps and hands them to the next version of the
+ * programs: the first four with their contents (internal/maps, Kept), the others if they
+ * still fit.
  */
 #ifndef EGRESSBPF_MAPS_H
 #define EGRESSBPF_MAPS_H
@@ -17,9 +18,9 @@ struct {
 	__type(value, struct container);
 } containers SEC(".maps");
 
-/* Containers without an entry there: what they send is judged, and none of it opens a mail
- * connection. The kernel may keep a cgroup for long after it was removed, and as many as
- * there is memory for.
+/* Containers that have no entry in containers. Their packets are judged, and none opens a
+ * mail connection. The kernel may keep a removed cgroup for a long time, and as many of
+ * them as memory allows.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -29,7 +30,9 @@ struct {
 	__type(value, enum without_state);
 } stateless SEC(".maps");
 
-/* Containers whose cgroups were removed, and that had used their bucket. */
+/* Containers whose cgroups were removed after they had used their bucket or got a limit by
+ * hand.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1024);
@@ -37,7 +40,7 @@ struct {
 	__type(value, struct past);
 } retired SEC(".maps");
 
-/* Sums over all containers, those that are gone or never got state included. */
+/* Sums over all containers, including those that are gone or never had state. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -52,8 +55,8 @@ struct ticket {
 	__be16 sport;
 	__be16 dport;
 	struct opening opening;
-	__u32 retransmits;	/* of the socket, when its SYN was last let through */
-	__u64 announced;	/* when the host side was last told of it, in ns */
+	__u32 retransmits;	/* of the socket, when its SYN last passed */
+	__u64 announced;	/* when the host side was last told of the connection, in ns */
 };
 
 struct {
@@ -63,8 +66,9 @@ struct {
 	__type(value, struct ticket);
 } tickets SEC(".maps");
 
-/* Mail on its way from the egress hook to the host: when it was let through, in ns.
- * Whoever deletes an entry has used it: each lets one packet pass.
+/* Mail packets on their way from the egress hook to the host. The value is the time at
+ * which the egress hook let the packet through, in ns. Deleting an entry uses it up: each
+ * entry lets one packet pass.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -73,14 +77,12 @@ struct {
 	__type(value, __u64);
 } admitted SEC(".maps");
 
-/* How long an announcement is good for. Whoever holds SYNs back on the way, to let them
- * go all at once, has to pay for them again.
+/* How long an announcement is valid. A container that holds back SYNs, to release them all
+ * at once, has to pay for them again.
  */
 #define ANNOUNCED_NS (1000 * 1000 * 1000ULL)
 
-/* Packets to metadata services on their way to the host: how many of each flow may
- * still pass.
- */
+/* How many packets of each flow to a metadata service may still pass on the host. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1024);
@@ -88,7 +90,7 @@ struct {
 	__type(value, struct permit);
 } permitted SEC(".maps");
 
-/* Mail connections that were let through on the host. */
+/* Mail connections that the host side has let through. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
@@ -104,7 +106,9 @@ struct {
 	__type(value, struct device);
 } devices SEC(".maps");
 
-/* UDP ports at which the host unpacks packets from others: 1, or 0 where it may. */
+/* UDP ports that are closed to containers. 1: a socket of the host unpacks packets from its
+ * datagrams; 0: one may do so later.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* What may be sent once a mail connection has been paid for, and what could open another. */
+/* What a mail connection may send once it is paid for, and which segments could open
+ * another.
+ */
 #ifndef EGRESSBPF_OPENING_H
 #define EGRESSBPF_OPENING_H
 
@@ -11,20 +13,22 @@ static __always_inline bool says(const struct flow *f)
 	return f->payload || f->flags & TCP_FIN;
 }
 
-/* Now, as openings know it: in milliseconds, or nearly so. */
+/* The current time in the unit of struct opening: 2^20 ns, about a millisecond. */
 static __always_inline __u32 moment(void)
 {
 	return (has_coarse_clock ? bpf_ktime_get_coarse_ns() : bpf_ktime_get_ns()) >> 20;
 }
 
-/* A connection that begins with a packet, whichever that is. */
+/* A connection whose first packet is f, whatever kind of segment that is. */
 static __always_inline struct opening begin_opening(const struct flow *f)
 {
 	struct opening o = { .first = bpf_ntohl(f->seq), .since = moment() };
 
 	if (opens(f)) {
 		o.first++;
-		/* A server that takes fast open has a connection from this. */
+		/* If the SYN carries data, a server that accepts TCP fast open has a
+		 * connection already.
+		 */
 		o.said = !!f->payload;
 		return o;
 	}
@@ -35,44 +39,49 @@ static __always_inline struct opening begin_opening(const struct flow *f)
 	return o;
 }
 
-/* Whether a SYN that repeats the first one opens nothing but what that would. */
+/* Whether a SYN is a repeat of the first one and can open no other connection. */
 static __always_inline bool opens_no_more(const struct opening *o, const struct flow *f)
 {
 	return o->first == bpf_ntohl(f->seq) + 1 && !o->answered && !o->said && !f->payload;
 }
 
-/* A SYN cookie holds which of four MSS it is (net/ipv4/syncookies.c), so that four
- * acknowledgements in a row belong to the same one. What a server says first is longer than
- * that, and shorter than MAX_MOVE.
+/* A SYN cookie encodes one of four MSS values (net/ipv4/syncookies.c), so up to four
+ * consecutive acknowledgement numbers belong to the same cookie. The first words of a
+ * server are at least MIN_MOVE bytes, and shorter than MAX_MOVE.
  */
 #define MIN_MOVE 4
 #define MAX_MOVE (1 << 20)
 
-/* Linux takes its cookies for two minutes, others for less; openings are as old in 5 minutes. */
+/* Linux accepts its cookies for two minutes, others for less. This is 5 minutes in units of
+ * 2^20 ns.
+ */
 #define COOKIE_AGE 286000
 
-/* How soon after its acknowledgement a client that speaks first says something. */
+/* How soon after its acknowledgement a client that speaks first sends data, in units of
+ * 2^20 ns.
+ */
 #define SPEAKS_FIRST 240
 
-/* How often a kernel repeats what it has said, for two minutes or so, answers probes, and
- * answers the answer to its SYN, which is repeated if its own was lost.
+/* How often a kernel repeats data in about two minutes (MAX_SAID), answers probes
+ * (MAX_SILENT), and answers a repeated SYN-ACK, which the server repeats if the
+ * acknowledgement was lost (MAX_ANSWERS).
  */
 #define MAX_SAID 15
 #define MAX_SILENT 60
 #define MAX_ANSWERS 5
 
-/* What a segment is to a connection that has been paid for. */
+/* How a segment relates to a connection that was paid for. */
 enum standing {
 	GOES_ON,
-	REPEATS,	/* as a kernel does */
-	OPENS_AGAIN,	/* a server with SYN cookies that has forgotten the connection takes it up */
-	TOO_MUCH,	/* so would this, and somebody else has asked for it */
+	REPEATS,	/* a repeat, as a kernel sends it */
+	OPENS_AGAIN,	/* could open the connection again at a server with SYN cookies that has forgotten it */
+	TOO_MUCH,	/* could do that too, but somebody else has asked for it */
 };
 
 /* Judges a segment that is not a SYN, and notes that it was sent. A kernel acknowledges the
- * server's answer, and says something or waits for the server to speak. If it repeats the
- * former, a server that has forgotten the connection takes it up once more; nothing here
- * tells whether it has, or the segment was lost.
+ * server's answer, and then sends data or waits for the server to speak. If the kernel
+ * repeats its first data, a server that has forgotten the connection opens it once more.
+ * Nothing here shows whether the server has forgotten it or the segment was lost.
  */
 static __always_inline enum standing go_on(struct opening *o, const struct flow *f)
 {
@@ -97,7 +106,7 @@ static __always_inline enum standing go_on(struct opening *o, const struct flow 
 		o->silent = !says(f);
 		return GOES_ON;
 	}
-	/* A kernel does not take back what it has acknowledged. */
+	/* A kernel does not take back an acknowledgement. */
 	if (move + MIN_MOVE > 2 * MIN_MOVE)
 		return says(f) ? OPENS_AGAIN : TOO_MUCH;
 	if (says(f)) {
@@ -114,7 +123,9 @@ static __always_inline enum standing go_on(struct opening *o, const struct flow 
 		o->silent = 1;
 		return GOES_ON;
 	}
-	/* A kernel does not send this by itself, so that it is not the container that pays. */
+	/* A kernel does not send this unless somebody else asks for it, so the container
+	 * does not pay for it.
+	 */
 	if (o->silent >= (o->moved ? MAX_SILENT : MAX_ANSWERS))
 		return TOO_MUCH;
 	o->silent++;

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Whose packet, and whose system call. */
+/* Which container a packet or a system call belongs to. */
 #ifndef EGRESSBPF_OWNER_H
 #define EGRESSBPF_OWNER_H
 
 #include "state.h"
 
-/* Returns the id of the cgroup at a level below the root that something is in, whatever
- * ctx is; 0 if it is not in one so deep.
+/* Returns the id of an ancestor cgroup, at a level below the root, of what ctx stands for:
+ * a socket, a process or a cgroup. 0 if ctx is not in a cgroup that deep.
  */
 typedef __u64 (*ancestor_fn)(void *ctx, __u32 level);
 
-/* Finds the outermost cgroup below a level that is known for a container's. False if there
- * is none; else c is its state, NULL if it has none.
+/* Finds the container that ctx is in: the outermost cgroup below the level top that is
+ * known as a container. False if there is none. Otherwise c is the container's state, or
+ * NULL if it has none.
  */
 static __always_inline bool find_known(__u32 top, ancestor_fn ancestor, void *ctx, struct container **c)
 {
@@ -26,7 +27,9 @@ static __always_inline bool find_known(__u32 top, ancestor_fn ancestor, void *ct
 			return true;
 	}
 	*c = NULL;
-	/* A loop of its own: in the one above, the verifier would follow each step in more ways. */
+	/* A loop of its own: in the loop above, the verifier would follow more paths
+	 * through each step.
+	 */
 	for (__u32 i = 1; i <= MAX_DEPTH; i++) {
 		id = ancestor(ctx, top + i);
 		if (!id)
@@ -37,8 +40,8 @@ static __always_inline bool find_known(__u32 top, ancestor_fn ancestor, void *ct
 	return false;
 }
 
-/* Finds the container below a policed cgroup, in which ctx is. False if it belongs to
- * none; else c is its state, NULL if it has none.
+/* Finds the container that ctx, which is in the policed cgroup p, belongs to. False if it
+ * belongs to none. Otherwise c is the container's state, or NULL if it has none.
  */
 static __always_inline bool find_container(const volatile struct policed_cgroup *p, ancestor_fn ancestor, void *ctx, struct container **c)
 {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* A packet as any kind of program reads it: by helper, since a packet may be
- * nonlinear down to its IP header (what conntrack has put together from fragments
- * is).
+/* A packet, as a program of any type reads it. Reads go through a helper, since even the IP
+ * header of a packet may be nonlinear, as it is after conntrack has put fragments together.
  */
 #ifndef EGRESSBPF_PACKET_H
 #define EGRESSBPF_PACKET_H
@@ -15,19 +14,19 @@
 #define ETH_P_IPV6 0x86dd
 
 struct packet {
-#ifdef PACKET_IS_DYNPTR	/* defined by programs that know no __sk_buff */
+#ifdef PACKET_IS_DYNPTR	/* in programs that do not get an __sk_buff */
 	const struct bpf_dynptr *data;
 #else
 	struct __sk_buff *data;
 #endif
-	__u32 base;		/* where its IP header begins */
-	__u32 len;		/* of it; anything may follow behind it */
-	__u32 whole;		/* if more than that is still to come: its length then */
+	__u32 base;		/* where the IP header begins */
+	__u32 len;		/* of the packet; anything may follow */
+	__u32 whole;		/* full length, if part of the packet is still to come; or 0 */
 	__be16 protocol;	/* as in an Ethernet header */
 };
 
-/* Copies n bytes from off behind the beginning of the IP header; 0 if they are
- * there.
+/* Copies n bytes at offset off from the beginning of the IP header. Returns 0 if all of
+ * them are there.
  */
 static __always_inline long load(const struct packet *p, __u32 off, void *to, __u32 n)
 {

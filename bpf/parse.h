@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Reads any IP packet into a flow, or finds that it cannot be judged. */
+/* Reads any IP packet into a flow, or finds that the packet cannot be judged. */
 #ifndef EGRESSBPF_PARSE_H
 #define EGRESSBPF_PARSE_H
 
@@ -36,7 +36,7 @@
 #define PROTO_DCCP 33
 #define PROTO_SCTP 132
 #define PROTO_UDPLITE 136
-#define PROTO_MPTCP 262		/* of a socket; TCP on the wire */
+#define PROTO_MPTCP 262		/* as a socket has it; on the wire it is TCP */
 
 /* tcphdr without bit fields. */
 struct tcp {
@@ -64,14 +64,14 @@ struct flow {
 	union address dst;
 	__be16 sport;		/* 0 without has_ports */
 	__be16 dport;
-	__be32 seq;		/* of TCP, as are the next two */
+	__be32 seq;		/* sequence number; like ack and payload, of TCP alone */
 	__be32 ack;
 	__u32 transport;	/* offset of the transport header; 0 without one */
-	__u32 payload;		/* of TCP: how many bytes there are behind its header */
+	__u32 payload;		/* bytes behind the TCP header */
 	__u8 proto;
 	__u8 flags;
-	bool has_ports;		/* false too for later fragments */
-	bool fragment;		/* others may follow */
+	bool has_ports;		/* false for later fragments too */
+	bool fragment;		/* other fragments may follow */
 };
 
 static __always_inline void map4(union address *a, __be32 ip)
@@ -93,19 +93,19 @@ static __always_inline bool carries_ports(__u8 proto)
 	       proto == PROTO_DCCP || proto == PROTO_UDPLITE;
 }
 
-/* Whether it asks for a connection, whatever else is set. */
+/* Whether the packet asks for a connection, whatever other flags it has. */
 static __always_inline bool opens(const struct flow *f)
 {
 	return (f->flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 }
 
-/* Whether it answers one who asks. */
+/* Whether the packet answers a request for a connection. */
 static __always_inline bool accepts(const struct flow *f)
 {
 	return (f->flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK);
 }
 
-/* How much follows the header of a segment of len bytes. */
+/* The number of bytes behind the header, in a segment of len bytes. */
 static __always_inline __u32 payload_of(const struct tcp *tcp, __u32 len)
 {
 	__u32 header = (tcp->doff >> 4) * 4;
@@ -113,7 +113,7 @@ static __always_inline __u32 payload_of(const struct tcp *tcp, __u32 len)
 	return header < len ? len - header : 0;
 }
 
-/* A TCP header, of a segment of len bytes. */
+/* Reads the header of a TCP segment of len bytes. */
 static __always_inline void read_tcp(const struct tcp *tcp, __u32 len, struct flow *f)
 {
 	f->sport = tcp->sport;
@@ -125,10 +125,10 @@ static __always_inline void read_tcp(const struct tcp *tcp, __u32 len, struct fl
 	f->payload = payload_of(tcp, len);
 }
 
-/* The transport header of a whole packet or a first fragment, at offset off. */
+/* Reads the transport header, at offset off, of a whole packet or a first fragment. */
 static __always_inline bool parse_transport(const struct packet *p, __u32 off, struct flow *f)
 {
-	/* The header before it may have claimed more than there is. */
+	/* An earlier header may have claimed to be longer than the packet. */
 	if (off > p->len)
 		return false;
 	f->transport = off;
@@ -139,7 +139,7 @@ static __always_inline bool parse_transport(const struct packet *p, __u32 off, s
 			return false;
 		read_tcp(&tcp, p->len - off, f);
 	} else if (carries_ports(f->proto)) {
-		/* Eight bytes: the whole of a UDP header. */
+		/* Eight bytes, so that a whole UDP header has to be there. */
 		__be16 ports[4];
 
 		if (load(p, off, ports, sizeof(ports)))
@@ -151,16 +151,16 @@ static __always_inline bool parse_transport(const struct packet *p, __u32 off, s
 	return true;
 }
 
-/* A later fragment of a TCP packet at these offsets could overwrite the ports
- * and flags that the first fragment was judged by.
+/* Whether a later fragment at this offset could overwrite the ports and flags by which the
+ * first fragment of a TCP packet was judged.
  */
 static __always_inline bool rewrites_tcp(__u8 proto, __u32 offset)
 {
 	return proto == IPPROTO_TCP && offset < sizeof(struct tcp);
 }
 
-/* The n bytes of options behind an IPv4 header: harmless as far as they can be
- * read. A source route would send the packet elsewhere than its header says.
+/* Checks the n bytes of options behind an IPv4 header. False if they cannot be read, or
+ * contain a source route, which would send the packet elsewhere than its header says.
  */
 static __always_inline bool parse_options4(const struct packet *p, __u32 n)
 {
@@ -169,8 +169,8 @@ static __always_inline bool parse_options4(const struct packet *p, __u32 n)
 
 	if (n == 0 || n > IP_MAX_OPTIONS || load(p, sizeof(struct iphdr), opt, n))
 		return false;
-	/* A step for each byte: the verifier then sees constant offsets only, and
-	 * soon that one step is like another.
+	/* One step for each byte: so the verifier sees only constant offsets, and soon
+	 * finds that the steps are alike.
 	 */
 	for (__u32 i = 0; i < IP_MAX_OPTIONS; i++) {
 		if (skip) {
@@ -210,22 +210,24 @@ static __always_inline bool is_extension(__u8 proto, bool v6)
 	return false;
 }
 
-/* A fragment other than the first. What it carries is judged by address alone;
- * where its place in the packet shows neither protocol nor distance from the
- * ports, not at all.
+/* A fragment other than the first is judged by its addresses alone. It cannot be judged if
+ * its next header is an extension header, which hides how far it is from the ports, or if
+ * it could overwrite the ports.
  */
 static __always_inline bool parse_later_fragment(const struct flow *f, __u32 offset, bool v6)
 {
 	return !is_extension(f->proto, v6) && !rewrites_tcp(f->proto, offset);
 }
 
-/* From the end of the IP header, where f->proto stands, to the ports. */
+/* Reads the headers from the end of the IP header, whose protocol is f->proto, to the
+ * ports.
+ */
 static __always_inline bool parse_headers(const struct packet *p, __u32 off, struct flow *f, bool v6)
 {
-	/* Unrolled: 5.10 and 6.1 refuse the loop that clang makes of it. */
+	/* Unrolled: 5.10 and 6.1 reject the loop that clang would make of it. */
 	_Pragma("unroll")
 	for (int i = 0; i <= MAX_EXTENSIONS; i++) {
-		/* Every extension header has at least these eight bytes. */
+		/* Every extension header has at least eight bytes. */
 		struct {
 			__u8 next;
 			__u8 len;
@@ -261,7 +263,7 @@ static __always_inline bool parse_headers(const struct packet *p, __u32 off, str
 	return false;
 }
 
-/* The kernel writes the length that it sends; beyond 64 KiB (BIG TCP), 0. */
+/* The kernel writes the length of what it sends; beyond 64 KiB (BIG TCP) it writes 0. */
 static __always_inline bool true_length(__u32 length, __u32 actual)
 {
 	return length == (actual > 0xffff ? 0 : actual);
@@ -305,7 +307,7 @@ static __always_inline bool parse6(const struct packet *p, struct flow *f)
 	return parse_headers(p, sizeof(ip), f, true);
 }
 
-/* The packet as a flow; false if it cannot be judged. */
+/* Reads the packet into a flow; false if it cannot be judged. */
 static __always_inline bool parse(const struct packet *p, struct flow *f)
 {
 	switch (p->protocol) {

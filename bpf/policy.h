@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* The policy, as data and constants. It lives and dies with the programs that were
- * loaded with it.
+/* The policy, as data and constants. It belongs to the programs that were loaded with it,
+ * and goes with them.
  */
 #ifndef EGRESSBPF_POLICY_H
 #define EGRESSBPF_POLICY_H
@@ -9,7 +9,7 @@
 
 #include <bpf/bpf_helpers.h>
 
-/* Sized by the controller to the policy. */
+/* The controller sets the sizes of these maps to fit the policy. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -25,15 +25,15 @@ struct {
 	__type(value, enum rule_flag);
 } ports SEC(".maps");
 
-/* Constants of the loaded policy. The verifier prunes what they switch off. */
+/* Constants of the loaded policy. The verifier removes the code that they switch off. */
 const volatile bool has_exempt;
 const volatile bool has_coarse_clock;	/* bpf_ktime_get_coarse_ns(), 5.11 */
 const volatile struct limit default_limit;
 
-/* Set for every address the rules might block: by its first 16 bits, and by its
- * second 16 bits, as they lie in memory. They keep the trie, whose cost grows with
- * the policy, off the path of ordinary packets. A byte each, since every packet
- * reads them: a bit costs more to find.
+/* Set for every address that the rules might block: by its first 16 bits and by its second
+ * 16 bits, as they are in memory. They keep ordinary packets off the trie, whose cost grows
+ * with the policy. Each is a byte rather than a bit, which costs more to find: every packet
+ * reads them.
  */
 #define WORDS 65536
 struct suspects {

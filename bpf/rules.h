@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* What the policy says of an address, a protocol and a port. */
+/* What the policy says about an address, a protocol and a port. */
 #ifndef EGRESSBPF_RULES_H
 #define EGRESSBPF_RULES_H
 
@@ -11,13 +11,13 @@ static __always_inline bool suspect4(__be32 ip)
 	return suspects4.first[(__u16)ip] && suspects4.second[ip >> 16];
 }
 
-/* Set for the other spellings of IPv4 addresses too, whenever any of these is. */
+/* If any IPv4 address is suspect, so are all IPv6 prefixes that can embed one. */
 static __always_inline bool suspect6(const union address *a)
 {
 	return suspects6.first[a->be16[0]] && suspects6.second[a->be16[1]];
 }
 
-/* Of two addresses: one branch tells most packets from the rest. */
+/* One check for both addresses of a packet: for most packets, a single branch. */
 static __always_inline bool either_suspect4(__be32 a, __be32 b)
 {
 	return ((__u8)suspects4.first[(__u16)a] | (__u8)suspects4.first[(__u16)b]) &&
@@ -43,7 +43,7 @@ static __always_inline __u32 port_flags(__u32 group, __u8 proto, __be16 port)
 	return flags ? *flags : 0;
 }
 
-/* What a packet is for at an address. */
+/* The protocol and port of a packet at one of its addresses. */
 struct service {
 	__u8 proto;
 	bool has_ports;
@@ -71,7 +71,7 @@ static __always_inline __u32 prefix_flags(const union address *a, struct service
 	return flags;
 }
 
-/* Where an IPv6 address that stands for an IPv4 address has its bytes. */
+/* Which bytes of an IPv6 address hold the IPv4 address that it embeds. */
 struct spelling {
 	__u8 at[4];
 };
@@ -85,24 +85,24 @@ static __always_inline __u32 spelling_flags(const union address *a, struct spell
 	return prefix_flags(&embedded, s);
 }
 
-/* In 64:ff9b::/96 (NAT64, RFC 6052) or ::/96 (RFC 4291, 2.5.5.1), which stand for all
- * of IPv4; of the latter not in ::/104, where :: and ::1 are.
+/* Whether the address is in 64:ff9b::/96 (NAT64, RFC 6052) or in ::/96 (RFC 4291, 2.5.5.1),
+ * which embed all of IPv4. In ::/96, ::/104 does not count: :: and ::1 are there.
  */
 static __always_inline bool embeds_at_end(const union address *a)
 {
 	return (a->be32[0] == bpf_htonl(0x64ff9b) || (!a->be32[0] && a->bytes[12])) && !a->be32[1] && !a->be32[2];
 }
 
-/* In 64:ff9b:1::/48 (RFC 8215), of which a host may use any part for NAT64, with prefixes
- * of 48, 56, 64 or 96 bits (RFC 6052, 2.2).
+/* Whether the address is in 64:ff9b:1::/48 (RFC 8215). A host may use any part of it for
+ * NAT64, with prefixes of 48, 56, 64 or 96 bits (RFC 6052, 2.2).
  */
 static __always_inline bool local_nat64(const union address *a)
 {
 	return a->be32[0] == bpf_htonl(0x64ff9b) && a->be16[2] == bpf_htons(1);
 }
 
-/* What a spelling would be blocked by. Read with the wrong one of these prefixes, an
- * address begins or ends with zeros.
+/* The flags that block such a spelling; none if the spelling is allowed. An address that is
+ * read with the wrong one of these prefixes begins or ends with a zero byte.
  */
 static __always_inline __u32 local_nat64_flags(const union address *a, struct spelling at, struct service s)
 {
@@ -114,7 +114,7 @@ static __always_inline __u32 local_nat64_flags(const union address *a, struct sp
 	return flags & RULE_ALLOW ? 0 : flags & (RULE_BLOCK | RULE_BLOCK_SOURCE | RULE_METADATA);
 }
 
-/* In 2002::/16 (6to4, RFC 3056). */
+/* Whether the address is in 2002::/16 (6to4, RFC 3056). */
 static __always_inline bool six_to_four(const union address *a)
 {
 	return a->be16[0] == bpf_htons(0x2002);
@@ -124,12 +124,12 @@ static __always_inline bool six_to_four(const union address *a)
 #define RULES_LINKAGE static __always_inline
 #endif
 
-/* The flags of every rule that holds for the address with these halves, with its port where
- * there is one. What holds for an IPv4 address holds for its other spellings, beside what
- * the policy says of those.
+/* The flags of every rule for the address whose halves are given, and for its port if it
+ * has one. A rule for an IPv4 address holds for its other spellings too, as do rules for
+ * those spellings themselves.
  *
- * A program that calls other functions than static ones anyway makes this one, for the
- * verifier's sake, which then looks at it once; before 5.12 such are given numbers only.
+ * Programs that have global functions anyway make this one global, so that the verifier
+ * checks it once. Global functions take only numbers before 5.12.
  */
 RULES_LINKAGE __u32 address_flags(__u64 high, __u64 low, __u8 proto, __u8 has_ports, __be16 port)
 {
@@ -164,8 +164,9 @@ static __always_inline __u32 flags_from(const struct flow *f)
 	return rule_flags(&f->src, (struct service){ f->proto, f->has_ports, f->sport });
 }
 
-/* What keeps a packet from passing: RULE_BLOCK and RULE_METADATA, of its destination, and
- * RULE_BLOCK_SOURCE. Whoever answers a packet sent as the metadata service answers to it.
+/* Why a packet may not pass: RULE_BLOCK and RULE_METADATA of its destination, and
+ * RULE_BLOCK_SOURCE of its source. A packet whose source is the metadata service is blocked
+ * because its answer would go there.
  */
 static __always_inline __u32 blocked(const struct flow *f)
 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* What is kept about containers, and how it changes. */
+/* What is kept about each container. */
 #ifndef EGRESSBPF_STATE_H
 #define EGRESSBPF_STATE_H
 
@@ -12,14 +12,16 @@ static __always_inline bool is_stateless(__u64 id)
 	return bpf_map_lookup_elem(&stateless, &id);
 }
 
-/* NULL if the map is full, or the container is to have none. */
+/* NULL if the map is full, or the container is one without state. */
 static __always_inline struct container *state_of(__u64 id)
 {
 	struct container *c = bpf_map_lookup_elem(&containers, &id);
 
 	if (c || is_stateless(id))
 		return c;
-	/* Another CPU may do the same: whoever is second finds the entry. */
+	/* If another CPU does the same at once, the second one finds the entry of the
+	 * first.
+	 */
 	bpf_map_update_elem(&containers, &id, &new_container, BPF_NOEXIST);
 	return bpf_map_lookup_elem(&containers, &id);
 }

@@ -1,8 +1,8 @@
 //go:build ignore
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* The host side for kernels without BPF netfilter programs: at the ingress of containers'
- * bridges, before the host's IP stack. What that does with a packet first, it has to do
- * by itself: take off VLAN tags and padding, and expect packets in fragments.
+/* The host side for kernels without BPF netfilter programs. It runs at the ingress of
+ * containers' bridges, before the host's IP stack, and so has to do what the stack does
+ * first: skip VLAN tags and padding, and expect fragments.
  */
 #define RULES_LINKAGE __noinline
 
@@ -10,7 +10,7 @@
 
 #include <bpf/bpf_helpers.h>
 
-#define TC_ACT_UNSPEC (-1)	/* on to filters of others */
+#define TC_ACT_UNSPEC (-1)	/* go on to other filters */
 #define TC_ACT_SHOT 2
 
 #define AF_INET 2
@@ -18,19 +18,19 @@
 
 #define ETH_P_ARP 0x0806
 
-/* What the device has before the network header: 14 bytes if it is an Ethernet. */
+/* Length of the header that the device puts before the network header: 14 for Ethernet. */
 const volatile __u32 link_header;
 
-/* Of the packet that this CPU is at: too much for the stack. */
+/* What is known of the packet on this CPU. It is too large for the stack. */
 struct scratch {
 	struct flow flow;
 	struct inners inners;
-	/* As open_packet() has found it. */
+	/* As open_packet() found them. */
 	__u32 base;
 	__u32 len;
 	__be16 protocol;
 	bool fragment;
-	__u32 end;	/* of the datagram that is looked into, if there are several */
+	__u32 end;	/* of the datagram being read, if the packet holds several; or 0 */
 };
 
 struct {
@@ -47,8 +47,8 @@ static __always_inline struct scratch *scratch(void)
 	return bpf_map_lookup_elem(&scratches, &key);
 }
 
-/* Finds the IP header behind VLAN tags, and where the packet ends; what follows is
- * padding. False if it is no IP packet.
+/* Finds the IP header behind VLAN tags, and the end of the packet; what follows is padding.
+ * False if it is no IP packet.
  */
 static __always_inline bool open_packet(struct __sk_buff *skb, struct packet *p)
 {
@@ -69,7 +69,7 @@ static __always_inline bool open_packet(struct __sk_buff *skb, struct packet *p)
 	if (!is_ip(p->protocol))
 		return false;
 	p->len = skb->len - p->base;
-	/* Beyond 64 KiB (BIG TCP) there is no length. */
+	/* Beyond 64 KiB (BIG TCP) the header states no length. */
 	if (p->len > 0xffff && (p->protocol == bpf_htons(ETH_P_IP) ? !ip.tot_len : !ip.payload_len))
 		return true;
 	len = claimed_length(p, &ip);
@@ -84,7 +84,7 @@ static __always_inline __u64 above(void *skb, __u32 level)
 	return bpf_skb_ancestor_cgroup_id(skb, level);
 }
 
-/* The next are functions of their own for the verifier's sake. */
+/* The following functions are global for the verifier's sake. */
 
 __noinline int refuse_packet(struct __sk_buff *skb, __u32 reason)
 {
@@ -99,7 +99,7 @@ static __always_inline int drop(struct __sk_buff *skb, enum reason reason)
 	return refuse_packet(skb, reason) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
-/* Reads a packet as a flow; 0 if it cannot be judged. */
+/* Reads the packet at base as a flow; 0 if it cannot be judged. */
 __noinline int parse_at(struct __sk_buff *skb, __u32 base, __u32 len, __u32 whole, __u32 protocol)
 {
 	struct packet p = { .data = skb, .base = base, .len = len, .whole = whole, .protocol = protocol };
@@ -128,7 +128,7 @@ __noinline int read_flow(struct __sk_buff *skb)
 	return 1;
 }
 
-/* The packet, once its flow has been read. */
+/* The packet, after read_flow(). */
 static __always_inline struct packet opened(struct __sk_buff *skb, const struct scratch *s)
 {
 	return (struct packet){ .data = skb, .base = s->base, .len = s->len, .protocol = s->protocol };
@@ -141,7 +141,7 @@ __noinline int judge_flow(struct __sk_buff *skb)
 	return s ? judge_forwarded(&s->flow, skb->gso_size, skb->ifindex) : REASON_MALFORMED;
 }
 
-/* Reads the packet at an offset, in place of the flow. */
+/* Reads the packet at an offset; its flow overwrites the one in scratch. */
 __noinline int look_inside(struct __sk_buff *skb, __u32 off, __u32 protocol, __u32 guessed)
 {
 	struct scratch *s = scratch();
@@ -164,7 +164,7 @@ __noinline int look_inside(struct __sk_buff *skb, __u32 off, __u32 protocol, __u
 	return guessed ? NOTHING : UNREADABLE;
 }
 
-/* Notes what is in a datagram with its data at an offset. */
+/* Adds to inners what the datagram whose data is at off may contain. */
 __noinline int unpack(struct __sk_buff *skb, __u32 off)
 {
 	struct scratch *s = scratch();
@@ -184,7 +184,7 @@ __noinline int judge_inside(__u32 guessed)
 	return s ? judge_as_unpacked(&s->flow, guessed) : REASON_MALFORMED;
 }
 
-/* Why what the packet that was read carries may not pass. */
+/* Why the packet may not pass because of the packet that it carries. */
 __noinline int judge_carried(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch();
@@ -208,7 +208,7 @@ __noinline int judge_carried(struct __sk_buff *skb)
 	return reason;
 }
 
-/* Whether the host is to have the packet itself, and may unpack it. */
+/* Whether the packet may be for the host itself, which could unpack it. */
 __noinline int for_this_host(struct __sk_buff *skb)
 {
 	struct bpf_fib_lookup to = { .ifindex = skb->ifindex };
@@ -218,7 +218,7 @@ __noinline int for_this_host(struct __sk_buff *skb)
 		return 1;
 	to.l4_protocol = s->flow.proto;
 	if (mapped4(&s->flow.dst)) {
-		/* Broadcasts and groups, which the host receives whatever its routes say. */
+		/* The host receives broadcast and multicast, whatever its routes say. */
 		if (!s->flow.dst.bytes[12] || s->flow.dst.bytes[12] >= 224)
 			return 1;
 		to.family = AF_INET;
@@ -238,7 +238,7 @@ __noinline int for_this_host(struct __sk_buff *skb)
 	return 1;
 }
 
-/* Notes what is in a datagram, and nothing else. */
+/* Makes inners the list of what the datagram at off may contain. */
 static __always_inline void look_into(struct __sk_buff *skb, struct scratch *s, __u32 off)
 {
 	s->inners.n = 0;
@@ -246,7 +246,7 @@ static __always_inline void look_into(struct __sk_buff *skb, struct scratch *s, 
 	unpack(skb, off);
 }
 
-/* Why a datagram with its data at an offset may not pass, for what the host would unpack
+/* Why a datagram whose data is at off may not pass, because of what the host would unpack
  * from it.
  */
 __noinline int judge_datagram(struct __sk_buff *skb, __u32 off)
@@ -274,7 +274,9 @@ __noinline int judge_datagram(struct __sk_buff *skb, __u32 off)
 	return s->inners.deep || (s->inners.cut && s->fragment) ? REASON_MALFORMED : REASON_NONE;
 }
 
-/* Why a packet to the host itself may not pass, since the host would unpack others from it. */
+/* Why a packet to the host itself may not pass, because of what the host would unpack from
+ * it.
+ */
 static __always_inline enum reason judge_delivered(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch();
@@ -301,8 +303,8 @@ static __always_inline enum reason judge_delivered(struct __sk_buff *skb)
 	return REASON_MALFORMED;
 }
 
-/* Whether the packet could matter to the host if it is for that, which costs more to find
- * out.
+/* Whether the packet could be dropped if it is for the host itself. Finding out whether it
+ * is costs more.
  */
 static __always_inline bool could_smuggle(struct __sk_buff *skb)
 {

@@ -1,7 +1,7 @@
 //go:build ignore
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Tells at which UDP ports the kernel unpacks packets from others. Pinned, it is a file
- * with a line for each socket of the network namespace of whoever reads it.
+/* Lists the UDP ports at which the kernel unpacks packets from datagrams. Its pin is a file
+ * with a line for each such socket in the network namespace of the process that reads it.
  */
 #include <linux/types.h>
 #include <linux/bpf.h>
@@ -25,7 +25,7 @@ struct inet_sock {
 
 struct udp_sock {
 	struct inet_sock inet;
-	void *encap_rcv;	/* what takes its datagrams apart */
+	void *encap_rcv;	/* unpacks its datagrams */
 } __attribute__((preserve_access_index));
 
 struct bpf_iter_meta {

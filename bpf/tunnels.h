@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Where the host itself unpacks packets from others. */
+/* Which packets the host's own tunnels would unpack. */
 #ifndef EGRESSBPF_TUNNELS_H
 #define EGRESSBPF_TUNNELS_H
 
@@ -20,7 +20,9 @@ static __always_inline bool tunnel_port(__be16 port)
 	return bpf_map_lookup_elem(&tunnels, &port);
 }
 
-/* Whether there is a tunnel at the port; it may be closed for one that may come. */
+/* Whether the host has a tunnel at the port. False for a port that is closed in case of a
+ * tunnel.
+ */
 static __always_inline bool found_tunnel(__be16 port)
 {
 	__u8 *found = bpf_map_lookup_elem(&tunnels, &port);
@@ -28,7 +30,7 @@ static __always_inline bool found_tunnel(__be16 port)
 	return found && *found;
 }
 
-/* Whether a protocol of IP is one for the host's tunnels to unpack. */
+/* Whether the host's tunnels unpack packets of this IP protocol. */
 static __always_inline bool tunnel_protocol(__u8 proto)
 {
 	switch (proto) {
@@ -50,15 +52,17 @@ static __always_inline bool is_datagram(const struct flow *f)
 	return f->has_ports && (f->proto == IPPROTO_UDP || f->proto == PROTO_UDPLITE);
 }
 
-/* Whether a packet to the host itself is one for its tunnels to unpack. Containers have
- * no business with those.
+/* Whether a packet to the host itself would go to a tunnel. Containers have no business
+ * with the host's tunnels.
  */
 static __always_inline bool for_tunnel(const struct flow *f)
 {
 	return tunnel_protocol(f->proto) || (is_datagram(f) && tunnel_port(f->dport));
 }
 
-/* The same, in a network that may be a container's own: only of tunnels that there are. */
+/* The same in a network that may be the container's own: only ports at which the host has a
+ * tunnel count.
+ */
 static __always_inline bool tunnel_of_host(const struct flow *f)
 {
 	return tunnel_protocol(f->proto) || (is_datagram(f) && found_tunnel(f->dport));

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* The one way to refuse, at every hook, and the account of it. */
+/* How every hook refuses, and how refusals are counted. */
 #ifndef EGRESSBPF_VERDICT_H
 #define EGRESSBPF_VERDICT_H
 
 #include "state.h"
 
-const volatile bool enforce = true;	/* false: count, refuse nothing */
+const volatile bool enforce = true;	/* false: count, but refuse nothing */
 
-/* Of the maps that the program was given. The verifier prunes what they do not have. */
+/* The format of the maps that the program was given. The verifier removes code for fields
+ * that these maps do not have.
+ */
 const volatile __u32 format = FORMAT;
 
 static __always_inline void count_traffic(struct traffic *t, __u64 bytes)
@@ -16,7 +18,7 @@ static __always_inline void count_traffic(struct traffic *t, __u64 bytes)
 	__sync_fetch_and_add(&t->bytes, bytes);
 }
 
-/* NULL if there is no room for the reason. */
+/* NULL if the map has no room for the reason. */
 static __always_inline struct drops *drops_of(struct counters *n, enum reason reason)
 {
 	if (reason < FIRST_REASONS)
@@ -53,11 +55,13 @@ static __always_inline void count_refusal(struct counters *n, enum hook hook, en
 	}
 }
 
-/* Counts a refusal, of a packet with so many bytes or of a system call. c is the state of
- * the container, NULL if it has none. Returns whether to refuse: in audit mode, nothing is.
+/* Counts a refusal at a hook: of a packet of so many bytes, or of a system call. c is the
+ * container's state, or NULL if it has none. Returns whether to refuse; in audit mode
+ * nothing is refused.
  *
- * The sum is shared with programs that interrupt this one, so it needs atomic additions as
- * well. It comes first: whoever reads it last never finds less in it than in a container.
+ * The total needs atomic additions although it is per CPU: other programs can interrupt
+ * this one. The total is counted first, so that a reader who reads it last never finds less
+ * in it than in a container.
  */
 static __always_inline bool refuse(struct container *c, enum hook hook, enum reason reason, __u64 bytes)
 {
