@@ -13,18 +13,17 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// Attach puts the policy in force for the cgroups, given by path, and for those
-// that are policed already; for the root, if there are none of either. Directories
-// that do not exist are made. Where the
-// filter is in force, programs and policy are exchanged through its links: there
-// is no moment without a filter, and state is kept.
+// Attach puts the policy in force for the named cgroups, given by path, and for those that
+// are policed already. If there are neither, it polices the root. It makes directories that
+// do not exist. If the filter is in force, Attach replaces programs and policy through its
+// links: there is no moment without a filter, and state is kept.
 //
-// On an error, what was in force before is in force again. Besides errors of the
-// kernel and those of package cgroup, the error can wrap ErrBusy, ErrCannotRecognise,
-// ErrExcluded, ErrNested, ErrOtherVersion, ErrPinPath and ErrWholeHost.
+// After an error, what was in force before is in force again. Besides errors of the kernel
+// and of package cgroup, the error can wrap ErrBusy, ErrCannotRecognise, ErrExcluded,
+// ErrNested, ErrOtherVersion, ErrPinPath and ErrWholeHost.
 //
-// A process that was killed while it attached leaves each hook of each cgroup
-// either as it was before or as it should be; the next Attach completes it.
+// If the process is killed during Attach, each hook of each cgroup is either as it was
+// before or as it should be; the next Attach completes the change.
 func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) (err error) {
 	named, err := f.validate(cgroups, p)
 	if err != nil {
@@ -52,12 +51,12 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 		return err
 	}
 	defer a.close()
-	// Everything that can be refused is loaded before anything is exchanged.
+	// Everything that the kernel can refuse is loaded before anything is replaced.
 	if err := f.egress.load(a, plan); err != nil {
 		return err
 	}
 	for _, step := range []func(*attachment) error{
-		// Containers are known before they are judged.
+		// Containers are known before their packets are judged.
 		f.recognition.attach,
 		f.families.probe,
 		copyAgain,
@@ -73,8 +72,8 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 	return f.finish(a, plan)
 }
 
-// validate checks what can be checked before anything is looked at, and returns where the
-// cgroups are.
+// validate checks what can be checked without looking at what is in force, and returns
+// where the cgroups are.
 func (f *Filter) validate(cgroups []string, p policy.Policy) (named []string, err error) {
 	if err := p.Validate(); err != nil {
 		return nil, err
@@ -99,17 +98,17 @@ func (f *Filter) validate(cgroups []string, p policy.Policy) (named []string, er
 	return named, f.checkNested(named)
 }
 
-// plan is what an attach is to come to.
+// plan is what an attach will police.
 type plan struct {
 	// wanted are the cgroups to be policed, in order.
 	wanted []string
-	// old are those that are policed, and inner those of them that one takes over which
-	// encloses them, once that is in force.
+	// old are the cgroups that are policed now. inner are those of them that lie in a
+	// wanted cgroup: it takes them over once it is in force.
 	old, inner []*policed
 }
 
-// plan reads back what is in force, which is open until the end of the change, and adds it
-// to the cgroups that were named.
+// plan reads back what is in force and adds it to the named cgroups. What it opens stays
+// open until the end of the change.
 func (f *Filter) plan(named []string, p policy.Policy, change *pins.Change) (*plan, error) {
 	if err := f.pins.Check(); err != nil {
 		return nil, err
@@ -124,7 +123,7 @@ func (f *Filter) plan(named []string, p policy.Policy, change *pins.Change) (*pl
 		return nil, err
 	}
 	for _, o := range old {
-		// The way back goes through its links.
+		// An undo goes through these links.
 		change.Keep(o)
 	}
 	plan := &plan{wanted: slices.Clone(named), old: old}
@@ -136,7 +135,7 @@ func (f *Filter) plan(named []string, p policy.Policy, change *pins.Change) (*pl
 			plan.inner = append(plan.inner, o)
 			continue
 		}
-		// A cgroup that is gone is policed again if somebody made it anew.
+		// A cgroup that was removed is policed again if somebody has made it anew.
 		if _, err := os.Stat(f.root.Path(o.rel)); err == nil {
 			plan.wanted = append(plan.wanted, o.rel)
 		}
@@ -169,7 +168,7 @@ func (f *Filter) checkNested(rels []string) error {
 	return nil
 }
 
-// begin opens the state and has the policy's lists in the kernel.
+// begin opens the state and loads the policy's lists into the kernel.
 func (f *Filter) begin(p policy.Policy, change *pins.Change) (*attachment, error) {
 	state, migration, err := f.openState(change, f.format)
 	if err != nil {
@@ -191,11 +190,12 @@ func (f *Filter) begin(p policy.Policy, change *pins.Change) (*attachment, error
 	return a, nil
 }
 
-// finish keeps what was found with the programs, and takes off what is of no use any more.
+// finish stores what the attach found with the programs, and removes what is not needed any
+// more.
 func (f *Filter) finish(a *attachment, plan *plan) error {
 	for _, t := range a.targets {
 		if err := t.progs.note(&a.found); err != nil {
-			return fmt.Errorf("note what was found: %w", err)
+			return fmt.Errorf("record what was found: %w", err)
 		}
 	}
 	if err := f.pins.RemoveFormer(); err != nil {
@@ -208,7 +208,7 @@ func (f *Filter) finish(a *attachment, plan *plan) error {
 	}
 	for _, o := range plan.old {
 		if o.gone && !slices.Contains(plan.inner, o) {
-			// Nothing can be in force there.
+			// The cgroup was removed: nothing is in force there.
 			if err := f.egress.detach(a.change, o); err != nil {
 				return err
 			}
@@ -217,9 +217,9 @@ func (f *Filter) finish(a *attachment, plan *plan) error {
 	return f.complete(a)
 }
 
-// copyAgain brings buckets that were copied to where they are by now. The less time there is
-// until the programs are exchanged, the fewer tokens can be taken twice if the process is
-// killed before it has carried them over.
+// copyAgain copies the buckets once more. The less time passes between the copy and the
+// replacement of the programs, the fewer tokens can be taken twice if the process is killed
+// before it carries them over.
 func copyAgain(a *attachment) error {
 	if a.migration == nil {
 		return nil
@@ -227,8 +227,8 @@ func copyAgain(a *attachment) error {
 	return a.migration.Copy()
 }
 
-// complete takes over what was counted in maps that others replace. It comes last: what it
-// has moved is not to be undone.
+// complete moves the counts out of the maps that were replaced. It comes last, because
+// moved counts must not be undone.
 func (f *Filter) complete(a *attachment) error {
 	if a.migration == nil {
 		return nil

@@ -10,10 +10,10 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// maxDepth is how far below a policed cgroup containers are recognised.
+// maxDepth is how many levels below a policed cgroup containers are recognised.
 const maxDepth = 16 // MAX_DEPTH
 
-// recognises says whether containers are told by their names in any of the targets.
+// recognises says whether any of the targets recognises containers by name.
 func recognises(targets []*target) bool {
 	for _, t := range targets {
 		if t.recognises {
@@ -23,8 +23,8 @@ func recognises(targets []*target) bool {
 	return false
 }
 
-// containersIn returns the cgroups in which all processes are containers': those of the
-// containers where these are told by their names, else the policed one.
+// containersIn returns the cgroups in which every process belongs to a container: the
+// containers' own cgroups if they are recognised by name, and otherwise the policed cgroup.
 func (s site) containersIn(policed string, p policy.Policy) ([]string, error) {
 	if !p.Recognises(policed) {
 		return []string{policed}, nil
@@ -36,7 +36,7 @@ func (s site) containersIn(policed string, p policy.Policy) ([]string, error) {
 	return found, nil
 }
 
-// enrol gives state to the containers that exist.
+// enrol gives state to the containers that exist already.
 func (r recognition) enrol(a *attachment) error {
 	for _, t := range a.targets {
 		if !t.recognises {
@@ -48,7 +48,7 @@ func (r recognition) enrol(a *attachment) error {
 		}
 		for _, rel := range found {
 			if cgroup.Level(rel)-cgroup.Level(t.rel) > maxDepth {
-				continue // status tells
+				continue // status reports it
 			}
 			if err := r.enrolContainer(rel, a); err != nil {
 				return err
@@ -71,15 +71,15 @@ func (r recognition) enrolContainer(rel string, a *attachment) error {
 		return err
 	}
 	if now, err := r.root.ID(rel); err != nil || now != id {
-		// It went, perhaps before there was an entry to remove.
+		// It was removed, perhaps before there was an entry to delete.
 		return a.state.Forget(id)
 	}
 	a.change.Back(func() error { return a.state.Forget(id) })
 	return nil
 }
 
-// forgetOthers removes the state of what the policy takes for a container no more, or that
-// is gone.
+// forgetOthers removes the state of containers that are gone, and of cgroups that are no
+// containers under this policy.
 func (r recognition) forgetOthers(a *attachment) error {
 	return r.eachContainer(a.state, func(id uint64, rel string) error {
 		if rel == "" {
@@ -94,8 +94,8 @@ func (r recognition) forgetOthers(a *attachment) error {
 	})
 }
 
-// eachContainer calls fn for the containers that have state, with the ids of their cgroups
-// and where these are; "" if they were removed.
+// eachContainer calls fn for each container that has state, with its cgroup's id and path.
+// The path is "" if the cgroup was removed.
 func (s site) eachContainer(state *maps.State, fn func(id uint64, rel string) error) error {
 	known, err := state.Containers()
 	if err != nil {

@@ -12,9 +12,9 @@ import (
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
-// Detach takes the filter off the cgroups, given by path, or off all of them if
-// none is given. With the last one, state and pin path go too. Taking off what
-// is not attached is no error. The error can wrap ErrBusy.
+// Detach removes the filter from the named cgroups, given by path, or from all cgroups if
+// none is named. When the last policed cgroup goes, state and pin path go too. It is no
+// error if a cgroup is not policed. The error can wrap ErrBusy.
 func (f *Filter) Detach(ctx context.Context, cgroups []string) (err error) {
 	var unwanted []string
 	for _, path := range cgroups {
@@ -27,7 +27,7 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) (err error) {
 	change := pins.OneWay(f.fault)
 	defer func() { err = change.End(err) }()
 	if _, err := os.Stat(string(f.pins)); errors.Is(err, fs.ErrNotExist) {
-		// Filters of devices need no pins.
+		// The filters at devices have no pins.
 		return f.host.ingress.detach(change)
 	} else if err != nil {
 		return err
@@ -65,8 +65,7 @@ func (f *Filter) Detach(ctx context.Context, cgroups []string) (err error) {
 	return f.forgetBelow(unwanted)
 }
 
-// forgetBelow removes what is kept about containers below cgroups that are not policed any
-// more.
+// forgetBelow removes the state of containers below cgroups that are not policed any more.
 func (f *Filter) forgetBelow(rels []string) error {
 	err := f.withState(func(state *maps.State) error {
 		return f.eachContainer(state, func(id uint64, rel string) error {

@@ -13,20 +13,19 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// dockerDevice matches what the programs take for a bridge of Docker's without being
-// told (from_containers in bpf/host.bpf.c).
+// dockerDevice matches the devices that the programs take for Docker's bridges without
+// being told (from_containers in bpf/host.bpf.c).
 var dockerDevice = regexp.MustCompile(`^(?:docker0|docker_gwbridge|br-[0-9a-f]{12})$`)
 
-// CoversDevice says whether the host side of a policy judges what a device receives.
+// CoversDevice says whether the host side of a policy judges the packets of a device.
 func CoversDevice(p policy.Policy, name string) bool { return coversDevice(p.HostDevices, name) }
 
 func coversDevice(devices []policy.Device, name string) bool {
 	return dockerDevice.MatchString(name) || slices.ContainsFunc(devices, func(d policy.Device) bool { return d.Matches(name) })
 }
 
-// findDevices returns the devices of this network namespace through which containers
-// of the policed cgroups reach the host: the other ends of their veths, or the bridges
-// that these belong to.
+// findDevices returns the devices of this network namespace through which containers of the
+// policed cgroups reach the host: the other ends of their veths, or the bridges of these.
 func (s site) findDevices(targets []*target, p policy.Policy) ([]string, error) {
 	var rels []string
 	for _, t := range targets {
@@ -87,8 +86,8 @@ func links() ([]netlink.Link, error) {
 	return all, nil
 }
 
-// judged returns the devices of which what they receive is judged: those that are
-// covered, and of a bridge and its ports the bridge alone, since a packet is judged once.
+// judged returns the devices that get a filter: those that the policy covers. If it covers
+// both a bridge and a port of it, the bridge alone gets one, since a packet is judged once.
 func judged(links []netlink.Link, devices []policy.Device) (found []netlink.Link) {
 	covered := map[int]bool{}
 	for _, l := range links {
@@ -102,8 +101,8 @@ func judged(links []netlink.Link, devices []policy.Device) (found []netlink.Link
 	return found
 }
 
-// ForgetDevices removes the buckets of network devices that are no more. Who watches
-// devices calls it now and then: there is only so much room.
+// ForgetDevices removes the buckets of network devices that are gone. A process that
+// watches devices calls it now and then, since the map has limited room.
 func (f *Filter) ForgetDevices() error { return f.withState(forgetDevices) }
 
 func forgetDevices(state *maps.State) error {
@@ -111,7 +110,7 @@ func forgetDevices(state *maps.State) error {
 	if err != nil || len(known) == 0 {
 		return err
 	}
-	// After those that are known were listed: what is missing is gone.
+	// Listed after the known ones: a device that is missing now is gone.
 	links, err := netlink.LinkList()
 	if err != nil {
 		return fmt.Errorf("list network devices: %w", err)

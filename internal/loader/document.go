@@ -12,31 +12,32 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// document is what the policy was made from. It travels with the programs, in a
-// map that is bound to the egress program, so that what the kernel runs and what
-// status shows cannot differ.
+// document describes the policy that the programs were made from. It is in a map that is
+// bound to the egress program, so that status cannot show anything else than what the
+// kernel runs.
 type document struct {
 	Version string        `json:"version"`
 	Cgroup  string        `json:"cgroup"`
 	Policy  policy.Policy `json:"policy"`
-	// Devices are those whose packets the host side judges, beside Docker's.
+	// Devices are the devices that the host side judges besides Docker's.
 	Devices []policy.Device `json:"devices,omitempty"`
-	// Network is the number of the network namespace whose packets it judges.
+	// Network is the number of the network namespace in which the host side judges
+	// packets.
 	Network uint64 `json:"network,omitempty"`
-	// Attach is the number of the attach that loaded the program; 0 if the version that did
-	// gave none.
+	// Attach is the number of the attach that loaded the program; 0 if its version
+	// wrote none.
 	Attach uint64 `json:"attach,omitempty"`
-	// Found is added once the attach is done; nil before.
+	// Found is nil until the attach is done.
 	Found *found `json:"found,omitempty"`
 }
 
 // documentMap is the name of the map that holds a document.
 const documentMap = "policy"
 
-// documentSpare is what a document may grow by, in bytes.
+// documentSpare is how many bytes a document may grow by.
 const documentSpare = 8 << 10
 
-// newMap makes a map that holds the document. The caller closes it.
+// newMap creates a map that holds the document. The caller closes it.
 func (d document) newMap() (*ebpf.Map, error) {
 	text, err := json.Marshal(d)
 	if err != nil {
@@ -66,14 +67,14 @@ func (d document) bind(prog *ebpf.Program) error {
 	return prog.BindMap(m)
 }
 
-// write replaces the document in a map, which is filled up with spaces.
+// write replaces the document in the map, and fills the map up with spaces.
 func (d document) write(m *ebpf.Map) error {
 	text, err := json.Marshal(d)
 	if err != nil {
 		return err
 	}
 	if len(text) > int(m.ValueSize()) {
-		return fmt.Errorf("document of %d bytes, in %d", len(text), m.ValueSize())
+		return fmt.Errorf("document of %d bytes does not fit into %d", len(text), m.ValueSize())
 	}
 	return m.Put(uint32(0), padded(text, int(m.ValueSize())))
 }
@@ -82,8 +83,8 @@ func padded(text []byte, size int) []byte {
 	return append(text, strings.Repeat(" ", size-len(text))...)
 }
 
-// readDocument returns the document of a program and when that was loaded; no
-// document if the program has none.
+// readDocument returns the document of a program, and when the program was loaded. The
+// document is nil if the program has none.
 func readDocument(id ebpf.ProgramID) (*document, time.Time, error) {
 	prog, err := ebpf.NewProgramFromID(id)
 	if err != nil {
@@ -147,7 +148,7 @@ func readDocumentMap(id ebpf.MapID) (*document, error) {
 	return doc, nil
 }
 
-// bootTime is the zero of the kernel's load times.
+// bootTime is the time from which the kernel counts load times.
 func bootTime() time.Time {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {

@@ -17,18 +17,19 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// ErrExcluded means that some other program is attached to a cgroup, or above it, in
-// a way that excludes all others below.
+// ErrExcluded means that another program is attached to the cgroup, or above it, in a way
+// that excludes all programs below it.
 var ErrExcluded = errors.New("another program excludes all others here")
 
-// hook is where a policed cgroup has a program; its name is the program's and the pin's too.
+// hook is a place where a policed cgroup has a program. The program and the pin have the
+// same name.
 type hook struct {
 	name   string
 	attach ebpf.AttachType
 }
 
-// hooks are those of a policed cgroup in the order in which they are attached: the boundary
-// first.
+// hooks are the hooks of a policed cgroup, in the order in which they are attached: the
+// boundary comes first.
 var hooks = []hook{
 	{bpf.EgressProgEgress, ebpf.AttachCGroupInetEgress},
 	{bpf.EgressProgConnect4, ebpf.AttachCGroupInet4Connect},
@@ -37,7 +38,7 @@ var hooks = []hook{
 	{bpf.EgressProgSendmsg6, ebpf.AttachCGroupUDP6Sendmsg},
 }
 
-// isHook says whether one of the hooks has that name.
+// isHook says whether one of the hooks has this name.
 func isHook(name string) bool {
 	return slices.ContainsFunc(hooks, func(h hook) bool { return h.name == name })
 }
@@ -45,8 +46,8 @@ func isHook(name string) bool {
 // egress is the layer of the egress filter: the hooks of policed cgroups.
 type egress struct{ site }
 
-// load makes and opens the cgroups of a plan and loads their programs: they are the targets
-// of the attach.
+// load makes and opens the cgroups of a plan and loads their programs: these cgroups become
+// the targets of the attach.
 func (e egress) load(a *attachment, plan *plan) error {
 	for _, rel := range plan.wanted {
 		t, err := e.target(rel, a)
@@ -62,15 +63,15 @@ func (e egress) load(a *attachment, plan *plan) error {
 	return nil
 }
 
-// target is a cgroup that is about to be policed.
+// target is a cgroup that an attach polices.
 type target struct {
 	rel   string
 	dir   *os.File
 	id    uint64
 	progs *Programs
-	// recognises is whether its containers are told by their names.
+	// recognises is whether containers in it are recognised by name.
 	recognises bool
-	// was is the cgroup as it was policed before, without links if it was not.
+	// was is the cgroup as it was policed before. Without links it was not policed.
 	was *policed
 }
 
@@ -81,7 +82,7 @@ func (t *target) close() {
 	}
 }
 
-// target makes and opens the directory of a cgroup and loads its programs.
+// target makes and opens the directory of a cgroup, and loads its programs.
 func (e egress) target(rel string, a *attachment) (_ *target, err error) {
 	if err := e.makeCgroup(rel, a.change); err != nil {
 		return nil, err
@@ -101,7 +102,7 @@ func (e egress) target(rel string, a *attachment) (_ *target, err error) {
 	return t, nil
 }
 
-// makeCgroup makes the directories of a cgroup that do not exist.
+// makeCgroup makes the missing directories of a cgroup.
 func (e egress) makeCgroup(rel string, change *pins.Change) error {
 	path := e.root.Path(rel)
 	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
@@ -118,12 +119,12 @@ func (e egress) makeCgroup(rel string, change *pins.Change) error {
 	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	// Whoever moved in meanwhile keeps it.
+	// The directory stays if a process has moved in meanwhile.
 	change.Back(func() error { os.Remove(path); return nil })
 	return nil
 }
 
-// attach brings the hooks of the targets to their programs.
+// attach puts the programs of the targets on their hooks.
 func (e egress) attach(a *attachment) error {
 	for _, t := range a.targets {
 		if err := t.attach(a.change); err != nil {
@@ -157,7 +158,7 @@ func (t *target) attach(change *pins.Change) error {
 
 // link attaches a program to a cgroup. The error can wrap ErrExcluded.
 func (h hook) link(dir *os.File, prog *ebpf.Program) (link.Link, error) {
-	// AttachCgroup would fall back to an attachment that cannot be pinned and that any
+	// AttachCgroup would fall back to an attachment that cannot be pinned, and that any
 	// cgroup below could override.
 	l, err := link.AttachRawLink(link.RawLinkOptions{Target: int(dir.Fd()), Program: prog, Attach: h.attach})
 	if errors.Is(err, unix.EPERM) {
@@ -169,7 +170,7 @@ func (h hook) link(dir *os.File, prog *ebpf.Program) (link.Link, error) {
 	return l, nil
 }
 
-// AttachTypes are those of a policed cgroup's hooks.
+// AttachTypes returns the attach types of a policed cgroup's hooks.
 func AttachTypes() (types []ebpf.AttachType) {
 	for _, h := range hooks {
 		types = append(types, h.attach)
@@ -177,7 +178,7 @@ func AttachTypes() (types []ebpf.AttachType) {
 	return types
 }
 
-// AttachFor attaches programs to some of a cgroup's hooks, until detach is called or the
+// AttachFor attaches programs to some hooks of a cgroup, until detach is called or the
 // process ends.
 func (p *Programs) AttachFor(dir *os.File, types []ebpf.AttachType) (detach func(), err error) {
 	var links []link.Link
@@ -200,7 +201,7 @@ func (p *Programs) AttachFor(dir *os.File, types []ebpf.AttachType) (detach func
 	return detach, nil
 }
 
-// detach takes the filter off one cgroup, with what another version has pinned for it.
+// detach removes the filter from one cgroup, together with pins of other versions.
 func (e egress) detach(change *pins.Change, p *policed) error {
 	entries, err := os.ReadDir(p.dir)
 	if err != nil {
@@ -214,7 +215,7 @@ func (e egress) detach(change *pins.Change, p *policed) error {
 			return err
 		}
 	}
-	// The boundary goes last, as it came first.
+	// The boundary was attached first and goes last.
 	for _, h := range slices.Backward(hooks) {
 		if err := change.Step("detach %s of %s", h.name, p.rel); err != nil {
 			return err
@@ -230,7 +231,8 @@ func (e egress) detach(change *pins.Change, p *policed) error {
 func (e egress) read(r *reading) {
 	r.Enforcing = true
 	for _, p := range r.policed {
-		// Without a path, an attach was interrupted before anything was, and the cgroup is gone.
+		// No path: an attach was interrupted before it attached anything, and the
+		// cgroup is gone.
 		if p.rel != "" {
 			e.readHooks(r, p)
 		}

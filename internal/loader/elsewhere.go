@@ -15,21 +15,21 @@ import (
 )
 
 // Elsewhere is a filter in force on a cgroup that is not pinned below this pin path: it has
-// another one, or its bpf filesystem is hidden by what is mounted over it.
+// another pin path, or another mount hides its bpf filesystem.
 type Elsewhere struct {
 	// Cgroup is the path of the policed cgroup.
 	Cgroup  string `json:"cgroup"`
 	Program uint32 `json:"program_id"`
 	Link    uint32 `json:"link_id"`
-	// Version is that of the programs; empty if this version cannot read it.
+	// Version is the version of the programs; empty if this version cannot read it.
 	Version string `json:"version,omitempty"`
 
-	// containers is the map of the state that all its programs share.
+	// containers is the map of the state that all programs of the filter share.
 	containers ebpf.MapID
 }
 
-// foreignLinks returns all links of the kernel but those that are pinned below the pin path,
-// with what the kernel says of them. The caller closes them.
+// foreignLinks returns all links of the kernel except those pinned below the pin path, with
+// what the kernel says about them. The caller closes them.
 func (f *Filter) foreignLinks() (found map[*link.Info]link.Link, err error) {
 	found = map[*link.Info]link.Link{}
 	defer func() {
@@ -42,14 +42,15 @@ func (f *Filter) foreignLinks() (found map[*link.Info]link.Link, err error) {
 	for links.Next() {
 		info, err := links.Link.Info()
 		if err != nil {
-			continue // it has ended, or is of a kind that the library does not know
+			continue // it is gone, or of a type that the library does not know
 		}
 		found[info] = links.Take()
 	}
 	if err := links.Err(); err != nil {
 		return nil, err
 	}
-	// The pins are read last, since what is pinned meanwhile is no stranger.
+	// The pins are read last, so that a link pinned meanwhile does not count as
+	// foreign.
 	linked, err := f.pins.Links()
 	if err != nil {
 		return nil, err
@@ -57,7 +58,7 @@ func (f *Filter) foreignLinks() (found map[*link.Info]link.Link, err error) {
 	for _, pin := range linked {
 		own, err := pins.Info(pin)
 		if err != nil {
-			continue // no link, or gone meanwhile
+			continue // not a link, or gone meanwhile
 		}
 		for info, l := range found {
 			if info.ID == own.ID {
@@ -75,7 +76,7 @@ func closeLinks(links map[*link.Info]link.Link) {
 	}
 }
 
-// elsewhere picks from links those that make a filter: its packet hooks.
+// elsewhere picks out the links that are packet hooks of a filter.
 func (f *Filter) elsewhere(links map[*link.Info]link.Link) ([]Elsewhere, error) {
 	var found []Elsewhere
 	for info := range links {
@@ -85,7 +86,7 @@ func (f *Filter) elsewhere(links map[*link.Info]link.Link) ([]Elsewhere, error) 
 		}
 		doc, _, err := readDocument(info.Program)
 		if errors.Is(err, fs.ErrNotExist) || doc == nil && !errors.Is(err, ErrOtherVersion) {
-			continue // it has ended, or is somebody else's
+			continue // it is gone, or another program's
 		}
 		rel, err := f.root.Find(c.CgroupId)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -107,7 +108,7 @@ func (f *Filter) elsewhere(links map[*link.Info]link.Link) ([]Elsewhere, error) 
 	return found, nil
 }
 
-// Elsewhere returns the filters that are in force and not pinned below the pin path.
+// Elsewhere returns the filters that are in force but not pinned below the pin path.
 func (f *Filter) Elsewhere() ([]Elsewhere, error) {
 	links, err := f.foreignLinks()
 	if err != nil {
@@ -117,15 +118,17 @@ func (f *Filter) Elsewhere() ([]Elsewhere, error) {
 	return f.elsewhere(links)
 }
 
-// ErrStillPinned means that some part of a filter can only be taken off by its pin.
-var ErrStillPinned = errors.New("it goes with its pin alone")
+// ErrStillPinned means that a part of a filter can only be removed through its pin.
+var ErrStillPinned = errors.New("it can only be detached by removing its pin")
 
-// DetachElsewhere takes those off that Elsewhere returns. Links to functions of the kernel
-// cannot be detached without their pins: the error wraps ErrStillPinned if some are left.
-// They judge nothing any more, but for those that refuse sockets. It can wrap ErrBusy too.
+// DetachElsewhere detaches the filters that Elsewhere returns. Links to functions of the
+// kernel cannot be detached without their pins: if any are left, the error wraps
+// ErrStillPinned. Such links judge nothing any more, except that they may still refuse
+// sockets. The error can also wrap ErrBusy.
 func (f *Filter) DetachElsewhere(ctx context.Context) error {
 	if f.pins.OnBPFFS() {
-		// Else there can be nobody who attaches and has not pinned yet.
+		// Only there can another process be attaching that has not pinned its links
+		// yet.
 		unlock, _, err := f.pins.Lock(ctx)
 		if err != nil {
 			return err

@@ -13,10 +13,10 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// families is the layer that refuses sockets of families which the policy does not allow.
+// families is the layer that refuses sockets of families that the policy does not allow.
 type families struct{ site }
 
-// probe finds the way of refusing sockets, and notes why there is none.
+// probe finds a way of refusing sockets, or notes why there is none.
 func (f families) probe(a *attachment) (err error) {
 	if a.policy.Families != policy.AnyFamily {
 		a.refuser, err = findRefuser(a.change)
@@ -25,14 +25,14 @@ func (f families) probe(a *attachment) (err error) {
 	return nil
 }
 
-// ProbeFamilies says why this kernel refuses no sockets for the filter, or nil if it
-// does. It makes a socket that must be refused.
+// ProbeFamilies says why this kernel does not refuse sockets for the filter; nil if it
+// does. It opens a socket that must be refused.
 func (f *Filter) ProbeFamilies() error {
 	_, err := findRefuser(pins.OneWay(f.fault))
 	return err
 }
 
-// attach has the sockets of the targets refused as the policy says.
+// attach makes the kernel refuse sockets of the targets as the policy says.
 func (f families) attach(a *attachment) error {
 	for _, t := range a.targets {
 		if err := f.attachTarget(t, a); err != nil {
@@ -42,8 +42,8 @@ func (f families) attach(a *attachment) error {
 	return nil
 }
 
-// attachTarget does so for one of them. Without a way to, an earlier attach's link stays:
-// see keptBy.
+// attachTarget does this for one target. If there is no way, the link of an earlier attach
+// stays: see keptBy.
 func (f families) attachTarget(t *target, a *attachment) error {
 	if a.policy.Families == policy.AnyFamily {
 		return f.detach(a.change, t.was)
@@ -67,7 +67,7 @@ func (f families) attachTarget(t *target, a *attachment) error {
 	return a.change.ReplaceLink(familiesPin(t.was), func() (link.Link, error) { return a.refuser.attach(prog, t.dir) })
 }
 
-// detach takes off what refuses the sockets of a cgroup.
+// detach removes the link that refuses the sockets of a cgroup.
 func (f families) detach(change *pins.Change, p *policed) error {
 	return change.DropLink(familiesPin(p))
 }
@@ -98,8 +98,8 @@ func (f families) read(r *reading) {
 	r.Defences = append(r.Defences, d)
 }
 
-// older returns the defence as it is if a policed cgroup's link is of an older attach than
-// its filter.
+// older returns the defence as it is, or as keptBy describes it if the link of a policed
+// cgroup is from an older attach than its filter.
 func (f families) older(d Defence, r *reading) Defence {
 	for _, p := range r.policed {
 		egress := p.info[hooks[0].name]
@@ -110,14 +110,14 @@ func (f families) older(d Defence, r *reading) Defence {
 	return d
 }
 
-// whyNot says why sockets are not refused in some policed cgroup.
+// whyNot says why sockets are not refused in a policed cgroup.
 func (f families) whyNot(r *reading) string {
-	const open = ": with CAP_NET_RAW, containers can send by packet sockets, past the filter; where nothing needs them, run containers with --cap-drop=NET_RAW"
+	const open = ": containers with CAP_NET_RAW can send past the filter through packet sockets; run containers that do not need CAP_NET_RAW with --cap-drop=NET_RAW"
 	switch {
 	case r.Policy != nil && r.Policy.Families == policy.AnyFamily:
 		return "turned off by the policy" + open
 	case r.found != nil && r.found.Missing[SocketFamilies] != "":
-		return "this kernel refuses no sockets for us (" + r.found.why(SocketFamilies) + ")" + open
+		return "this kernel does not refuse sockets for the filter (" + r.found.why(SocketFamilies) + ")" + open
 	}
 	return r.found.why(SocketFamilies)
 }

@@ -13,19 +13,20 @@ import (
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
-// filterPriority is before all others, of which some end the search.
+// filterPriority comes before all other filters, since some of them end the search.
 const filterPriority = 1
 
-// filter is one of this instance's at a device.
+// filter is a filter of this instance at a device.
 type filter struct {
 	device netlink.Link
 	*netlink.BpfFilter
 }
 
-// filterName is what the kernel calls them, and whose they are.
+// filterName is the kernel's name for the filters of this instance. It tells whose they
+// are.
 func (i *ingress) filterName() string { return "egressbpf " + string(i.pins) }
 
-// filters returns those that are there, in no order.
+// filters returns the filters of this instance, in no order.
 func (i *ingress) filters() (found []filter, err error) {
 	qdiscs, err := retry(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
 	if err != nil {
@@ -53,7 +54,7 @@ func (i *ingress) filters() (found []filter, err error) {
 	return found, nil
 }
 
-// filterOf returns the one at a device; nil if there is none.
+// filterOf returns the filter of this instance at a device; nil if there is none.
 func (i *ingress) filterOf(device netlink.Link) (*netlink.BpfFilter, error) {
 	all, err := filtersAt(device, netlink.HANDLE_MIN_INGRESS)
 	if err != nil {
@@ -67,8 +68,8 @@ func (i *ingress) filterOf(device netlink.Link) (*netlink.BpfFilter, error) {
 	return nil, nil
 }
 
-// addFilter has the program judge what a device receives. What the kernel has against that,
-// perhaps for what others have there, is for Status to tell.
+// addFilter makes the program judge the packets of a device. If the kernel refuses, perhaps
+// because of what others have attached there, Status reports it.
 func (i *ingress) addFilter(device netlink.Link, prog *ebpf.Program, change *pins.Change) error {
 	if err := change.Step("judge %s", device.Attrs().Name); err != nil {
 		return err
@@ -101,7 +102,7 @@ func (i *ingress) addFilter(device netlink.Link, prog *ebpf.Program, change *pin
 		return err
 	}
 	next.Handle, next.Priority = old.Handle, old.Priority
-	// In place: there is no moment without one.
+	// Replaced in place, so that there is no moment without a filter.
 	if err := netlink.FilterReplace(next); err != nil {
 		i.cannotJudge(device, err)
 		return nil
@@ -126,14 +127,14 @@ func (i *ingress) cannotJudge(device netlink.Link, err error) {
 	i.notJudged[device.Attrs().Index] = err
 }
 
-// clsact is what holds the filters of a device.
+// clsact is the qdisc that holds the filters of a device.
 func clsact(device netlink.Link) *netlink.Clsact {
 	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
 		LinkIndex: device.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
 	}}
 }
 
-// dropFilters takes off those of all devices but some.
+// dropFilters removes the filters from all devices except some.
 func (i *ingress) dropFilters(but []netlink.Link, change *pins.Change) error {
 	all, err := i.filters()
 	if err != nil {
@@ -158,7 +159,7 @@ func (i *ingress) dropFilters(but []netlink.Link, change *pins.Change) error {
 	return nil
 }
 
-// removeFilter takes the filter off a device, and what holds filters there if that is
+// removeFilter removes the filter from a device, and the qdisc that held it if the qdisc is
 // empty then.
 func (i *ingress) removeFilter(device netlink.Link) error {
 	at, err := i.filterOf(device)
@@ -176,14 +177,14 @@ func (i *ingress) removeFilter(device netlink.Link) error {
 		}
 	}
 	err = netlink.QdiscDel(clsact(device))
-	// There may be none, or somebody's of another kind.
+	// There may be no qdisc, or one of another kind that somebody else added.
 	if err != nil && !gone(err) && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("remove clsact of %s: %w", strconv.Quote(device.Attrs().Name), err)
 	}
 	return nil
 }
 
-// retry reads a list again if it has changed meanwhile.
+// retry reads a list again if it changed while it was read.
 func retry[T any](list func() ([]T, error)) (all []T, err error) {
 	for range 10 {
 		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -193,7 +194,7 @@ func retry[T any](list func() ([]T, error)) (all []T, err error) {
 	return all, err
 }
 
-// filtersAt returns the filters at one side of a device; none if that is gone.
+// filtersAt returns the filters at one side of a device; none if the device is gone.
 func filtersAt(device netlink.Link, parent uint32) ([]netlink.Filter, error) {
 	all, err := retry(func() ([]netlink.Filter, error) { return netlink.FilterList(device, parent) })
 	if gone(err) {
@@ -205,5 +206,5 @@ func filtersAt(device netlink.Link, parent uint32) ([]netlink.Filter, error) {
 	return all, nil
 }
 
-// gone is of what the kernel says of a device that is not there any more.
+// gone says whether an error of the kernel means that the device does not exist any more.
 func gone(err error) bool { return errors.Is(err, unix.ENODEV) }

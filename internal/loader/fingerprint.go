@@ -7,8 +7,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
-// Fingerprint changes whenever something of the filter is attached, exchanged, detached or
-// unpinned, by whomever. It costs some system calls for each pin.
+// Fingerprint changes whenever a part of the filter is attached, replaced, detached or
+// unpinned, by anyone. It costs some system calls for each pin.
 func (f *Filter) Fingerprint() string {
 	var b strings.Builder
 	all, err := f.pins.All()

@@ -11,17 +11,17 @@ import (
 )
 
 var (
-	// ErrServed means that a process keeps the filter as it wants it.
+	// ErrServed means that a process keeps the filter in force.
 	ErrServed = errors.New("egressbpf run is running, and would restore what is removed")
-	// ErrNoPolicy means that no program tells the policy that is in force.
-	ErrNoPolicy = errors.New("no program tells the policy that is in force; attach first")
+	// ErrNoPolicy means that no program holds the policy that is in force.
+	ErrNoPolicy = errors.New("no program holds the policy that is in force; attach first")
 )
 
-// HandOver brings what is in force to where an earlier version can take over: the maps become
-// those of the earliest format, with all that is counted and set, and the pins go over which
-// such a version would not attach. Nothing is unpoliced meanwhile. What an earlier version
-// does not know, it does without. The error can wrap ErrBusy, ErrNoPolicy and ErrServed. That
-// nothing is attached is no error.
+// HandOver prepares what is in force for an earlier version to take over. The maps become
+// maps of the earliest format, with all counts and settings, and pins that such a version
+// would not attach to are removed. Nothing is unpoliced meanwhile. Defences that an earlier
+// version does not know are lost. The error can wrap ErrBusy, ErrNoPolicy and ErrServed. It
+// is no error if nothing is attached.
 func (f *Filter) HandOver(ctx context.Context) error {
 	if ours, err := f.pins.Ours(); !ours {
 		return err
@@ -55,8 +55,8 @@ func (f *Filter) HandOver(ctx context.Context) error {
 	return nil
 }
 
-// toEarliest has the policy that is in force attached once more, with maps of the earliest
-// format, unless they are.
+// toEarliest attaches the policy in force once more, with maps of the earliest format,
+// unless the maps have that format already.
 func (f *Filter) toEarliest(ctx context.Context) error {
 	state, err := f.State()
 	if errors.Is(err, ErrNotAttached) {

@@ -16,25 +16,25 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// Holder is a container that has sockets open which it could not make any more: they
-// were made before the policy was in force, or handed in from outside.
+// Holder is a container that has sockets open which it could not open now: they were opened
+// before the policy was in force, or passed in from outside.
 type Holder struct {
-	// Cgroup is the container's, as cgroup.Root.Rel returns it.
+	// Cgroup is the container's cgroup, as cgroup.Root.Rel returns it.
 	Cgroup string
-	// Families of the sockets, in order.
+	// Families are the families of the sockets, in order.
 	Families []string
 }
 
-// protocols are the names that the kernel gives to sockets of families that send by a
-// road of their own (struct proto), and what the policy calls these families.
+// protocols maps the kernel's names for sockets that bypass the filter (struct proto) to
+// the policy's names for their families.
 var protocols = map[string]string{
 	"PACKET": "packet", "XDP": "xdp", "RDS": "rds", "AF_VSOCK": "vsock", "TIPC": "tipc", "SMC": "smc", "SMC6": "smc",
 	"RXRPC": "rxrpc", "KCM": "kcm", "LLC": "llc", "CAN_RAW": "can", "CAN_BCM": "can", "MCTP": "mctp",
 }
 
-// Holders returns the containers that have sockets open which their policy refuses,
-// in the order of their cgroups. Sockets that no process has open, such as one on its
-// way to another process, are not found.
+// Holders returns the containers that have sockets open which the policy refuses them,
+// ordered by their cgroups. It does not find sockets that no process has open, such as one
+// on its way to another process.
 func (f *Filter) Holders() ([]Holder, error) {
 	all, err := f.installed()
 	if err != nil {
@@ -84,7 +84,7 @@ func (f *Filter) Holders() ([]Holder, error) {
 	for container, families := range found {
 		id, err := f.root.ID(container)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // it has ended
+			continue // it is gone
 		}
 		if err != nil {
 			return nil, err
@@ -101,10 +101,10 @@ func (f *Filter) Holders() ([]Holder, error) {
 	return holders, nil
 }
 
-// refusedSockets returns the families of a process's open sockets that are refused. It
-// asks for a name and never has the socket open itself: whoever closes a socket last
-// may have to wait for as long as its owner says (SO_LINGER). A process that has ended
-// has none.
+// refusedSockets returns the families of a process's open sockets that the policy refuses;
+// none if the process has ended. It asks for a name and never opens the socket itself,
+// because the last to close a socket may have to wait as long as its owner demands
+// (SO_LINGER).
 func refusedSockets(pid int, allowed policy.Families) (families []string) {
 	dir := fmt.Sprintf("/proc/%d/fd", pid)
 	entries, err := os.ReadDir(dir)
@@ -129,8 +129,9 @@ func refusedSockets(pid int, allowed policy.Families) (families []string) {
 	return families
 }
 
-// containerOf returns the cgroup one level below the policed one that a process is in,
-// or the policed one if that is where it is; "" if it has ended or moved out.
+// containerOf returns the cgroup one level below the policed one that a process is in, or
+// the policed one if the process is in that itself; "" if the process has ended or moved
+// out.
 func containerOf(pid int, policed string) string {
 	rel, err := cgroup.OfProcess(pid)
 	if err != nil || !cgroup.Within(rel, policed) {

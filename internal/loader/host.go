@@ -18,39 +18,42 @@ import (
 type host struct {
 	site
 	tunnels tunnels
-	// netfilter is the way of kernels since 6.4, and ingress that of all others.
+	// netfilter is the strategy for kernels since 6.4, and ingress the one for all
+	// others.
 	netfilter netfilter
 	ingress   *ingress
 }
 
-// A hostWay is a way of judging what comes from containers.
+// A hostWay is a strategy for judging packets from containers.
 type hostWay interface {
-	// attach puts it in force for what devices receive. The error is a cannot, which wraps
-	// ebpf.ErrNotSupported where there is another way, if the kernel cannot have the programs.
+	// attach puts the strategy in force for devices. If the kernel cannot have its
+	// programs, the error is a cannot. That wraps ebpf.ErrNotSupported if the next
+	// strategy may work.
 	attach(a *attachment, devices []policy.Device) error
-	// read adds its hooks to a status.
+	// read adds the hooks to a status.
 	read(r *reading) hostInForce
-	// whyNot says why none of its hooks is there, with which the last attach has worked, or
-	// that there is nothing for it to judge yet.
+	// whyNot says why there are no hooks, if the last attach used this strategy, or
+	// that it has nothing to judge yet.
 	whyNot(r *reading) (active bool, reason string)
-	// detach takes it off.
+	// detach removes the hooks.
 	detach(change *pins.Change) error
 }
 
-// hostInForce is what is in force of the host side.
+// hostInForce is the part of the host side that is in force.
 type hostInForce struct {
-	// complete is whether no hook is missing; reason says why not, or what is special.
+	// complete is whether no hook is missing. reason says why one is, or what is
+	// special.
 	complete bool
 	reason   string
 	programs []ebpf.ProgramID
-	// doc is that of the programs; nil if there are none.
+	// doc is the document of the programs; nil if there are none.
 	doc *document
 }
 
-// ways are the ways, the best first.
+// ways are the strategies, the best first.
 func (h host) ways() []hostWay { return []hostWay{h.netfilter, h.ingress} }
 
-// wayOf returns the way of an attach.
+// wayOf returns the strategy that an attach used.
 func (h host) wayOf(found *found) hostWay {
 	if found != nil && found.Ingress {
 		return h.ingress
@@ -70,8 +73,8 @@ func (h host) attach(a *attachment) error {
 	return forgetDevices(a.state)
 }
 
-// attachAny attaches the first of the ways that this kernel has. Without any, the filter
-// works without the host side, and what an earlier attach has put in force stays.
+// attachAny attaches the first strategy that this kernel supports. If it supports none, the
+// filter works without the host side, and what an earlier attach has put in force stays.
 func (h host) attachAny(a *attachment) error {
 	names, err := h.findDevices(a.targets, a.policy)
 	if err != nil {
@@ -108,7 +111,7 @@ func firstLine(err error) string {
 	return line
 }
 
-// turnOff takes off what an earlier attach has put in force.
+// turnOff removes what an earlier attach has put in force.
 func (h host) turnOff(a *attachment) error {
 	if err := h.tunnels.set(nil, a); err != nil {
 		return err
@@ -160,9 +163,9 @@ func (h host) defence(r *reading) Defence {
 	return d
 }
 
-// whyNot says why there is no host side, or that there is nothing for it to judge yet.
+// whyNot says why there is no host side, or that it has nothing to judge yet.
 func (h host) whyNot(r *reading) (active bool, reason string) {
-	const open = ": what does not come from a container's own IP socket passes"
+	const open = ": packets that do not come from a container's own IP socket pass"
 	switch {
 	case r.Policy != nil && r.Policy.HostSide == policy.Off:
 		return false, "turned off by the policy" + open
@@ -172,8 +175,8 @@ func (h host) whyNot(r *reading) (active bool, reason string) {
 	return h.wayOf(r.found).whyNot(r)
 }
 
-// judgesElsewhere says of which network namespace the host side judges packets, if that is
-// not the host's, and whether this is a remark alone.
+// judgesElsewhere says in which network namespace the host side judges packets, if that is
+// not the host's. remark is whether the host side still counts as active.
 func judgesElsewhere(network uint64) (reason string, remark bool) {
 	switch host := hostsNetwork(); {
 	case network == 0 || network == host:
@@ -181,14 +184,14 @@ func judgesElsewhere(network uint64) (reason string, remark bool) {
 	case network == netNamespace("self") && host == 0:
 		return "", true
 	case network == netNamespace("self"):
-		return "in this network namespace alone, which is not the host's", true
+		return "only in this network namespace, which is not the host's", true
 	case host != 0:
-		return "it judges what another network namespace than the host's forwards: attach from the host's", false
+		return "it judges packets in a network namespace that is not the host's: attach from the host's", false
 	}
-	return "not known: it judges what another network namespace forwards, and whether that is the host's cannot be seen from here", false
+	return "not known: it judges packets in another network namespace, and this process cannot see whether that is the host's", false
 }
 
-// findUnjudged looks for devices through which containers reach the host, and that the host
+// findUnjudged looks for devices through which containers reach the host and which the host
 // side does not judge.
 func (h host) findUnjudged(d *Defence, r *reading, doc *document) {
 	var targets []*target
@@ -210,7 +213,7 @@ func (h host) findUnjudged(d *Defence, r *reading, doc *document) {
 	}
 }
 
-// hostDocument is the document of the host side's programs.
+// hostDocument returns the document of the host side's programs.
 func (l *loaded) hostDocument(devices []policy.Device) document {
 	return document{Version: Version(), Policy: l.policy, Devices: devices, Network: netNamespace("self")}
 }

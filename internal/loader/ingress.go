@@ -16,21 +16,21 @@ import (
 )
 
 // ingress is the host side before 6.4: a filter of traffic control (tc) at the ingress of
-// each device that containers are behind. It is in force while the device is there, and
-// needs no pin: its name tells whose it is.
+// each device that leads to containers. The filter is in force as long as the device
+// exists. It needs no pin, since its name tells whose it is.
 type ingress struct {
 	site
-	// notJudged are the devices, by their indexes, that the last attach of this process
-	// could not have judged, and why.
+	// notJudged are the devices, by index, to which the last attach of this process
+	// could not add a filter, and why.
 	notJudged map[int]error
 }
 
-// ingressHook is the filter in status.
+// ingressHook is the name of the filter in status.
 const ingressHook = "host_ingress"
 
 // LoadHostIngress loads the program of the host side for kernels without BPF netfilter
-// programs, with state as its memory, and attaches it nowhere. It knows containers of the
-// cgroup rel. The caller closes it.
+// programs, and does not attach it. The program uses the maps of state, and knows the
+// containers of the cgroup rel. The caller closes it.
 func LoadHostIngress(p policy.Policy, state *maps.State, rel string, id uint64) (*ebpf.Program, error) {
 	l, err := loadPolicy(p)
 	if err != nil {
@@ -41,10 +41,10 @@ func LoadHostIngress(p policy.Policy, state *maps.State, rel string, id uint64) 
 	return l.hostIngress(state, []*target{t}, p.HostDevices, ethernetHeader)
 }
 
-// ethernetHeader is what is before the network header of most devices, in bytes.
+// ethernetHeader is how many bytes most devices put before the network header.
 const ethernetHeader = 14
 
-// linkHeader returns it for any device.
+// linkHeader returns how many bytes a device puts before the network header.
 func linkHeader(device netlink.Link) uint32 {
 	if device.Attrs().EncapType == "ether" {
 		return ethernetHeader
@@ -79,7 +79,7 @@ func (l *loaded) hostIngress(state *maps.State, targets []*target, devices []pol
 	return progs.Ingress, nil
 }
 
-// attach has what the devices receive judged, and nothing else.
+// attach adds the filter to the devices, and removes it from all others.
 func (i *ingress) attach(a *attachment, devices []policy.Device) error {
 	a.found.Ingress = true
 	links, err := links()
@@ -104,7 +104,7 @@ func (i *ingress) attach(a *attachment, devices []policy.Device) error {
 	}
 	for _, device := range wanted {
 		if err := i.addFilter(device, progs[linkHeader(device)], a.change); err != nil {
-			return fmt.Errorf("judge what %s receives: %w", strconv.Quote(device.Attrs().Name), err)
+			return fmt.Errorf("judge packets from %s: %w", strconv.Quote(device.Attrs().Name), err)
 		}
 	}
 	return i.dropFilters(wanted, a.change)
@@ -132,7 +132,7 @@ func (i *ingress) readFilters(r *reading) (in hostInForce, err error) {
 		row := Hook{Name: ingressHook, Attached: true, Device: at.device.Attrs().Name, Program: uint32(id)}
 		doc, since, err := readDocument(id)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // somebody attaches meanwhile
+			continue // somebody is attaching meanwhile
 		}
 		if err != nil {
 			return in, err
@@ -175,9 +175,9 @@ func (i *ingress) whyNot(r *reading) (active bool, reason string) {
 	return false, i.whyNotJudged(r, devices[0])
 }
 
-// whyNotJudged says why what a device receives is not judged.
+// whyNotJudged says why the packets of a device are not judged.
 func (i *ingress) whyNotJudged(r *reading, l netlink.Link) string {
-	what := fmt.Sprintf("what %s receives is not judged: ", strconv.Quote(l.Attrs().Name))
+	what := fmt.Sprintf("packets from %s are not judged: ", strconv.Quote(l.Attrs().Name))
 	if err := i.notJudged[l.Attrs().Index]; err != nil {
 		return what + fmt.Sprintf("the kernel accepts no filter there (%v); see `tc filter show dev %s ingress`", err, l.Attrs().Name)
 	}
@@ -185,5 +185,5 @@ func (i *ingress) whyNotJudged(r *reading, l netlink.Link) string {
 	return what + "attach again"
 }
 
-// ingressRemark is what differs from the host side of later kernels.
-const ingressRemark = "before 6.4, and where the kernel is locked down, only bridges that are there when it is attached are judged: attach again when Docker has made another one, or have the service do it"
+// ingressRemark is how this host side differs from that of later kernels.
+const ingressRemark = "before 6.4, and where the kernel is locked down, it judges only bridges that exist at attach: attach again after Docker has made a bridge, or run the service"

@@ -7,37 +7,38 @@ import (
 )
 
 // A layer is a part of the filter that is attached, read back and detached by itself. Its
-// detach is for a policed cgroup, or for the host.
+// detach is for a policed cgroup or for the host.
 type layer interface {
-	// attach puts it in force for the targets of an attach, within its change. Why the kernel
-	// cannot have what the filter works without is noted in what was found, and what an
-	// earlier attach has put in force stays then.
+	// attach puts the layer in force for the targets of an attach, within its change.
+	// If the filter works without something that the kernel cannot have, attach notes
+	// the reason in found, and leaves what an earlier attach has put in force.
 	attach(a *attachment) error
-	// read adds to a status what the kernel says of it, and why it is not as it should be.
+	// read adds to a status what the kernel says about the layer, and why it is not as
+	// it should be.
 	read(r *reading)
 }
 
-// site is where a filter is: what layers share that is the same for each attach.
+// site is where a filter is: what the layers share, and what is the same for each attach.
 type site struct {
 	pins pins.Path
 	root cgroup.Root
 }
 
-// attachment is an attach under way: what layers get, and what they leave for each other.
+// attachment is an attach in progress: what layers get, and what they leave for each other.
 type attachment struct {
 	*loaded
 	change *pins.Change
 	state  *maps.State
-	// migration is what is left to do where others replace maps that are kept; nil if none
-	// are.
+	// migration moves the contents of kept maps to the maps that replace them; nil if
+	// no map is replaced.
 	migration *maps.Migration
 	targets   []*target
-	// refuser is the way of refusing sockets; nil if there is none.
+	// refuser is the strategy for refusing sockets; nil if there is none.
 	refuser *refuser
 	found   found
 }
 
-// close closes what was loaded; the kernel keeps what is attached.
+// close closes what was loaded. The kernel keeps what is attached.
 func (a *attachment) close() {
 	for _, t := range a.targets {
 		t.close()
@@ -49,8 +50,9 @@ func (a *attachment) close() {
 type reading struct {
 	*Status
 	policed []*policed
-	// last is the number of the last attach; 0 if one is at work, or gave none.
+	// last is the number of the last attach; 0 if one is in progress, or the last one
+	// wrote none.
 	last uint64
-	// found is what the last attach has found; nil if that was interrupted.
+	// found is what the last attach found; nil if it was interrupted.
 	found *found
 }

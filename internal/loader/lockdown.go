@@ -6,10 +6,11 @@ import (
 	"os"
 )
 
-// ErrLockedDown means that the kernel lets no program read its memory, whoever asks.
+// ErrLockedDown means that the kernel does not let any program read its memory, whoever
+// loads it.
 var ErrLockedDown = errors.New("the kernel is locked down (lockdown=confidentiality)")
 
-// LockedDown says whether the kernel lets no program read its memory.
+// LockedDown says whether the kernel does not let any program read its memory.
 func LockedDown() bool {
 	text, err := os.ReadFile("/sys/kernel/security/lockdown")
 	return err == nil && bytes.Contains(text, []byte("[confidentiality]"))

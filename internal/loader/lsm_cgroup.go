@@ -16,8 +16,9 @@ import (
 	"github.com/egressbpf/egressbpf/bpf"
 )
 
-// loadLSMCgroup does what the library cannot do yet: it does not find the target of
-// programs of this type (BPF_LSM_CGROUP). The program needs no relocation but maps.
+// loadLSMCgroup loads the program without the library, which does not find the target of
+// programs of this type (BPF_LSM_CGROUP) yet. The program needs no relocations except of
+// maps.
 func loadLSMCgroup(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map) (*ebpf.Program, error) {
 	prog := spec.Programs[bpf.FamiliesProgFamiliesLsm]
 	target, err := kernelFunction("bpf_lsm_" + prog.AttachTo)
@@ -48,7 +49,7 @@ func loadLSMCgroup(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map) (*ebpf
 	return progLoad(code.Bytes(), prog, target)
 }
 
-// newConstants makes the map of a section of constants, as they are set.
+// newConstants creates the map for a section of constants, with their values.
 func newConstants(spec *ebpf.CollectionSpec, section string) (*ebpf.Map, error) {
 	values := make([]byte, spec.Maps[section].ValueSize)
 	for _, v := range spec.Variables {
@@ -116,7 +117,7 @@ func progLoad(code []byte, spec *ebpf.ProgramSpec, target btf.TypeID) (*ebpf.Pro
 	pin.Pin(&log[0])
 	var fd uintptr
 	errno := unix.EAGAIN
-	// The verifier gives up at a signal, which Go's scheduler sends at any time.
+	// The verifier gives up on a signal, and Go's scheduler sends signals at any time.
 	for range 100 {
 		fd, _, errno = unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
 		if errno != unix.EAGAIN {

@@ -16,10 +16,10 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// netfilter is the host side as programs of netfilter.
+// netfilter is the host side by BPF netfilter programs.
 type netfilter struct{ site }
 
-// hostHook is where netfilter runs a program; its name is the pin's too.
+// hostHook is a place where netfilter runs a program. Its pin has the same name.
 type hostHook struct {
 	name    string
 	program string
@@ -35,10 +35,10 @@ var hostHooks = []hostHook{
 	{pins.HostAnswer6, bpf.HostProgHostAnswer, link.NetfilterProtoIPv6, link.NetfilterInetLocalOut},
 }
 
-// hostPriority is before the kernel puts fragments together and tracks connections
-// (NF_IP_PRI_CONNTRACK_DEFRAG is -400). No two BPF programs may have the same, so an
-// exchange needs another one for its new program, and so does another instance: the
-// next before it that is free.
+// hostPriority runs programs before the kernel reassembles fragments and tracks connections
+// (NF_IP_PRI_CONNTRACK_DEFRAG is -400). No two BPF programs can have the same priority. So
+// a program that replaces another one, and another instance, take the next earlier priority
+// that is free.
 const (
 	hostPriority   = -450
 	hostPriorities = 32
@@ -46,15 +46,15 @@ const (
 
 // HostPrograms are the programs of the host side, loaded and not attached.
 type HostPrograms struct {
-	// Forward judges whatever comes from a container's device, Deliver what is
-	// within packets to the host itself.
+	// Forward judges every packet that comes from a container's device, Deliver what is
+	// inside packets to the host itself.
 	Forward *ebpf.Program `ebpf:"host_forward"`
 	Deliver *ebpf.Program `ebpf:"host_deliver"`
-	// Answer judges what the host itself says of packets before Forward has seen them.
+	// Answer judges the host's answers to packets that Forward has not seen.
 	Answer *ebpf.Program `ebpf:"host_answer"`
 }
 
-// Close closes the programs; the kernel keeps them while they are attached.
+// Close closes the programs. The kernel keeps them while they are attached.
 func (p *HostPrograms) Close() error {
 	return errors.Join(p.Forward.Close(), p.Deliver.Close(), p.Answer.Close())
 }
@@ -69,9 +69,9 @@ func (p *HostPrograms) byName(name string) *ebpf.Program {
 	return p.Answer
 }
 
-// LoadHost loads the programs of the host side for a policy and its devices, with
-// state as their memory, and attaches nothing. The error wraps ebpf.ErrNotSupported
-// before 6.4, and where the kernel is locked down. The caller closes the programs.
+// LoadHost loads the programs of the host side for a policy and its devices, and does not
+// attach them. The programs use the maps of state. The error wraps ebpf.ErrNotSupported
+// before 6.4, and if the kernel is locked down. The caller closes the programs.
 func LoadHost(p policy.Policy, state *maps.State) (*HostPrograms, error) {
 	l, err := loadPolicy(p)
 	if err != nil {
@@ -82,7 +82,7 @@ func LoadHost(p policy.Policy, state *maps.State) (*HostPrograms, error) {
 }
 
 // hostSide loads the programs of the host side. They need netfilter programs and
-// bpf_dynptr_from_skb(), both of 6.4.
+// bpf_dynptr_from_skb(), both from 6.4.
 func (l *loaded) hostSide(state *maps.State, targets []*target, devices []policy.Device) (*HostPrograms, error) {
 	spec, err := bpf.LoadHost()
 	if err != nil {
@@ -95,7 +95,7 @@ func (l *loaded) hostSide(state *maps.State, targets []*target, devices []policy
 	err = set(spec, map[string]any{
 		bpf.HostVarPoliced:        policedBy(targets),
 		bpf.HostVarHasDeviceNames: len(devices) > 0,
-		bpf.HostVarHasCoarseClock: false, // not for programs of this type
+		bpf.HostVarHasCoarseClock: false, // programs of this type cannot use it
 	})
 	if err != nil {
 		return nil, err
@@ -108,7 +108,8 @@ func (l *loaded) hostSide(state *maps.State, targets []*target, devices []policy
 	progs := new(HostPrograms)
 	if err := spec.LoadAndAssign(progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		if LockedDown() {
-			// They read names of devices, and those before 6.4 do not.
+			// These programs read names of devices from the kernel's memory;
+			// the program for kernels before 6.4 does not.
 			err = errors.Join(ErrLockedDown, ebpf.ErrNotSupported)
 		}
 		return nil, fmt.Errorf("load programs of the host side: %w", err)
@@ -120,7 +121,7 @@ func (l *loaded) hostSide(state *maps.State, targets []*target, devices []policy
 	return progs, nil
 }
 
-// deviceName returns d as a key of the trie of names.
+// deviceName returns d as a key of the trie device_names.
 func deviceName(d policy.Device) bpf.HostDeviceName {
 	name, begin := strings.CutSuffix(string(d), "*")
 	var key bpf.HostDeviceName
@@ -129,7 +130,7 @@ func deviceName(d policy.Device) bpf.HostDeviceName {
 	}
 	key.Len = uint32(8 * len(name))
 	if !begin {
-		key.Len += 8 // its NUL
+		key.Len += 8 // with its NUL
 	}
 	return key
 }

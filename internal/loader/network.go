@@ -8,7 +8,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
-// netNamespace returns the number of a process's network namespace; 0 if it cannot be seen.
+// netNamespace returns the number of a process's network namespace; 0 if this process
+// cannot see it.
 func netNamespace(pid string) uint64 {
 	var st unix.Stat_t
 	if err := unix.Stat(filepath.Join("/proc", pid, "ns/net"), &st); err != nil {
@@ -26,8 +27,8 @@ func hostsNetwork() uint64 {
 	return netNamespace("1")
 }
 
-// InHostsNetwork says whether this process is in the network namespace of the host, as far
-// as it can see that.
+// InHostsNetwork says whether this process is in the host's network namespace, as far as it
+// can see the host.
 func InHostsNetwork() bool {
 	host := hostsNetwork()
 	return host == 0 || host == netNamespace("self")

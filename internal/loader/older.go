@@ -9,9 +9,9 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// keptBy returns a defence of which some program was loaded before the egress program, and
-// so by an earlier attach, whose document is doc (nil if it has none). What kept the last
-// attach from renewing it is among what that has found.
+// keptBy returns a defence some of whose programs were loaded before the egress program,
+// and so by an earlier attach. doc is the document of that attach; nil if there is none.
+// What kept the last attach from renewing the defence is among what it found.
 func (r *reading) keptBy(d Defence, doc *document, programs []ebpf.ProgramID) Defence {
 	d.Reason = "an older attach put it in force"
 	if doc != nil {
@@ -36,8 +36,8 @@ func (r *reading) keptBy(d Defence, doc *document, programs []ebpf.ProgramID) De
 	return d
 }
 
-// useOtherMaps says whether one of the programs does not have the containers that the egress
-// program has, since the last attach has replaced the map.
+// useOtherMaps says whether one of the programs uses another map of containers than the
+// egress program, because the last attach has replaced the map.
 func (r *reading) useOtherMaps(programs []ebpf.ProgramID) bool {
 	for _, p := range r.policed {
 		egress := p.info[hooks[0].name]
@@ -57,8 +57,8 @@ func (r *reading) useOtherMaps(programs []ebpf.ProgramID) bool {
 	return false
 }
 
-// olderThanFilter says whether one of the programs was loaded before the egress program of a
-// policed cgroup.
+// olderThanFilter says whether one of the programs was loaded before the egress program of
+// a policed cgroup.
 func (r *reading) olderThanFilter(programs []ebpf.ProgramID) bool {
 	for _, p := range r.policed {
 		egress := p.info[hooks[0].name]
@@ -74,8 +74,8 @@ func (r *reading) olderThanFilter(programs []ebpf.ProgramID) bool {
 	return false
 }
 
-// older says whether a program was loaded before another one. One that is gone, as
-// when somebody attaches meanwhile, is not.
+// older says whether a program was loaded before another one; false if either is gone, for
+// instance because another process is attaching.
 func older(id, than ebpf.ProgramID) bool {
 	a, errA := loadTime(id)
 	b, errB := loadTime(than)

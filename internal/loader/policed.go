@@ -15,32 +15,32 @@ import (
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
-// maxPoliced is how many cgroups can be policed.
+// maxPoliced is how many cgroups can be policed at once.
 const maxPoliced = 8 // MAX_POLICED
 
-// policed is a cgroup that has links pinned.
+// policed is a cgroup that has pinned links.
 type policed struct {
 	id  uint64
 	dir string
-	// rel is where the cgroup is, or was if it is gone.
+	// rel is the path of the cgroup, or its former path if the cgroup is gone.
 	rel  string
 	gone bool
-	// links by the names of the hooks; dead ones, which some other program has
-	// detached, are missing.
+	// links are the links of the hooks, by name, without dead links: those that another
+	// program has detached.
 	links map[string]link.Link
 	info  map[string]*link.Info
 	// families is the link that refuses sockets; nil if there is none.
 	families *link.Info
-	// familiesDoc and familiesSince are of its program, as doc and since are of the
-	// egress program.
+	// familiesDoc and familiesSince describe its program, like doc and since the egress
+	// program.
 	familiesDoc   *document
 	familiesSince time.Time
-	// docs and since are of the hooks' programs, by their names: what they were made from,
-	// as far as the version that loaded them tells, and when they were loaded.
+	// docs and since describe the programs of the hooks, by name: their documents, as
+	// far as the version that loaded them wrote any, and when they were loaded.
 	docs  map[string]*document
 	since map[string]time.Time
-	// doc is that of the first hook that has one, which is the egress hook's; nil if none
-	// has.
+	// doc is the document of the first hook that has one, which is the egress hook; nil
+	// if none has one.
 	doc *document
 }
 
@@ -52,8 +52,8 @@ func (p *policed) Close() error {
 	return nil
 }
 
-// installed reads all policed cgroups back from the kernel, those of other versions
-// included. The caller closes them.
+// installed reads all policed cgroups back from the kernel, including those of other
+// versions. The caller closes them.
 func (f *Filter) installed() (_ []*policed, err error) {
 	var found []*policed
 	defer func() {
@@ -79,7 +79,7 @@ func (f *Filter) installed() (_ []*policed, err error) {
 	return found, nil
 }
 
-// inForce says whether a link that is not one of the whole host is at the cgroup.
+// inForce says whether a link is attached to the cgroup with an id, or to the whole host.
 func inForce(info *link.Info, id uint64) bool {
 	c := info.Cgroup()
 	return c == nil || c.CgroupId == id
@@ -94,7 +94,8 @@ func closeAll(all []*policed) {
 // errVanished means that a policed cgroup was detached while it was read.
 var errVanished = errors.New("detached meanwhile")
 
-// read returns what the kernel says of the link of a hook, and notes what its program tells.
+// read returns what the kernel says about the link of a hook, and notes the document and
+// load time of its program.
 func (p *policed) read(name string, l link.Link) (*link.Info, error) {
 	for {
 		info, err := l.Info()
@@ -103,8 +104,8 @@ func (p *policed) read(name string, l link.Link) (*link.Info, error) {
 		}
 		doc, since, err := readDocument(info.Program)
 		if errors.Is(err, fs.ErrNotExist) {
-			// Who holds the lock has exchanged the program meanwhile. A link that was
-			// detached keeps its program.
+			// The process that holds the lock has replaced the program
+			// meanwhile. A link that was detached keeps its program.
 			continue
 		}
 		if err != nil {
@@ -140,7 +141,7 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 			if err := p.readHook(name); err != nil {
 				return nil, err
 			}
-		} // Others are of another version.
+		} // Other names are pins of other versions.
 	}
 	for _, h := range hooks {
 		if p.doc == nil {
@@ -158,12 +159,12 @@ func (f *Filter) readPoliced(id uint64, dir string) (_ *policed, err error) {
 	return p, err
 }
 
-// readHook opens the link of a hook, if it is in force.
+// readHook opens the link of a hook if it is in force.
 func (p *policed) readHook(name string) error {
 	pin := filepath.Join(p.dir, name)
 	l, err := link.LoadPinnedLink(pin, nil)
 	if errors.Is(err, fs.ErrNotExist) || err != nil && pins.IsNoLink(pin) {
-		return nil // detached meanwhile, by who holds the lock, or in the place of a link
+		return nil // the holder of the lock has detached it meanwhile, or something else is pinned there
 	}
 	if err != nil {
 		return fmt.Errorf("open pinned link %s: %w", pin, err)
@@ -173,7 +174,7 @@ func (p *policed) readHook(name string) error {
 		l.Close()
 		return err
 	}
-	// The kernel empties a link whose cgroup is gone or that was detached.
+	// The kernel clears the cgroup of a link that was detached or whose cgroup is gone.
 	if c := info.Cgroup(); c == nil || c.CgroupId != p.id {
 		l.Close()
 		return nil
@@ -182,20 +183,21 @@ func (p *policed) readHook(name string) error {
 	return nil
 }
 
-// readFamilies notes the link that refuses sockets, if it is in force.
+// readFamilies notes the link that refuses sockets if it is in force.
 func (p *policed) readFamilies() {
-	// While an exchange goes on, either is.
+	// During a replacement, either link may be pinned here; both are in force.
 	info, err := pins.Info(familiesPin(p))
 	if err != nil || !inForce(info, p.id) {
 		return
 	}
 	p.families = info
-	// Without them, the link is as much in force.
+	// The link is in force even if its document cannot be read.
 	p.familiesDoc, p.familiesSince, _ = readDocument(info.Program)
 }
 
-// settled reads all policed cgroups back, as an attach leaves them and not in its midst, and
-// returns the number of the last attach; 0 if one is at work. The caller closes them.
+// settled reads all policed cgroups back as an attach leaves them, not in the middle of
+// one, and returns the number of the last attach; 0 if one is in progress. The caller
+// closes the cgroups.
 func (f *Filter) settled() (all []*policed, last uint64, err error) {
 	for try := range 2 {
 		if all, err = f.installed(); err != nil {
@@ -209,15 +211,15 @@ func (f *Filter) settled() (all []*policed, last uint64, err error) {
 			return all, 0, nil
 		}
 		if try == 0 {
-			// It may have ended meanwhile.
+			// The attach may have ended meanwhile.
 			closeAll(all)
 		}
 	}
 	return all, last, nil
 }
 
-// older says whether a hook of the cgroup has a program of another attach than the last,
-// which is 0 if it gave no number.
+// older says whether a hook of the cgroup has a program of an earlier attach than the last.
+// last is 0 if the last attach wrote no number.
 func (p *policed) older(hook string, last uint64) bool {
 	if last == 0 || p.info[hook] == nil {
 		return false
@@ -226,12 +228,12 @@ func (p *policed) older(hook string, last uint64) bool {
 	return doc == nil || doc.Attach != last
 }
 
-// isOlder says whether any of its hooks has.
+// isOlder says whether any hook of the cgroup does.
 func (p *policed) isOlder(last uint64) bool {
 	return slices.ContainsFunc(hooks, func(h hook) bool { return p.older(h.name, last) })
 }
 
-// lastAttach returns the number of the attach that loaded the newest of the hooks' programs.
+// lastAttach returns the number of the attach that loaded the newest program of the hooks.
 func lastAttach(all []*policed) (attach uint64) {
 	var newest time.Time
 	for _, p := range all {
@@ -244,7 +246,7 @@ func lastAttach(all []*policed) (attach uint64) {
 	return attach
 }
 
-// recognises says whether containers of the cgroup are told by their names.
+// recognises says whether containers in the cgroup are recognised by name.
 func (p *policed) recognises() bool {
 	return p.rel != "" && p.doc != nil && p.doc.Policy.Recognises(p.rel)
 }

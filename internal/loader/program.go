@@ -15,18 +15,18 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// Programs are the filter's programs for one cgroup, loaded and not attached.
+// Programs are the programs of the filter for one cgroup, loaded and not attached.
 type Programs struct {
 	byHook map[string]*ebpf.Program
 	doc    document
-	// docMap holds the document, and is bound to all of them.
+	// docMap holds the document, and is bound to all programs.
 	docMap *ebpf.Map
 }
 
-// Egress returns the program of the packet hook. It stays the Programs'.
+// Egress returns the program of the packet hook. The caller must not close it.
 func (p *Programs) Egress() *ebpf.Program { return p.byHook[bpf.EgressProgEgress] }
 
-// Close closes the programs; the kernel keeps them while they are attached.
+// Close closes the programs. The kernel keeps them while they are attached.
 func (p *Programs) Close() error {
 	errs := []error{p.docMap.Close()}
 	for _, prog := range p.byHook {
@@ -48,14 +48,13 @@ func (p *Programs) bind() (err error) {
 	return nil
 }
 
-// note adds what an attach has found to the document.
+// note adds what an attach found to the document.
 func (p *Programs) note(f *found) error {
 	p.doc.Found = f
 	return p.doc.write(p.docMap)
 }
 
-// loaded is a policy in the kernel: the maps that programs of every cgroup
-// share.
+// loaded is a policy in the kernel: the maps that the programs of all cgroups share.
 type loaded struct {
 	attach uint64 // the number of the attach
 	policy policy.Policy
@@ -93,9 +92,9 @@ func loadPolicy(p policy.Policy) (_ *loaded, err error) {
 	return l, l.rules.Load(l.maps[bpf.EgressMapRules], l.maps[bpf.EgressMapPorts])
 }
 
-// Load loads the programs that police the cgroup rel with a policy, with state
-// as their memory, and attaches nothing. A rejection by the kernel's verifier
-// wraps *ebpf.VerifierError. The caller closes the Programs.
+// Load loads the programs that police the cgroup rel with a policy, and does not attach
+// them. The programs use the maps of state. If the kernel's verifier rejects a program, the
+// error wraps *ebpf.VerifierError. The caller closes the Programs.
 func Load(p policy.Policy, state *maps.State, rel string, id uint64) (*Programs, error) {
 	l, err := loadPolicy(p)
 	if err != nil {
@@ -134,8 +133,7 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 		Sendmsg4 *ebpf.Program `ebpf:"sendmsg4"`
 		Sendmsg6 *ebpf.Program `ebpf:"sendmsg6"`
 	}
-	// Not by a Collection, which would keep the constants mapped until the garbage
-	// collector comes by.
+	// A Collection would keep the constants mapped until the garbage collector runs.
 	if err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
@@ -162,7 +160,7 @@ func set(spec *ebpf.CollectionSpec, constants map[string]any) error {
 	return nil
 }
 
-// policedCgroup returns a policed cgroup as the programs know it.
+// policedCgroup returns a policed cgroup as a constant of the programs.
 func policedCgroup(rel string, id uint64, recognises bool) bpf.EgressPolicedCgroup {
 	p := bpf.EgressPolicedCgroup{Id: id, Level: cgroup.Level(rel)}
 	if recognises {
@@ -171,7 +169,7 @@ func policedCgroup(rel string, id uint64, recognises bool) bpf.EgressPolicedCgro
 	return p
 }
 
-// policedBy returns all that an attach polices.
+// policedBy returns all cgroups that an attach polices.
 func policedBy(targets []*target) (all [maxPoliced]bpf.EgressPolicedCgroup) {
 	for i, t := range targets {
 		all[i] = policedCgroup(t.rel, t.id, t.recognises)
@@ -179,8 +177,8 @@ func policedBy(targets []*target) (all [maxPoliced]bpf.EgressPolicedCgroup) {
 	return all
 }
 
-// share sets the constants of bpf/policy.h, and returns the maps that the programs
-// of spec find in place.
+// share sets the constants of bpf/policy.h, and returns the maps that the programs of spec
+// use instead of their own.
 func (l *loaded) share(spec *ebpf.CollectionSpec, state *maps.State) (map[string]*ebpf.Map, error) {
 	var smtpPorts maps.Words
 	for _, port := range l.policy.SMTP.Ports {
@@ -213,7 +211,7 @@ func (l *loaded) share(spec *ebpf.CollectionSpec, state *maps.State) (map[string
 	return shared, nil
 }
 
-// haveHelper says whether the kernel has a helper for a type of program.
+// haveHelper says whether the kernel has a helper for programs of a type.
 func haveHelper(typ ebpf.ProgramType, helper asm.BuiltinFunc) (bool, error) {
 	err := features.HaveProgramHelper(typ, helper)
 	if err != nil && !errors.Is(err, ebpf.ErrNotSupported) {

@@ -13,8 +13,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/maps"
 )
 
-// Status reads back what is in force. The error can wrap ErrOtherVersion. That
-// nothing is attached is no error.
+// Status reads back what is in force. The error can wrap ErrOtherVersion. It is no error if
+// nothing is attached.
 func (f *Filter) Status() (*Status, error) {
 	if err := f.pins.Check(); err != nil {
 		return nil, err
@@ -54,8 +54,8 @@ func (f *Filter) Status() (*Status, error) {
 	return r.Status, f.findUncovered(r)
 }
 
-// AddState adds what is kept about containers to what a status tells: how much room there
-// is left, and who may reach the metadata service.
+// AddState adds to a status how much room is left for containers, and which containers a
+// rule lets reach the metadata service or open more sockets.
 func (f *Filter) AddState(s *Status) error {
 	return f.withState(func(state *maps.State) error { return f.addState(s, state) })
 }
@@ -94,8 +94,8 @@ func (f *Filter) addState(s *Status, state *maps.State) error {
 	return nil
 }
 
-// AddExposed adds the containers that have more of the host's cgroups than their own. It
-// looks at a process of each container.
+// AddExposed adds the containers that see or can write more of the host's cgroups than
+// their own. It looks at one process of each container.
 func (f *Filter) AddExposed(s *Status) error {
 	for _, rel := range s.running {
 		e, err := f.root.Exposure(rel)
@@ -107,7 +107,7 @@ func (f *Filter) AddExposed(s *Status) error {
 		}
 	}
 	if len(s.Exposed) > 0 && !slices.ContainsFunc(s.Defences, func(d Defence) bool { return d.Name == cgroupBoundary }) {
-		s.Defences = append(s.Defences, Defence{Name: cgroupBoundary, Reason: "containers have the host's cgroup namespace or tree, as shown below: they can move to where they are not judged, or start containers beside them, each with a bucket of its own"})
+		s.Defences = append(s.Defences, Defence{Name: cgroupBoundary, Reason: "containers have the host's cgroup namespace or tree, as shown below: they can move to a cgroup that is not policed, or start more containers, each with its own bucket"})
 	}
 	return nil
 }

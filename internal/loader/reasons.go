@@ -5,29 +5,30 @@ import (
 	"strings"
 )
 
-// tryStep begins the name of a step in which an attach finds out whether the kernel
-// can have a defence. It goes on where that fails, with what an earlier attach has
-// put in force, if there is any.
+// tryStep is the prefix of a step in which an attach finds out whether the kernel supports
+// a defence. If the step fails, the attach goes on, and keeps what an earlier attach has
+// put in force.
 const tryStep = "try "
 
-// found is what an attach has found out about the kernel. It is kept with the programs: to
-// find it out again, Status would have to load and attach what the kernel has refused.
+// found is what an attach found out about the kernel. It is stored with the programs: to
+// find it out again, Status would have to load and attach what the kernel refused.
 type found struct {
-	// Missing says why the attach did without hooks and defences, by their names.
+	// Missing says which hooks and defences the attach left out, and why.
 	Missing map[string]string `json:"missing,omitempty"`
-	// Ingress is whether the host side is that of devices (ingress.go).
+	// Ingress is whether the host side uses filters at devices (ingress.go).
 	Ingress bool `json:"ingress,omitempty"`
-	// Tunnels is whether the kernel tells where the host's tunnels end.
+	// Tunnels is whether the kernel lists the ports of the host's tunnels.
 	Tunnels bool `json:"tunnels,omitempty"`
 
-	// version is that of an attach that kept no reasons, since it is another one's.
+	// version is the version of an attach that stored no reasons, if it is not this
+	// version.
 	version string
 }
 
 // longestReason keeps all reasons within documentSpare.
 const longestReason = 500
 
-// note keeps why there is no hook or defence; nothing if err is nil.
+// note notes why a hook or a defence is missing; it does nothing if err is nil.
 func (f *found) note(name string, err error) {
 	if err == nil {
 		return
@@ -42,11 +43,12 @@ func (f *found) note(name string, err error) {
 	f.Missing[name] = reason
 }
 
-// interrupted is why something is missing that no attach has missed.
+// interrupted is the reason for something that is missing although the last attach attached
+// it.
 const interrupted = "it was detached or unpinned, its cgroup was removed, or an attach was interrupted; attach again"
 
-// why returns why the last attach did without a hook or a defence; interrupted if it has
-// kept no reason.
+// why returns why the last attach left out a hook or a defence; interrupted if it stored no
+// reason.
 func (f *found) why(name string) string {
 	switch {
 	case f == nil:
@@ -54,13 +56,13 @@ func (f *found) why(name string) string {
 	case f.Missing[name] != "":
 		return f.Missing[name]
 	case f.version != "":
-		return fmt.Sprintf("version %s has attached without it; attach again", f.version)
+		return fmt.Sprintf("version %s attached without it; attach again", f.version)
 	}
 	return interrupted
 }
 
-// foundBy returns what the attach has found whose programs police these cgroups; nil if
-// none has come so far.
+// foundBy returns what the attach found whose programs police these cgroups; nil if no
+// attach has come that far.
 func foundBy(all []*policed) *found {
 	for _, p := range all {
 		if p.doc != nil && p.doc.Found != nil {
@@ -73,7 +75,7 @@ func foundBy(all []*policed) *found {
 	return nil
 }
 
-// cannot is why the kernel cannot have something that the filter works without.
+// cannot is the reason why the kernel cannot have something that the filter works without.
 type cannot struct{ error }
 
 func (c cannot) Unwrap() error { return c.error }

@@ -14,34 +14,34 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// ErrCannotRecognise means that this kernel runs no program when a cgroup is made, so
-// that containers cannot be told from what is beside them.
-var ErrCannotRecognise = errors.New("this kernel cannot tell containers from what else is in there")
+// ErrCannotRecognise means that this kernel does not run a program when a cgroup is made,
+// so that containers cannot be told from other cgroups.
+var ErrCannotRecognise = errors.New("this kernel cannot tell containers from other cgroups")
 
 // cgroupsHooks are the hooks of the programs that follow containers as they come and go.
-// They are of the whole host.
+// They are hooks of the whole host.
 var cgroupsHooks = []string{bpf.CgroupsProgRecognise, bpf.CgroupsProgKeep, bpf.CgroupsProgRelease}
 
 // recognition is the layer that follows containers as they come and go.
 type recognition struct{ site }
 
-// attach has the containers of the targets enrolled, those that exist and those to come,
-// where they are told by their names.
+// attach makes the containers of the targets known, those that exist and those to come, if
+// they are recognised by name.
 func (r recognition) attach(a *attachment) error {
 	constants := cgroupsConstants(a.targets, a.policy)
 	if !recognises(a.targets) {
 		return nil
 	}
-	// First the program, for what is made from now on; then what exists.
+	// First the program, for containers made from now on; then those that exist.
 	if err := r.attachHook(bpf.CgroupsProgRecognise, constants, a); err != nil {
 		return fmt.Errorf("%s: %w: %w", r.root.Path(a.targets[0].rel), ErrCannotRecognise, err)
 	}
 	return r.enrol(a)
 }
 
-// follow attaches the other programs, and removes the state of what is no container. The
-// filter works without these: state of containers that are gone takes room, and what is
-// started again has a full bucket.
+// follow attaches the other programs, and removes the state of cgroups that are no
+// containers. The filter works without these programs, but then the state of removed
+// containers takes room, and a restarted container has a full bucket.
 func (r recognition) follow(a *attachment) error {
 	constants := cgroupsConstants(a.targets, a.policy)
 	for _, name := range cgroupsHooks {
@@ -58,7 +58,8 @@ func (r recognition) attachHook(name string, constants map[string]any, a *attach
 		return err
 	}
 	defer prog.Close()
-	// Links of tracing programs cannot be updated. For a moment two programs do the same.
+	// Links of tracing programs cannot be updated. For a moment, both programs run and
+	// do the same.
 	return a.change.ReplaceLink(r.pins.Pin(name), func() (link.Link, error) {
 		return link.AttachTracing(link.TracingOptions{Program: prog})
 	})
@@ -106,8 +107,8 @@ func (r recognition) readHook(name string, found *found) Hook {
 	return row
 }
 
-// ProbeRecognise says why this kernel cannot tell containers from what else is in a
-// cgroup, or nil if it can.
+// ProbeRecognise says why this kernel cannot tell containers from other cgroups; nil if it
+// can.
 func ProbeRecognise(state *maps.State) error {
 	root := &target{id: 1, rel: "/", recognises: true}
 	prog, err := loadCgroups(bpf.CgroupsProgRecognise, state, cgroupsConstants([]*target{root}, policy.Default()))
@@ -140,14 +141,14 @@ func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebp
 	}
 	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
 		if LockedDown() {
-			err = ErrLockedDown // and not what the verifier says of it
+			err = ErrLockedDown // the verifier's message would mislead
 		}
 		return nil, fmt.Errorf("load program %s: %w", name, err)
 	}
 	return loaded.Program, nil
 }
 
-// cgroupsConstants are the policed cgroups, and the names of containers in there.
+// cgroupsConstants returns the policed cgroups and the scopes as constants of the programs.
 func cgroupsConstants(targets []*target, p policy.Policy) map[string]any {
 	scopes, n := scopesOf(p)
 	return map[string]any{bpf.CgroupsVarPoliced: policedBy(targets), bpf.CgroupsVarScopes: scopes, bpf.CgroupsVarN_scopes: n}

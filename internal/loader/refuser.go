@@ -17,14 +17,14 @@ import (
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
-// A refuser is a way of refusing sockets.
+// A refuser is a strategy for refusing sockets.
 type refuser struct {
 	name   string
 	load   func(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map) (*ebpf.Program, error)
 	attach func(prog *ebpf.Program, dir *os.File) (link.Link, error)
 }
 
-// refusers are the ways, the best first: the first runs for policed processes only.
+// refusers are the strategies, the best first: lsm_cgroup runs for policed processes only.
 var refusers = []refuser{
 	{"lsm_cgroup", loadLSMCgroup, func(prog *ebpf.Program, dir *os.File) (link.Link, error) {
 		return link.AttachRawLink(link.RawLinkOptions{Target: int(dir.Fd()), Program: prog, Attach: ebpf.AttachLSMCgroup})
@@ -34,10 +34,10 @@ var refusers = []refuser{
 	}},
 }
 
-// findRefuser returns the first way that really refuses sockets on this kernel: one
-// can be attached without an error and never be asked, where bpf is missing from the
-// kernel's list of security modules. So each is tried with a socket of this process's
-// own that no other would make.
+// findRefuser returns the first strategy that really refuses sockets on this kernel. A
+// program can be attached without an error and never be called, if bpf is missing from the
+// kernel's list of security modules. So each strategy is tried with a socket that no other
+// process would open.
 func findRefuser(change *pins.Change) (*refuser, error) {
 	if err := change.Step(tryStep + SocketFamilies); err != nil {
 		return nil, err
@@ -58,14 +58,14 @@ func findRefuser(change *pins.Change) (*refuser, error) {
 	return nil, errors.Join(errs...)
 }
 
-var errNotAsked = errors.New("it attaches, and the kernel does not ask it: `bpf` is missing from its list of security modules (/sys/kernel/security/lsm)")
+var errNotAsked = errors.New("it attaches, but the kernel never calls it: `bpf` is missing from its list of security modules (/sys/kernel/security/lsm)")
 
 func (r *refuser) try(state *maps.State) error {
-	// Of no use to inet_create: not below IPPROTO_MAX (263).
+	// inet_create accepts no such protocol: it is not below IPPROTO_MAX (263).
 	protocol := 1<<20 + rand.IntN(1<<20)
 	prog, err := r.loadFor(state, map[string]any{bpf.FamiliesVarProbeProtocol: int32(protocol)})
 	if errors.Is(err, unix.EPERM) {
-		return unix.EPERM // the library takes it for a question of memory
+		return unix.EPERM // the library reports it as a memory limit
 	}
 	if err != nil {
 		return err

@@ -13,10 +13,10 @@ import (
 	"github.com/egressbpf/egressbpf/internal/pins"
 )
 
-// State opens the maps of a filter that is attached. A map whose pin is gone is the one
-// that the programs in force use; who only reads does without one that this version cannot
-// use, or that there is none of. The caller closes it. The error wraps ErrNotAttached or
-// ErrOtherVersion.
+// State opens the maps of a filter that is attached. If the pin of a map is gone, State
+// opens the map that the programs in force use. Maps other than containers are left out if
+// they do not exist or this version cannot use them: readers do without. The caller closes
+// the State. The error wraps ErrNotAttached or ErrOtherVersion.
 func (f *Filter) State() (*maps.State, error) { return f.state() }
 
 func (s site) state() (*maps.State, error) {
@@ -36,7 +36,8 @@ func (s site) state() (*maps.State, error) {
 	return state, nil
 }
 
-// withState calls do with the state of a filter that is attached. That none is, is no error.
+// withState calls do with the state of a filter that is attached. It is no error if nothing
+// is attached.
 func (f *Filter) withState(do func(*maps.State) error) error {
 	state, err := f.State()
 	if errors.Is(err, ErrNotAttached) {
@@ -79,10 +80,10 @@ func (f *Filter) ChangeState(ctx context.Context, do func(*maps.State) error) er
 	return do(state)
 }
 
-// openState opens the maps of the state for an attach: each is there and pinned then, and
-// those that are kept are of a format. Where they are not, others replace them, which have
-// all but what was counted: the migration moves that once no program uses the ones before. It
-// is nil if none is needed.
+// openState opens the maps of the state for an attach, and creates and pins those that are
+// missing. Kept maps of another format are replaced by new maps, which get everything
+// except the counts. The migration moves the counts once no program uses the old maps any
+// more; it is nil if none is needed.
 func (s site) openState(change *pins.Change, format maps.Format) (*maps.State, *maps.Migration, error) {
 	from, err := s.pins.Repair()
 	if err != nil {
@@ -109,7 +110,8 @@ func (s site) openState(change *pins.Change, format maps.Format) (*maps.State, *
 	return state, m, m.Copy()
 }
 
-// withMaps makes a State of what each map that is found is used as; nil is none.
+// withMaps makes a State of the maps that use returns for each map that is found. nil
+// leaves a map out.
 func (s site) withMaps(format maps.Format, use func(*stateMap) (*ebpf.Map, error)) (_ *maps.State, err error) {
 	specs, err := maps.StateSpec(format)
 	if err != nil {
@@ -138,17 +140,18 @@ func (s site) withMaps(format maps.Format, use func(*stateMap) (*ebpf.Map, error
 	return maps.NewState(opened), nil
 }
 
-// stateMap is a map of the state as it is found, and as this version makes it.
+// stateMap is a map of the state as it was found, and the spec by which this version
+// creates it.
 type stateMap struct {
 	name, pin string
 	spec      *ebpf.MapSpec
-	// m is nil if there is none.
+	// m is nil if no map was found.
 	m      *ebpf.Map
 	pinned bool
 }
 
-// findMap finds a map of the state by its pin, or else by the programs in force. The caller
-// closes it.
+// findMap finds a map of the state by its pin, or otherwise through the programs in force.
+// The caller closes it.
 func (s site) findMap(name string, spec *ebpf.MapSpec) (*stateMap, error) {
 	found := &stateMap{name: name, pin: s.pins.Pin(name), spec: spec}
 	var err error
@@ -158,7 +161,7 @@ func (s site) findMap(name string, spec *ebpf.MapSpec) (*stateMap, error) {
 	return found, nil
 }
 
-// take returns the map, which close spares then.
+// take returns the map, which close does not close then.
 func (s *stateMap) take() *ebpf.Map {
 	m := s.m
 	s.m = nil
@@ -171,17 +174,17 @@ func (s *stateMap) close() {
 	}
 }
 
-// mapUse is what becomes of a map that is found.
+// mapUse is what happens to a map that was found.
 type mapUse int
 
 const (
 	keepMap    mapUse = iota
-	makeMap           // another one, instead of it
-	convertMap        // into another one, with what it holds
+	makeMap           // create another map instead
+	convertMap        // create another map, with the contents of this one
 )
 
-// use decides that. The error, which wraps ErrOtherVersion, is of a map that this version
-// cannot use, and whose content must not be lost.
+// use decides what happens to the map. The error wraps ErrOtherVersion if this version
+// cannot use the map and its contents must not be lost.
 func (s *stateMap) use() (mapUse, error) {
 	if s.m == nil {
 		return makeMap, nil
@@ -206,7 +209,7 @@ func (s *stateMap) use() (mapUse, error) {
 	return keepMap, nil
 }
 
-// forReader returns the map for who only reads; nil for one to do without.
+// forReader returns the map for a reader; nil if the reader does without it.
 func (s *stateMap) forReader() (*ebpf.Map, error) {
 	if s.m == nil && s.name == bpf.EgressMapContainers {
 		return nil, fmt.Errorf("map %s: %w", s.name, fs.ErrNotExist)
@@ -218,8 +221,8 @@ func (s *stateMap) forReader() (*ebpf.Map, error) {
 	return s.take(), nil
 }
 
-// forAttach returns the map for an attach: pinned, and made if need be. A map that it replaces
-// is added to from.
+// forAttach returns the map for an attach, which is pinned and if need be created. If the
+// map replaces another one, forAttach adds the other one to from.
 func (s *stateMap) forAttach(change *pins.Change, from map[string]*ebpf.Map) (*ebpf.Map, error) {
 	use, err := s.use()
 	if err != nil {
@@ -250,19 +253,19 @@ func (s *stateMap) forAttach(change *pins.Change, from map[string]*ebpf.Map) (*e
 	return s.take(), nil
 }
 
-// makeAnew makes the map that this version would have.
+// makeAnew creates the map as this version would have it.
 func (s *stateMap) makeAnew() (err error) {
 	s.close()
 	s.m, err = maps.CreateMap(s.spec)
 	return err
 }
 
-// replace pins a map that this version can use instead of one that is kept, and adds the
-// latter to those that are replaced.
+// replace pins a map that this version can use in place of a kept one, and adds the kept
+// one to from.
 func (s *stateMap) replace(change *pins.Change, from map[string]*ebpf.Map) (*ebpf.Map, error) {
 	if before := from[s.name]; before != nil {
 		if maps.Compatible(s.spec, before) != nil {
-			return nil, fmt.Errorf("pinned map %s: %w: an attach of yet another version was interrupted; attach with that first", s.pin, ErrOtherVersion)
+			return nil, fmt.Errorf("pinned map %s: %w: an attach by a third version was interrupted; attach with that version first", s.pin, ErrOtherVersion)
 		}
 		if err := change.SwapMaps(s.pin); err != nil {
 			return nil, err

@@ -19,16 +19,16 @@ import (
 )
 
 // tunnels is the part of the host side that closes the UDP ports of the host's tunnels to
-// containers: where the host itself unpacks packets from others, a container could hide what
-// is not to pass in an innocent one.
+// containers. The host itself unpacks packets there, so a container could hide a blocked
+// packet in an innocent one.
 type tunnels struct{ site }
 
-// usualTunnels are closed whether or not there is a tunnel yet: VXLAN (IANA's port and that
-// of Linux), VXLAN-GPE, GENEVE, GTP, GUE and MPLS.
+// usualTunnels are closed even if there is no tunnel yet: VXLAN (IANA's port and Linux's),
+// VXLAN-GPE, GENEVE, GTP, GUE and MPLS.
 var usualTunnels = []uint16{4789, 8472, 4790, 6081, 2152, 6080, 6635}
 
-// attach closes the ports of the tunnels that there are, in the network namespace of this
-// process. Kernels without BTF cannot tell them: there the usual ones are closed.
+// attach closes the ports of the tunnels in the network namespace of this process. Kernels
+// without BTF cannot list them: there attach closes the usual ports.
 func (t tunnels) attach(a *attachment) error {
 	if prog, err := loadTunnels(); err == nil {
 		defer prog.Close()
@@ -47,7 +47,7 @@ func (t tunnels) attach(a *attachment) error {
 	return t.set(withUsual(found), a)
 }
 
-// set closes those ports to containers and opens all others.
+// set closes these ports to containers and opens all others.
 func (t tunnels) set(ports map[uint16]bool, a *attachment) error {
 	before, err := a.state.Tunnels()
 	if err != nil {
@@ -60,10 +60,11 @@ func (t tunnels) set(ports map[uint16]bool, a *attachment) error {
 	return a.state.SetTunnels(ports)
 }
 
-// detach takes off what finds tunnels.
+// detach removes the program that lists tunnels.
 func (t tunnels) detach(change *pins.Change) error { return change.DropLink(t.pins.Pin(pins.Tunnels)) }
 
-// withUsual returns the ports to be closed where tunnels were found at some.
+// withUsual returns the ports to close: those at which tunnels were found, and the usual
+// ones.
 func withUsual(found []uint16) map[uint16]bool {
 	ports := map[uint16]bool{}
 	for _, port := range usualTunnels {
@@ -89,8 +90,8 @@ func loadTunnels() (*ebpf.Program, error) {
 	return loaded.Program, nil
 }
 
-// CloseTunnels closes the ports of the tunnels that the host has now to containers, and
-// opens those of tunnels that are gone. That there is no host side is no error.
+// CloseTunnels closes the ports of the host's present tunnels to containers, and opens the
+// ports of tunnels that are gone. It is no error if there is no host side.
 func (f *Filter) CloseTunnels() error {
 	found, err := f.host.tunnels.find()
 	if errors.Is(err, fs.ErrNotExist) {
@@ -102,8 +103,8 @@ func (f *Filter) CloseTunnels() error {
 	return f.withState(func(state *maps.State) error { return state.SetTunnels(withUsual(found)) })
 }
 
-// find returns the UDP ports at which this network namespace unpacks packets. The
-// error wraps fs.ErrNotExist if the kernel cannot tell.
+// find returns the UDP ports at which this network namespace unpacks packets. The error
+// wraps fs.ErrNotExist if the kernel cannot list them.
 func (t tunnels) find() ([]uint16, error) {
 	text, err := os.ReadFile(t.pins.Pin(pins.Tunnels))
 	if err != nil {
@@ -122,19 +123,19 @@ func (t tunnels) find() ([]uint16, error) {
 	return slices.Sorted(gomaps.Keys(found)), nil
 }
 
-// read tells of tunnels that are not closed to containers.
+// read reports tunnels that are not closed to containers.
 func (t tunnels) read(d *Defence, why *found) {
 	if !d.Active {
 		return
 	}
 	found, err := t.find()
 	if errors.Is(err, fs.ErrNotExist) && why != nil && why.Tunnels {
-		d.Active, d.Reason = false, "where the host's tunnels end cannot be read, since "+t.pins.Pin(pins.Tunnels)+" is gone; attach again"
+		d.Active, d.Reason = false, "the ports of the host's tunnels cannot be read, since "+t.pins.Pin(pins.Tunnels)+" is gone; attach again"
 		return
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		if d.Reason == "" {
-			d.Reason = "this kernel does not tell where its tunnels end: only the usual UDP ports are closed to containers, and what is sent to others is read as far as it can be"
+			d.Reason = "this kernel does not list the ports of its tunnels: only the usual UDP ports are closed to containers, and datagrams to other ports are read as far as possible"
 		}
 		return
 	}

@@ -12,8 +12,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// findUncovered looks for running containers that are not policed. The names of their
-// cgroups tell, in any place.
+// findUncovered looks for running containers that are not policed, anywhere. It knows them
+// by the names of their cgroups.
 func (f *Filter) findUncovered(r *reading) error {
 	containers, systems, err := f.root.Containers()
 	if err != nil {
@@ -44,14 +44,13 @@ func (f *Filter) findUncovered(r *reading) error {
 	return err
 }
 
-// leftOut says whether a policy leaves a container of a pod to itself, as an operator may
-// want it for those that run the node.
+// leftOut says whether a policy leaves out a container of a pod, as an operator may want
+// for pods that run the node.
 func leftOut(p *policy.Policy, rel string) bool {
 	return p != nil && cgroup.OfPod(rel) && !p.IsContainer(rel)
 }
 
-// AddUncovered adds to what a status tells uncovered those of the containers that are not
-// policed.
+// AddUncovered adds to a status those of the containers that are not policed.
 func (f *Filter) AddUncovered(s *Status, containers []Uncovered) error {
 	all, err := f.installed()
 	if err != nil {
@@ -92,7 +91,7 @@ func (f *Filter) uncovered(all []*policed, containers []Uncovered) (found []Unco
 	return found, nil
 }
 
-// covers says whether what is in a cgroup is policed.
+// covers says whether the processes in a cgroup are policed.
 func (f *Filter) covers(all []*policed, state *maps.State, rel string) (bool, error) {
 	for _, p := range all {
 		if p.gone || p.rel == "" || !cgroup.Within(rel, p.rel) {
@@ -101,11 +100,11 @@ func (f *Filter) covers(all []*policed, state *maps.State, rel string) (bool, er
 		if p.doc == nil || !p.doc.Policy.Recognises(p.rel) {
 			return true, nil
 		}
-		// It, or one that it is nested in.
+		// The cgroup itself, or a container that it is nested in.
 		for at := rel; at != p.rel && at != "/"; at = path.Dir(at) {
 			id, err := f.root.ID(at)
 			if errors.Is(err, fs.ErrNotExist) {
-				return true, nil // it has ended
+				return true, nil // it is gone
 			}
 			if err != nil {
 				return false, err
