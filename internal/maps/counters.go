@@ -9,14 +9,14 @@ import (
 	"github.com/egressbpf/egressbpf/bpf"
 )
 
-// Counters are what was done to one container, or to all.
+// Counters are the counts of one container, or of all containers.
 type Counters = bpf.EgressCounters
 
-// Sums are the Counters over all containers, and the format of the maps that are kept.
+// Sums are the Counters over all containers, and the format of the kept maps.
 type Sums = bpf.EgressSums
 
-// Refused returns how much of what a container sent was refused for a reason, by the hooks of
-// its cgroup.
+// Refused returns how much of a container's traffic the hooks of its cgroup refused for a
+// reason.
 func Refused(c Counters, why bpf.EgressReason) bpf.EgressDrops {
 	if int(why) < len(c.Dropped) {
 		return c.Dropped[why]
@@ -24,7 +24,7 @@ func Refused(c Counters, why bpf.EgressReason) bpf.EgressDrops {
 	return c.MoreDropped[int(why)-len(c.Dropped)]
 }
 
-// words are Counters as the numbers that they consist of.
+// words are Counters as an array of their numbers.
 type words = [unsafe.Sizeof(Counters{}) / 8]uint64
 
 func wordsOf(c *Counters) *words { return (*words)(unsafe.Pointer(c)) }

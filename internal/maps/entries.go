@@ -9,18 +9,18 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// decode returns the beginning of a value, which may be longer or shorter than V: a version
-// of another format may have made its map. What is missing is 0.
+// decode returns the beginning of a value as a V. The value may be longer or shorter than
+// V, since a version of another format may have created its map. What is missing is 0.
 func decode[V any](value []byte) (v V) {
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(&v)), unsafe.Sizeof(v)), value)
 	return v
 }
 
-// eachEntry calls fn with all entries of a hash map, many of which it reads at a time, until
-// fn returns an error. fn must not keep the value.
+// eachEntry calls fn for all entries of a hash map until fn returns an error. It reads many
+// entries at a time. fn must not keep the value.
 func eachEntry[K any](m *ebpf.Map, fn func(key K, value []byte) error) error {
-	// The kernel fills whole hash buckets, which have room in any chunk of this
-	// size, and never skips an entry because its neighbour is deleted meanwhile.
+	// The kernel returns whole hash buckets, and each fits into a chunk of this size.
+	// It never skips an entry because a neighbour is deleted meanwhile.
 	const chunk = 1024
 	size := int(m.ValueSize())
 	var (

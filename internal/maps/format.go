@@ -10,22 +10,22 @@ import (
 	"github.com/egressbpf/egressbpf/bpf"
 )
 
-// Format tells what the values of the maps that are kept begin with. Format 2 begins as format
-// 1 does. Values may be longer than a version knows: what is missing is 0, and what is more
-// is not looked at.
+// Format says what the values of the kept maps begin with. Format 2 begins like format 1.
+// Values may be longer or shorter than a version knows: what is missing is 0, and what is
+// beyond is ignored.
 type Format uint32
 
 const (
-	// Earliest is that of the versions that tell none.
+	// Earliest is the format of the versions that write no format.
 	Earliest Format = 1
-	// Latest is that of this version.
+	// Latest is the format of this version.
 	Latest Format = 2 // FORMAT
 )
 
-// ErrNewer means that maps are of a format that this version does not know.
+// ErrNewer means that the maps have a format that this version does not know.
 var ErrNewer = errors.New("of a later format than this version knows")
 
-// Format returns that of the State's maps.
+// Format returns the format of the State's maps.
 func (s *State) Format() Format {
 	if s.containers.ValueSize() < uint32(unsafe.Sizeof(Container{})) || s.totals != nil && s.totals.ValueSize() < uint32(unsafe.Sizeof(Sums{})) {
 		return Earliest
@@ -33,7 +33,7 @@ func (s *State) Format() Format {
 	return Latest
 }
 
-// CheckFormat returns ErrNewer if the map totals tells of a format that this version does not
+// CheckFormat returns ErrNewer if the map totals has a format that this version does not
 // know.
 func CheckFormat(totals *ebpf.Map) error {
 	sum, err := readSums(totals)
@@ -43,7 +43,7 @@ func CheckFormat(totals *ebpf.Map) error {
 	return err
 }
 
-// apply has specs make maps of the format.
+// apply changes the specs to those of maps of the format.
 func (f Format) apply(specs map[string]*ebpf.MapSpec) error {
 	if f == Latest {
 		return nil
@@ -61,7 +61,7 @@ func (f Format) apply(specs map[string]*ebpf.MapSpec) error {
 	return nil
 }
 
-// CreateMap makes a map of StateSpec, empty. The caller closes it.
+// CreateMap creates an empty map from a spec of StateSpec. The caller closes it.
 func CreateMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 	m, err := ebpf.NewMap(spec)
 	if err != nil {
@@ -83,7 +83,7 @@ func CreateMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 	return m, nil
 }
 
-// Compatible returns an error unless the programs can have a map instead of the one of
+// Compatible returns an error unless programs can use the map in place of one from
 // StateSpec. An LRU map may have another size.
 func Compatible(spec *ebpf.MapSpec, m *ebpf.Map) error {
 	spec = spec.Copy()
@@ -93,8 +93,8 @@ func Compatible(spec *ebpf.MapSpec, m *ebpf.Map) error {
 	return spec.Compatible(m)
 }
 
-// Convertible returns an error unless what is in a map can be taken over into the one of
-// StateSpec: its values may be longer or shorter, and it may have more or less room.
+// Convertible returns an error unless the contents of a map can be taken over into one from
+// StateSpec: the values may be longer or shorter, and there may be more or less room.
 func Convertible(spec *ebpf.MapSpec, m *ebpf.Map) error {
 	spec = spec.Copy()
 	spec.MaxEntries, spec.ValueSize = m.MaxEntries(), m.ValueSize()

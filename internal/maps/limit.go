@@ -9,7 +9,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// LimitOf returns l as the programs reckon with it.
+// LimitOf returns l in the form that the programs use.
 func LimitOf(l policy.Limit) bpf.EgressLimit {
 	out := bpf.EgressLimit{Burst: l.Burst, Period: uint32(l.Rate.Period / time.Second)}
 	if l.Rate.Unlimited() {
@@ -25,7 +25,7 @@ func LimitOf(l policy.Limit) bpf.EgressLimit {
 	return out
 }
 
-// PolicyLimit undoes LimitOf.
+// PolicyLimit is the inverse of LimitOf.
 func PolicyLimit(l bpf.EgressLimit) policy.Limit {
 	if l.Count == 0 {
 		return policy.Limit{Burst: l.Burst}
@@ -36,16 +36,16 @@ func PolicyLimit(l bpf.EgressLimit) policy.Limit {
 	}
 }
 
-// Tokens returns how many tokens b holds under l at now, in nanoseconds of
-// CLOCK_MONOTONIC: at most l.Burst, and +Inf if l is unlimited.
+// Tokens returns how many tokens b holds under the limit l at the time now, in nanoseconds
+// of CLOCK_MONOTONIC: at most l.Burst, and +Inf if l is unlimited.
 func Tokens(b bpf.EgressBucket, l bpf.EgressLimit, now uint64) float64 {
 	if l.Count == 0 {
 		return math.Inf(1)
 	}
 	missing := 0.0
 	if b.Count != 0 && b.FullAt > now {
-		// In tokens of the limit that the bucket was last used under: a new
-		// limit takes over the tokens that are missing, not the time.
+		// Counted in tokens of the limit under which the bucket was last used: a
+		// new limit takes over the tokens that are missing, not the time.
 		missing = float64(b.FullAt-now) / (float64(b.Interval) + 1e-9)
 	}
 	return max(0, float64(l.Burst)-missing)

@@ -14,22 +14,23 @@ import (
 	"github.com/egressbpf/egressbpf/bpf"
 )
 
-// A Migration takes what is kept over into maps of another format, while programs use both:
-// first those that it comes from, then, one after the other, those that it goes to. Copy
-// comes before the programs are exchanged, and Carry after. Whatever becomes of the process
-// meanwhile, another Migration of the same maps completes it: what is counted in the maps
-// together never changes, and no bucket of the new maps is fuller than when it was copied.
+// A Migration moves what is kept into maps of another format while programs use both: first
+// all use the old maps, then, one after another, the new ones. Copy comes before the
+// programs are replaced, and Carry after. If the process is killed in between, another
+// Migration of the same maps completes it: the counts of old and new maps together never
+// change, and no bucket of the new maps is fuller than when it was copied.
 type Migration struct {
 	from  map[string]*ebpf.Map
 	to    *State
 	carry *ebpf.Program
-	// copied are the buckets as they were at a time, in nanoseconds of CLOCK_MONOTONIC.
+	// copied are the old buckets as they were at the time at, in nanoseconds of
+	// CLOCK_MONOTONIC.
 	copied map[uint64]bpf.EgressBucket
 	at     uint64
 }
 
-// Replaces tells a State of maps that some of its own replace, by their names, and in which
-// something may be counted still. The State closes them.
+// Replaces adds to a State the maps that its own maps have replaced, by name, and which may
+// still hold counts. The State closes them.
 func (s *State) Replaces(from map[string]*ebpf.Map) {
 	s.from = from
 	for name, m := range from {
@@ -64,8 +65,8 @@ func sameMap(a, b *ebpf.Map) bool {
 	return id(a) == id(b)
 }
 
-// Migrate returns the migration from the maps that the State replaces. The caller closes it,
-// before the State.
+// Migrate returns the migration from the maps that the State's maps have replaced. The
+// caller closes it before the State.
 func (s *State) Migrate() (*Migration, error) { return newMigration(s.from, s) }
 
 func newMigration(from map[string]*ebpf.Map, to *State) (*Migration, error) {
@@ -89,16 +90,16 @@ func newMigration(from map[string]*ebpf.Map, to *State) (*Migration, error) {
 	return m, err
 }
 
-// Close closes the Migration, and no map.
+// Close closes the Migration, but none of the maps.
 func (m *Migration) Close() error { return m.carry.Close() }
 
 // membarrierGlobal is MEMBARRIER_CMD_GLOBAL (include/uapi/linux/membarrier.h).
 const membarrierGlobal = 1
 
-// header is what is before the counters of a container, in bytes.
+// header is how many bytes of a container's value come before its counters.
 const header = int(unsafe.Offsetof(Container{}.Counters))
 
-// words returns how many counters both the old and the new maps have.
+// words returns how many counters both the old and the new values have.
 func (m *Migration) words() int {
 	n := len(words{})
 	for name, from := range m.from {
@@ -114,7 +115,7 @@ func (m *Migration) words() int {
 	return n
 }
 
-// Copy gives the new maps what is in the old ones, but for counters.
+// Copy copies the contents of the old maps to the new ones, except the counters.
 func (m *Migration) Copy() error {
 	for name, from := range m.from {
 		var err error
@@ -141,7 +142,7 @@ func (m *Migration) copyContainers(from *ebpf.Map) error {
 		m.copied[id] = decode[Container](value).Bucket
 		err := to.Update(id, withoutCounters(resized(value, to)), ebpf.UpdateNoExist)
 		if errors.Is(err, ebpf.ErrKeyExist) {
-			// An earlier migration has copied it, and was interrupted.
+			// An earlier migration copied this entry, and was interrupted.
 			return m.move(bpf.ControlCargo{Id: id, Bucket: m.copied[id]}, nil)
 		}
 		if errors.Is(err, unix.E2BIG) {
@@ -159,7 +160,7 @@ func withoutCounters(value []byte) []byte {
 	return value
 }
 
-// copyEntries copies the entries that there are none of.
+// copyEntries copies the entries that the map to does not have.
 func copyEntries[K any](from, to *ebpf.Map) error {
 	return eachEntry(from, func(key K, value []byte) error {
 		err := to.Update(&key, resized(value, to), ebpf.UpdateNoExist)
@@ -170,19 +171,20 @@ func copyEntries[K any](from, to *ebpf.Map) error {
 	})
 }
 
-// resized returns a value as it is in another map: cut off, or filled up with zeros.
+// resized returns a value with the length of another map's values: cut off, or filled up
+// with zeros.
 func resized(value []byte, in *ebpf.Map) []byte {
 	size := int(in.ValueSize())
 	return append(slices.Clone(value[:min(len(value), size)]), make([]byte, size-min(len(value), size))...)
 }
 
-// Carry moves what was counted in the old maps, and takes the tokens that were taken there
-// since Copy from the new ones. Programs may still be using the old maps: then it is to be
-// called again.
+// Carry moves the counts from the old maps to the new ones, and takes from the new buckets
+// the tokens that were taken from the old ones since Copy. If programs were still using the
+// old maps, Carry has to be called again.
 func (m *Migration) Carry() error {
-	// A program that was exchanged may still be at its last packet on another CPU: this waits
-	// until none is (synchronize_rcu). The exchange was long ago where the
-	// kernel cannot.
+	// A replaced program may still be judging its last packet on another CPU. This
+	// waits until it is done (synchronize_rcu). If the kernel cannot wait, the
+	// replacement was long enough ago.
 	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0)
 	if from := m.from[bpf.EgressMapContainers]; from != nil {
 		if err := m.carryContainers(from); err != nil {
@@ -218,8 +220,8 @@ func (m *Migration) carryContainers(from *ebpf.Map) error {
 	return err
 }
 
-// Undo moves back what was counted in the new maps, for the old ones to be used again. It is
-// for before Carry.
+// Undo moves the counts back from the new maps to the old ones, so that the old maps can be
+// used again. It must come before Carry.
 func (m *Migration) Undo() error {
 	to, from := maps.Clone(m.to.byName), map[string]*ebpf.Map{}
 	for name, old := range m.from {
@@ -234,7 +236,8 @@ func (m *Migration) Undo() error {
 	return back.Carry()
 }
 
-// taken returns how many tokens were taken from a bucket since it was as before, at a time.
+// taken returns how many tokens were taken from bucket b since it was as before at the time
+// at.
 func taken(before, b bpf.EgressBucket, at uint64) uint32 {
 	since := at
 	if before.Interval == b.Interval {
@@ -246,19 +249,20 @@ func taken(before, b bpf.EgressBucket, at uint64) uint32 {
 	return uint32(min((b.FullAt-since)/b.Interval, uint64(b.Burst)))
 }
 
-// move has the program carry move counters from the old maps to the new ones; nil are none.
+// move makes the program carry move counters from the old maps to the new ones. counters
+// may be nil for none.
 func (m *Migration) move(c bpf.ControlCargo, counters *Counters) error {
 	if counters == nil {
 		counters = new(Counters)
 	}
-	// What is gone from either map was removed meanwhile.
+	// An entry that is missing in either map was removed meanwhile.
 	if _, err := ask(m.carry, c, *wordsOf(counters)); err != nil {
 		return fmt.Errorf("carry over what was counted for cgroup %d: %w", c.Id, err)
 	}
 	return nil
 }
 
-// monotonic returns CLOCK_MONOTONIC, as programs see it, in nanoseconds.
+// monotonic returns CLOCK_MONOTONIC in nanoseconds, as the programs read it.
 func monotonic() uint64 {
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {

@@ -16,10 +16,10 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// Words is a set of 16-bit values, indexed in the byte order of the network.
+// Words is a set of 16-bit values, indexed in network byte order.
 type Words [1 << 16]bool
 
-// Set adds a value that is given in the host's byte order.
+// Set adds a value in host byte order.
 func (w *Words) Set(v uint16) { w[bits.ReverseBytes16(v)] = true }
 
 func (w *Words) setRange(first, last uint16) {
@@ -28,12 +28,12 @@ func (w *Words) setRange(first, last uint16) {
 	}
 }
 
-// Suspects has the first and the second 16 bits of addresses. An address that
-// misses one of them is in no prefix that was added.
+// Suspects are the first and the second 16 bits of addresses. An address is in no prefix
+// that was added if one of them is not set for it.
 type Suspects struct{ First, Second Words }
 
-// Rules is a policy's lists as the programs look them up: the contents of the
-// maps rules and ports, and of the bitmaps in front of them.
+// Rules are a policy's lists in the form in which the programs look them up: the contents
+// of the maps rules and ports, and of the bitmaps that are checked before them.
 type Rules struct {
 	Prefixes map[bpf.EgressPrefix]bpf.EgressRule
 	Ports    map[bpf.EgressPortKey]bpf.EgressRuleFlag
@@ -41,7 +41,7 @@ type Rules struct {
 	Suspects4, Suspects6 Suspects
 }
 
-// service is a protocol and port, where 0 stands for every one.
+// service is a protocol and a port; 0 stands for all.
 type service struct {
 	proto uint8
 	port  uint16
@@ -51,10 +51,10 @@ type flags map[service]bpf.EgressRuleFlag
 
 var (
 	mapped4 = prefixOf(netip.MustParsePrefix("0.0.0.0/0"))
-	nat64   = prefixOf(netip.MustParsePrefix("64:ff9b::/32")) // with what is for local use (RFC 8215)
+	nat64   = prefixOf(netip.MustParsePrefix("64:ff9b::/32")) // with the prefix for local use (RFC 8215)
 )
 
-// prefixOf returns p as the key of the rules trie.
+// prefixOf returns p as a key of the trie rules.
 func prefixOf(p netip.Prefix) bpf.EgressPrefix {
 	key := bpf.EgressPrefix{Len: uint32(p.Bits()), Addr: p.Addr().As16()}
 	if p.Addr().Is4() {
@@ -74,9 +74,9 @@ func covers(outer, inner bpf.EgressPrefix) bool {
 	return rest == 0 || (outer.Addr[whole]^inner.Addr[whole])>>(8-rest) == 0
 }
 
-// CompileRules arranges the lists so that the longest matching prefix alone
-// tells what holds for an address: it takes over what holds for those around
-// it. IPv6 rules do not reach into the v4-mapped addresses.
+// CompileRules arranges the lists so that the longest matching prefix is enough: it
+// includes what holds for the prefixes around it. IPv6 rules do not apply to the v4-mapped
+// addresses.
 func CompileRules(metadata, blocked, allowed []policy.Rule, exempt []netip.Prefix) *Rules {
 	own := map[bpf.EgressPrefix]flags{}
 	add := func(p netip.Prefix, s service, flag bpf.EgressRuleFlag) {
@@ -93,8 +93,8 @@ func CompileRules(metadata, blocked, allowed []policy.Rule, exempt []netip.Prefi
 	block := func(rules []policy.Rule, flag bpf.EgressRuleFlag) {
 		for _, rule := range rules {
 			flag := flag
-			// A network may well hold the containers' own addresses; a single
-			// address that is blocked is somebody else.
+			// A network may hold the containers' own addresses; a single
+			// blocked address is somebody else's.
 			if rule.Prefix.IsSingleIP() {
 				flag |= bpf.EgressRuleFlagRULE_BLOCK_SOURCE
 			}
@@ -114,7 +114,7 @@ func CompileRules(metadata, blocked, allowed []policy.Rule, exempt []netip.Prefi
 		own[mapped4] = flags{}
 	}
 
-	// Outer prefixes come before those inside of them.
+	// Outer prefixes come before the prefixes in them.
 	order := slices.SortedFunc(maps.Keys(own), func(a, b bpf.EgressPrefix) int {
 		return cmp.Or(bytes.Compare(a.Addr[:], b.Addr[:]), cmp.Compare(a.Len, b.Len))
 	})
@@ -150,7 +150,7 @@ func CompileRules(metadata, blocked, allowed []policy.Rule, exempt []netip.Prefi
 	return r
 }
 
-// ports returns what holds for some protocol or port only.
+// ports returns the flags that hold for a single protocol or port.
 func (f flags) ports() flags {
 	f = maps.Clone(f)
 	delete(f, service{})
@@ -161,7 +161,7 @@ func (f flags) ports() flags {
 func (r *Rules) suspect(p bpf.EgressPrefix) {
 	if covers(mapped4, p) {
 		r.Suspects4.add(p.Addr[12:], p.Len-96)
-		// On IPv6, in each of the spellings that IPv4 addresses have there.
+		// On IPv6, every spelling of the IPv4 addresses.
 		r.Suspects6.add(mapped4.Addr[:], mapped4.Len)
 		r.Suspects6.add(nat64.Addr[:], nat64.Len)
 		sixToFour := slices.Concat([]byte{0x20, 0x02}, p.Addr[12:])
@@ -178,7 +178,7 @@ func (s *Suspects) add(addr []byte, bits uint32) {
 	s.Second.setRange(second, second|hostBits(max(bits, 16)-16))
 }
 
-// hostBits returns the bits of the first 16 that a prefix of n bits leaves open.
+// hostBits returns those of the first 16 bits that a prefix of n bits leaves open.
 func hostBits(n uint32) uint16 { return uint16(uint32(0xffff) >> min(n, 16)) }
 
 // Load fills the maps rules and ports, which must be empty and large enough.

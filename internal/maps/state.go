@@ -1,5 +1,5 @@
-// Package maps gives the BPF maps Go types: what the programs count and limit,
-// and the policy they look up.
+// Package maps gives Go types to the BPF maps: the state of containers, and the policy's
+// lists as the programs look them up.
 package maps
 
 import (
@@ -20,16 +20,17 @@ import (
 // Container is what the programs keep about one container.
 type Container = bpf.EgressContainer
 
-// State holds the maps that outlive the programs: they are pinned, and each
-// version of the programs is handed those of the version before.
+// State holds the maps that outlive the programs: they are pinned, and each version of the
+// programs gets the maps of the version before.
 type State struct {
 	containers, totals *ebpf.Map
 	byName             map[string]*ebpf.Map
-	// from are maps that others of the State replace, as long as something is counted there.
+	// from are the maps that maps of the State have replaced, as long as they hold
+	// counts.
 	from map[string]*ebpf.Map
 }
 
-// StateNames are the names of the State's maps, also as pins.
+// StateNames returns the names of the State's maps, which are also the names of their pins.
 func StateNames() []string {
 	return []string{
 		bpf.EgressMapContainers, bpf.EgressMapStateless, bpf.EgressMapRetired, bpf.EgressMapTotals, bpf.EgressMapTickets,
@@ -37,8 +38,8 @@ func StateNames() []string {
 	}
 }
 
-// Kept says whether a map of StateNames holds what must not be lost. The others hold what
-// is on its way, and can be made anew.
+// Kept says whether a map of StateNames holds what must not be lost. The other maps hold
+// what is on its way between hooks, and can be created anew.
 func Kept(name string) bool {
 	switch name {
 	case bpf.EgressMapContainers, bpf.EgressMapStateless, bpf.EgressMapRetired, bpf.EgressMapTotals:
@@ -47,19 +48,19 @@ func Kept(name string) bool {
 	return false
 }
 
-// NewState wraps the maps of StateNames, which it then owns. Some may be missing, for who
-// only reads: they are taken to be empty, and what is removed from them is gone already. The
-// containers are not among those.
+// NewState makes a State of the maps of StateNames, and owns them. Readers may leave out
+// any map except containers: a missing map counts as empty, and removing an entry from it
+// does nothing.
 func NewState(byName map[string]*ebpf.Map) *State {
 	return &State{containers: byName[bpf.EgressMapContainers], totals: byName[bpf.EgressMapTotals], byName: byName}
 }
 
-// perCPU is how many free entries of an LRU map the kernel sets aside for each CPU, out of
-// the reach of all others, before 6.16 (LOCAL_FREE_TARGET in kernel/bpf/bpf_lru_list.c).
+// perCPU is how many free entries of an LRU map the kernel before 6.16 sets aside for each
+// CPU, out of reach of all other CPUs (LOCAL_FREE_TARGET in kernel/bpf/bpf_lru_list.c).
 const perCPU = 128
 
-// StateSpec returns how the State's maps are made in a format, on this machine: an LRU map
-// has to be larger where there are many CPUs.
+// StateSpec returns the specs of the State's maps in a format, for this machine: with many
+// CPUs, an LRU map has to be larger.
 func StateSpec(format Format) (map[string]*ebpf.MapSpec, error) {
 	spec, err := bpf.LoadEgress()
 	if err != nil {
@@ -79,8 +80,8 @@ func StateSpec(format Format) (map[string]*ebpf.MapSpec, error) {
 	return specs, format.apply(specs)
 }
 
-// Use returns the maps, for the programs of spec to find instead of their own, and tells
-// the programs their format.
+// Use returns the maps, for the programs of spec to use instead of their own, and sets the
+// constant that tells the programs their format.
 func (s *State) Use(spec *ebpf.CollectionSpec) (map[string]*ebpf.Map, error) {
 	for name, m := range s.byName {
 		if own := spec.Maps[name]; own != nil {
@@ -95,12 +96,12 @@ func (s *State) Use(spec *ebpf.CollectionSpec) (map[string]*ebpf.Map, error) {
 	return s.ByName(), nil
 }
 
-// CreateState makes the maps in the latest format, empty and pinned nowhere.
+// CreateState creates the maps in the latest format, empty and not pinned.
 func CreateState() (*State, error) {
 	return CreateStateIn(Latest)
 }
 
-// CreateStateIn does so in a format.
+// CreateStateIn creates the maps in a format, empty and not pinned.
 func CreateStateIn(format Format) (*State, error) {
 	specs, err := StateSpec(format)
 	if err != nil {
@@ -122,17 +123,17 @@ func CreateStateIn(format Format) (*State, error) {
 	return NewState(made), nil
 }
 
-// ByName returns the maps by their names. They stay the State's.
+// ByName returns the maps by name. The State still owns them.
 func (s *State) ByName() map[string]*ebpf.Map {
 	return maps.Clone(s.byName)
 }
 
-// Close closes the maps; the kernel keeps them while they are pinned or used.
+// Close closes the maps. The kernel keeps them while they are pinned or used.
 func (s *State) Close() error {
 	return errors.Join(CloseAll(s.byName), CloseAll(s.from))
 }
 
-// CloseAll closes maps; the kernel keeps them while they are pinned or used.
+// CloseAll closes maps. The kernel keeps them while they are pinned or used.
 func CloseAll(byName map[string]*ebpf.Map) error {
 	var errs []error
 	for _, m := range byName {
@@ -141,8 +142,7 @@ func CloseAll(byName map[string]*ebpf.Map) error {
 	return errors.Join(errs...)
 }
 
-// Containers returns the containers that something was counted for, by the ids
-// of their cgroups.
+// Containers returns the containers that have state, by the ids of their cgroups.
 func (s *State) Containers() (map[uint64]Container, error) {
 	from := s.from[bpf.EgressMapContainers]
 	if from == nil {
@@ -172,8 +172,8 @@ func (s *State) Containers() (map[uint64]Container, error) {
 	return found, err
 }
 
-// Totals returns the sum over all containers since the first attach, those
-// that are gone included.
+// Totals returns the sums over all containers since the first attach, including containers
+// that are gone.
 func (s *State) Totals() (Counters, error) {
 	from := s.from[bpf.EgressMapTotals]
 	if s.totals == nil {
@@ -227,8 +227,9 @@ func readContainers(m *ebpf.Map) (map[uint64]Container, error) {
 
 // Change is what [State.Configure] does to a container.
 type Change struct {
-	// Limit, if not nil, becomes the container's own; the zero value returns it to the
-	// policy's. The tokens that are missing from its bucket stay missing.
+	// Limit becomes the container's own limit if it is not nil; the zero value returns
+	// the container to the policy's limit. Tokens that are missing from the bucket stay
+	// missing.
 	Limit *policy.Limit
 	// The flags in Mask become those in Flags.
 	Mask, Flags Flag
@@ -236,21 +237,21 @@ type Change struct {
 	Unless Flag
 }
 
-// Flag is what holds for one container alone.
+// Flag is an exception of a single container.
 type Flag = bpf.EgressContainerFlag
 
 const (
-	// MayReachMetadata opens what the policy's presets block.
+	// MayReachMetadata allows what the policy's presets block.
 	MayReachMetadata Flag = bpf.EgressContainerFlagCONTAINER_METADATA
 	// LimitSetByHand marks a limit that no rule changes.
 	LimitSetByHand Flag = bpf.EgressContainerFlagCONTAINER_LIMIT_SET
-	// AnyFamily opens all families of sockets; each of its bits opens one (FamilyFlags).
+	// AnyFamily allows all socket families; each of its bits allows one (FamilyFlags).
 	AnyFamily Flag = bpf.EgressContainerFlagCONTAINER_FAMILIES
 )
 
-// FamilyFlags returns the flags that a container needs to make sockets of a family that
-// the policy refuses, by the family's number. They are kept from version to version: a
-// number goes to the end of policy.FamilyNumbers.
+// FamilyFlags returns, for each number of a family, the flags that a container needs to
+// open sockets of that family if the policy refuses them. The flags are kept from version
+// to version, so a new number goes to the end of policy.FamilyNumbers.
 func FamilyFlags() (flags [64]Flag) {
 	for i := range flags {
 		flags[i] = AnyFamily
@@ -261,7 +262,7 @@ func FamilyFlags() (flags [64]Flag) {
 	return flags
 }
 
-// FlagsOf returns the flags that open families to a container.
+// FlagsOf returns the flags that allow a container these families.
 func FlagsOf(f policy.Families) (flags Flag) {
 	if f == "" {
 		return 0
@@ -275,16 +276,16 @@ func FlagsOf(f policy.Families) (flags Flag) {
 	return flags
 }
 
-// FamiliesOf returns the families that the flags of a container open; policy.Restrict if
-// none.
+// FamiliesOf returns the families that a container's flags allow; policy.Restrict if they
+// allow none.
 func FamiliesOf(flags Flag) policy.Families {
 	byNumber := FamilyFlags()
 	return policy.FamiliesOf(slices.DeleteFunc(policy.FamilyNumbers(), func(n uint) bool { return flags&byNumber[n] == 0 }))
 }
 
-// Configure changes what holds for the container with a cgroup id, from its next packet
-// on. It has a program do so: the system call for it would write the whole entry, and
-// undo what is counted meanwhile.
+// Configure changes the flags and the limit of the container with a cgroup id, from its
+// next packet on. A program makes the change: the system call would write the whole entry,
+// and undo what is counted meanwhile.
 func (s *State) Configure(id uint64, c Change) error {
 	prog, err := LoadProgram(bpf.ControlProgConfigure, s)
 	if err != nil {
@@ -305,7 +306,8 @@ func (s *State) Configure(id uint64, c Change) error {
 	return nil
 }
 
-// ask runs a program of bpf/control.bpf.c with an input of values, and returns what it says.
+// ask runs a program of bpf/control.bpf.c with values as its input, and says whether the
+// program returned 1.
 func ask(prog *ebpf.Program, values ...any) (bool, error) {
 	const ethernet = 14
 	input := make([]byte, ethernet)
@@ -319,19 +321,19 @@ func ask(prog *ebpf.Program, values ...any) (bool, error) {
 	return done == 1, err
 }
 
-// SetLimit gives the container with a cgroup id its own limit, as an operator does.
+// SetLimit gives the container with a cgroup id a limit that no rule changes.
 func (s *State) SetLimit(id uint64, l policy.Limit) error {
 	return s.Configure(id, Change{Limit: &l, Mask: LimitSetByHand, Flags: LimitSetByHand})
 }
 
-// UnsetLimit returns the container to the policy's limit, and to the rules; without a
-// limit of its own that is no error.
+// UnsetLimit returns the container to the policy's limit and to the rules. It is no error
+// if the container has no limit of its own.
 func (s *State) UnsetLimit(id uint64) error {
 	return s.Configure(id, Change{Limit: new(policy.Limit), Mask: LimitSetByHand})
 }
 
-// LoadProgram loads a program that uses the State's maps and no policy. The
-// caller closes it.
+// LoadProgram loads a program of bpf/control.bpf.c, which uses the State's maps and no
+// policy. The caller closes it.
 func LoadProgram(name string, s *State) (*ebpf.Program, error) {
 	spec, err := bpf.LoadControl()
 	if err != nil {
@@ -340,7 +342,7 @@ func LoadProgram(name string, s *State) (*ebpf.Program, error) {
 	return loadProgram(name, spec, s, nil)
 }
 
-// loadProgram loads a program of spec that uses the State's maps, and others. The caller
+// loadProgram loads a program of spec that uses the State's maps and others. The caller
 // closes it.
 func loadProgram(name string, spec *ebpf.CollectionSpec, s *State, others map[string]*ebpf.Map) (*ebpf.Program, error) {
 	shared, err := s.Use(spec)
@@ -365,9 +367,9 @@ func loadProgram(name string, spec *ebpf.CollectionSpec, s *State, others map[st
 	return loaded.Program, nil
 }
 
-// Enrol makes room for the container with a cgroup id, which it may have already. It
-// says whether it had none. A container for which there is no room is judged without
-// state: that is no error.
+// Enrol creates the entry of the container with a cgroup id, unless it exists, and says
+// whether it did. If there is no room, the container is judged without state; that is no
+// error.
 func (s *State) Enrol(id uint64) (bool, error) {
 	err := s.containers.Update(id, make([]byte, s.containers.ValueSize()), ebpf.UpdateNoExist)
 	if errors.Is(err, ebpf.ErrKeyExist) {
@@ -382,7 +384,7 @@ func (s *State) Enrol(id uint64) (bool, error) {
 	return true, remove(s.byName[bpf.EgressMapStateless], id)
 }
 
-// doWithout has the container with a cgroup id judged without state.
+// doWithout marks the container with a cgroup id as one without state.
 func (s *State) doWithout(id uint64, why bpf.EgressWithoutState) error {
 	stateless := s.byName[bpf.EgressMapStateless]
 	if stateless == nil {
@@ -394,7 +396,7 @@ func (s *State) doWithout(id uint64, why bpf.EgressWithoutState) error {
 	return nil
 }
 
-// remove deletes an entry that there may be, of a map that there may be.
+// remove deletes an entry if there is one. m may be nil.
 func remove(m *ebpf.Map, id uint64) error {
 	if m == nil {
 		return nil
@@ -405,8 +407,8 @@ func remove(m *ebpf.Map, id uint64) error {
 	return nil
 }
 
-// Recognised says whether the cgroup with an id is known for a container's, with state or
-// without.
+// Recognised says whether the cgroup with an id is known as a container's, with or without
+// state.
 func (s *State) Recognised(id uint64) (bool, error) {
 	const containers, stateless = bpf.EgressMapContainers, bpf.EgressMapStateless
 	for _, m := range []*ebpf.Map{s.byName[containers], s.byName[stateless], s.from[containers], s.from[stateless]} {
@@ -424,25 +426,27 @@ func (s *State) Recognised(id uint64) (bool, error) {
 	return false, nil
 }
 
-// Room is how much of the maps of containers is taken.
+// Room says how full the maps of containers are.
 type Room struct {
-	// Containers have state, of at most Of.
+	// Containers is the number of containers that have state; at most Of.
 	Containers int `json:"containers"`
 	Of         int `json:"of"`
-	// Removed have none, since their cgroups were removed and the kernel has not released
-	// them yet, and Without since there was no room; of at most OfStateless.
+	// Removed and Without are the numbers of containers without state: those whose
+	// cgroups were removed and that the kernel has not released yet, and those for
+	// which there was no room; at most OfStateless in all.
 	Removed     int `json:"removed"`
 	Without     int `json:"without_room"`
 	OfStateless int `json:"of_stateless"`
 }
 
-// Short says whether there is not much room left, or too little.
+// Short says whether little room is left, or none.
 func (r Room) Short() bool {
 	return r.Without > 0 || r.Containers > r.Of/5*4 || r.Removed > r.OfStateless/5*4
 }
 
-// Room tells how much room the containers take that Containers has returned, and those
-// without state, which it counts, in some milliseconds for 100,000.
+// Room returns how much room is taken: by the containers in known, which Containers has
+// returned, and by those without state, which Room counts. That takes some milliseconds for
+// 100,000.
 func (s *State) Room(known map[uint64]Container) (Room, error) {
 	stateless := s.byName[bpf.EgressMapStateless]
 	r := Room{Containers: len(known), Of: int(s.containers.MaxEntries())}
@@ -493,8 +497,8 @@ func (s *State) ForgetDevice(index uint32) error {
 	return nil
 }
 
-// Tunnels returns the UDP ports that are closed to containers, since the host unpacks
-// packets from others there, or might (false).
+// Tunnels returns the UDP ports that are closed to containers. The value is true if a
+// socket of the host unpacks packets there, and false if one may do so later.
 func (s *State) Tunnels() (map[uint16]bool, error) {
 	closed := map[uint16]bool{}
 	var (
@@ -515,7 +519,8 @@ func (s *State) Tunnels() (map[uint16]bool, error) {
 	return closed, nil
 }
 
-// SetTunnels closes those ports to containers, as Tunnels returns them, and opens all others.
+// SetTunnels closes these ports to containers, with values as Tunnels returns them, and
+// opens all others.
 func (s *State) SetTunnels(ports map[uint16]bool) error {
 	m := s.byName[bpf.EgressMapTunnels]
 	if m == nil {
@@ -545,14 +550,14 @@ func (s *State) SetTunnels(ports map[uint16]bool) error {
 	return nil
 }
 
-// Forget removes what is kept about the container with a cgroup id, which is none any more;
-// the totals keep its counts.
+// Forget removes the entry of a cgroup that is no container any more. The totals keep its
+// counts.
 func (s *State) Forget(id uint64) error {
 	return errors.Join(remove(s.containers, id), remove(s.byName[bpf.EgressMapStateless], id))
 }
 
-// Bury removes what is kept about a container whose cgroup was removed. What its sockets
-// still send is judged as a container's.
+// Bury removes the entry of a container whose cgroup was removed. Packets of its sockets
+// are still judged as a container's.
 func (s *State) Bury(id uint64) error {
 	if err := s.doWithout(id, bpf.EgressWithoutStateWAS_REMOVED); err != nil {
 		return err

@@ -11,23 +11,23 @@ import (
 )
 
 var (
-	// ErrPinPath means that the pin path is not a directory below the root of a
-	// bpf filesystem, and not at the usual place of one, where it could be mounted.
+	// ErrPinPath means that the pin path is not a directory below the root of a bpf
+	// filesystem, nor at the usual place where one could be mounted.
 	ErrPinPath = errors.New("not a directory in a bpf filesystem")
-	// ErrUnmounted means that there is no bpf filesystem, and that whether this process could
-	// mount one for the host cannot be seen.
+	// ErrUnmounted means that there is no bpf filesystem, and that this process cannot
+	// see whether it could mount one for the host.
 	ErrUnmounted = errors.New("no bpf filesystem is mounted, and this process cannot see whether it is in the host's mount namespace")
-	// ErrPrivateMount means that the pins would be gone with this process's mount
-	// namespace, and the filter with them.
+	// ErrPrivateMount means that the pins, and with them the filter, would end with
+	// this process's mount namespace.
 	ErrPrivateMount = errors.New("not the host's bpf filesystem")
 )
 
-// usualMount is where a bpffs belongs.
+// usualMount is the usual place of the bpf filesystem.
 const usualMount = "/sys/fs/bpf"
 
-// Mount makes sure that the pin path is in a bpffs, by mounting one at the usual place if it
-// is missing there. forHost says whether what this process mounts is mounted for the host:
-// InHostsMounts, but for tests, which mount nothing for the host.
+// Mount makes sure that the pin path is in a bpf filesystem, and mounts one at the usual
+// place if it is missing there. forHost says whether a mount by this process is a mount of
+// the host: it is InHostsMounts, except in tests, which mount nothing for the host.
 func (p Path) Mount(fault Fault, forHost func() (bool, error)) error {
 	existing := p.existing()
 	if onBPFFS(existing) && !(existing == string(p) && isMount(existing)) {
@@ -52,7 +52,7 @@ func (p Path) Mount(fault Fault, forHost func() (bool, error)) error {
 	return nil
 }
 
-// existing returns the pin path, or what there is of it.
+// existing returns the pin path, or the longest part of it that exists.
 func (p Path) existing() string {
 	dir := string(p)
 	for {
@@ -64,10 +64,10 @@ func (p Path) existing() string {
 }
 
 // OnBPFFS says whether the pin path is a directory below the root of a bpf filesystem. The
-// root itself is where other people have their pins too.
+// root itself does not count, since others have their pins there too.
 func (p Path) OnBPFFS() bool { return onBPFFS(string(p)) && !isMount(string(p)) }
 
-// isMount says whether path is where a filesystem is mounted.
+// isMount says whether a filesystem is mounted at path.
 func isMount(path string) bool {
 	var here, above unix.Stat_t
 	return unix.Stat(path, &here) == nil && unix.Stat(path+"/..", &above) == nil && (here.Dev != above.Dev || here.Ino == above.Ino)
@@ -87,8 +87,8 @@ func SeesInit() bool {
 	return err == nil && ns == initialPIDs
 }
 
-// InHostsMounts says whether what this process mounts is mounted for the host. The error is
-// one of permission if that cannot be seen.
+// InHostsMounts says whether a mount by this process is a mount of the host. If the process
+// cannot see that, the error wraps fs.ErrPermission.
 func InHostsMounts() (bool, error) {
 	own, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil || !SeesInit() {
@@ -99,8 +99,8 @@ func InHostsMounts() (bool, error) {
 }
 
 // CheckMount returns ErrPrivateMount if the filesystem of the pins is not the one that the
-// host has in their place, as far as this process can see the host: then the host sees
-// nothing of the filter, which ends with this process's mount namespace.
+// host has at that place, as far as this process can see the host. In such a filesystem the
+// host sees nothing of the filter, which ends with this process's mount namespace.
 func (p Path) CheckMount() error {
 	if !SeesInit() {
 		return nil

@@ -13,11 +13,11 @@ import (
 	"github.com/cilium/ebpf/link"
 )
 
-// Fault, if it is set by a test, runs before each step that changes anything and can make
-// it fail.
+// Fault runs before each step that changes anything, if a test sets it, and can make the
+// step fail.
 type Fault func(step string) error
 
-// Step returns what the fault has to say of a step.
+// Step returns the error of the fault for a step; nil if there is none.
 func (f Fault) Step(format string, args ...any) error {
 	if f == nil {
 		return nil
@@ -25,9 +25,9 @@ func (f Fault) Step(format string, args ...any) error {
 	return f(fmt.Sprintf(format, args...))
 }
 
-// Change is a change of what is in force: the steps back to what was in force before, and
-// what they need. It is undone as a whole, and never seen half done by the hooks: what takes
-// the place of something else is in force before that ends.
+// Change is a change of what is in force. It records how to undo each step, and keeps open
+// what that needs. A Change is undone as a whole. No hook is ever without a program: a
+// replacement is in force before what it replaces ends.
 type Change struct {
 	fault  Fault
 	oneWay bool
@@ -38,28 +38,28 @@ type Change struct {
 // NewChange begins a change that [Change.End] ends.
 func NewChange(fault Fault) *Change { return &Change{fault: fault} }
 
-// OneWay begins a change without a way back: what was done stays done. [Change.End] ends it
-// too.
+// OneWay begins a change that cannot be undone. [Change.End] ends it too.
 func OneWay(fault Fault) *Change { return &Change{fault: fault, oneWay: true} }
 
-// OneWay begins one for what a way back does.
+// OneWay begins a change for what an undo does.
 func (c *Change) OneWay() *Change { return OneWay(c.fault) }
 
-// Step begins a step, which a test can have fail.
+// Step begins a step, which a test can make fail.
 func (c *Change) Step(format string, args ...any) error { return c.fault.Step(format, args...) }
 
-// Back notes the way back of a step that was taken.
+// Back records how to undo a step that was taken.
 func (c *Change) Back(back func() error) {
 	if !c.oneWay {
 		c.back = append(c.back, back)
 	}
 }
 
-// Keep has something open until the end, when it is closed.
+// Keep keeps something open until the end of the change, and closes it then.
 func (c *Change) Keep(open io.Closer) { c.held = append(c.held, open) }
 
-// End closes what was kept, and if there is an error undoes the change before, the last
-// step first. It returns the error, which tells if that has failed too.
+// End ends the change. If err is not nil, it first undoes the change, the last step first.
+// It returns err, joined with the error of the undo if that fails too. Then it closes what
+// was kept open.
 func (c *Change) End(err error) error {
 	if err != nil {
 		var errs []error
@@ -67,7 +67,7 @@ func (c *Change) End(err error) error {
 			errs = append(errs, back())
 		}
 		if undo := errors.Join(errs...); undo != nil {
-			err = fmt.Errorf("%w; and to restore what was in force before: %w", err, undo)
+			err = fmt.Errorf("%w; restore what was in force before: %w", err, undo)
 		}
 	}
 	for _, open := range c.held {
@@ -76,8 +76,8 @@ func (c *Change) End(err error) error {
 	return err
 }
 
-// Program opens a program that the way back puts in force again, and keeps it open; nil if
-// there is no way back.
+// Program opens a program for an undo to put in force again, and keeps it open; nil if the
+// change cannot be undone.
 func (c *Change) Program(id ebpf.ProgramID) (*ebpf.Program, error) {
 	if c.oneWay {
 		return nil, nil
@@ -90,7 +90,7 @@ func (c *Change) Program(id ebpf.ProgramID) (*ebpf.Program, error) {
 	return prog, nil
 }
 
-// Mkdir makes a directory for pins. That there is one is no error.
+// Mkdir makes a directory for pins. It is no error if the directory exists.
 func (c *Change) Mkdir(dir string) error {
 	err := os.Mkdir(dir, 0o700)
 	if errors.Is(err, fs.ErrExist) {
@@ -111,8 +111,8 @@ func (c *Change) PinMap(pin string, m *ebpf.Map) error {
 	return nil
 }
 
-// UnpinMap makes way for a map of the same name; the programs that are in force keep
-// theirs. The map becomes the Change's.
+// UnpinMap removes the pin of a map to make way for another map of that name. Programs in
+// force keep using the map. The Change closes it.
 func (c *Change) UnpinMap(pin string, m *ebpf.Map) error {
 	c.Keep(m)
 	if err := c.Step("unpin map %s", filepath.Base(pin)); err != nil {
@@ -130,7 +130,7 @@ func (c *Change) UnpinMap(pin string, m *ebpf.Map) error {
 	return nil
 }
 
-// UpdateLink has a link run another program, in the place of the one with an id.
+// UpdateLink makes a link run another program instead of the one with the id old.
 func (c *Change) UpdateLink(l link.Link, old ebpf.ProgramID, prog *ebpf.Program) error {
 	before, err := c.Program(old)
 	if err != nil {
@@ -145,8 +145,8 @@ func (c *Change) UpdateLink(l link.Link, old ebpf.ProgramID, prog *ebpf.Program)
 
 // PinLink attaches a link to a cgroup and pins it.
 func (c *Change) PinLink(pin string, attach func() (link.Link, error)) error {
-	// A pin that is still here holds a link that some other program has
-	// detached, and that cannot be attached again.
+	// A pin that is still here holds a link that another program has detached, and that
+	// cannot be attached again.
 	if err := Remove(pin); err != nil {
 		return err
 	}
@@ -162,8 +162,8 @@ func (c *Change) PinLink(pin string, attach func() (link.Link, error)) error {
 	return nil
 }
 
-// ReplaceLink pins a new link in the place of one that cannot be updated. For a
-// moment both are in force.
+// ReplaceLink pins a new link in place of one that cannot be updated. For a moment both are
+// in force.
 func (c *Change) ReplaceLink(pin string, attach func() (link.Link, error)) error {
 	next := pin + nextSuffix
 	if err := Remove(next); err != nil {
@@ -199,7 +199,7 @@ func (c *Change) ReplaceLink(pin string, attach func() (link.Link, error)) error
 	return nil
 }
 
-// DropLink ends a pinned link. That there is none is no error.
+// DropLink ends a pinned link. It is no error if there is none.
 func (c *Change) DropLink(pin string) error {
 	if _, err := os.Lstat(pin); errors.Is(err, fs.ErrNotExist) {
 		return nil

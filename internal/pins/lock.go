@@ -12,11 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrBusy means that another process attaches or detaches and does not finish.
+// ErrBusy means that another process is attaching or detaching and does not finish.
 var ErrBusy = errors.New("another egressbpf is attaching or detaching")
 
-// Lock excludes other processes until unlock is called. It creates the pin path,
-// and says whether it did. The error wraps ErrBusy when ctx ends before.
+// Lock excludes other processes until unlock is called. It creates the pin path if it is
+// missing, and says whether it did. If ctx ends first, the error wraps ErrBusy.
 func (p Path) Lock(ctx context.Context) (unlock func(), created bool, err error) {
 	for {
 		if err := os.MkdirAll(filepath.Dir(string(p)), 0o700); err != nil {
@@ -57,8 +57,8 @@ func (p Path) LockExisting(ctx context.Context) (unlock func(), err error) {
 	}
 }
 
-// RemoveEmpty removes the pin path that Lock has created, unless another process had the
-// lock before, and has pinned.
+// RemoveEmpty removes the pin path that Lock created, unless another process had the lock
+// before and has pinned something.
 func (p Path) RemoveEmpty() error {
 	if err := os.Remove(string(p)); !errors.Is(err, unix.ENOTEMPTY) {
 		return err
@@ -66,11 +66,11 @@ func (p Path) RemoveEmpty() error {
 	return nil
 }
 
-// Locked says whether another process attaches or detaches now.
+// Locked says whether another process is attaching or detaching.
 func (p Path) Locked() bool { return locked(string(p), unix.LOCK_SH) }
 
-// locked says whether others keep a directory locked, so that it cannot be locked in this
-// way.
+// locked says whether another process holds a lock of a directory that excludes a lock of
+// this kind.
 func locked(path string, how int) bool {
 	dir, err := os.Open(path)
 	if err != nil {
@@ -98,10 +98,10 @@ func flock(ctx context.Context, dir *os.File) error {
 	}
 }
 
-// service is a directory beside the pins that a service keeps locked.
+// service is a directory beside the pins that a service keeps locked while it runs.
 const service = "service"
 
-// Serve tells others that a process keeps the filter as it wants it, until that closes the
+// Serve tells other processes that this one keeps the filter in force, until it closes the
 // file.
 func (p Path) Serve() (*os.File, error) {
 	path := p.Pin(service)
@@ -119,5 +119,5 @@ func (p Path) Serve() (*os.File, error) {
 	return dir, nil
 }
 
-// Served says whether some process keeps the filter as it wants it.
+// Served says whether a process keeps the filter in force.
 func (p Path) Served() bool { return locked(p.Pin(service), unix.LOCK_EX) }

@@ -14,11 +14,12 @@ import (
 	"github.com/egressbpf/egressbpf/internal/maps"
 )
 
-// beforeSuffix is that of a kept map that another one replaces, until all that was counted in
-// it is carried over.
+// beforeSuffix marks the pin of a kept map that another map has replaced, until its counts
+// are carried over.
 const beforeSuffix = "-before"
 
-// OfState says whether a pin is that of a map of the state, or of one that is being replaced.
+// OfState says whether a pin is that of a map of the state, or of a map that is being
+// replaced.
 func OfState(pin string) bool {
 	name := filepath.Base(pin)
 	for _, suffix := range []string{beforeSuffix, nextSuffix} {
@@ -29,13 +30,13 @@ func OfState(pin string) bool {
 	return slices.Contains(maps.StateNames(), name)
 }
 
-// kept are the names of the maps that are kept.
+// kept returns the names of the kept maps.
 func kept() []string {
 	return slices.DeleteFunc(maps.StateNames(), func(name string) bool { return !maps.Kept(name) })
 }
 
-// Replaced opens the maps that others replace, by their names; none unless an attach is at
-// work, or was interrupted. The caller closes them.
+// Replaced opens the maps that were replaced, by name. There are none unless an attach is
+// in progress or was interrupted. The caller closes them.
 func (p Path) Replaced() (_ map[string]*ebpf.Map, err error) {
 	found := map[string]*ebpf.Map{}
 	for _, name := range kept() {
@@ -53,8 +54,8 @@ func (p Path) Replaced() (_ map[string]*ebpf.Map, err error) {
 	return found, nil
 }
 
-// Repair makes the pins of maps that others replace whole again, if a process was killed
-// while it renamed them, and opens these maps as Replaced does. It is for who has the lock.
+// Repair completes the pins of replaced maps if a process was killed while it renamed them,
+// and opens these maps as Replaced does. The caller must hold the lock.
 func (p Path) Repair() (map[string]*ebpf.Map, error) {
 	for _, name := range kept() {
 		if err := p.repair(name); err != nil {
@@ -64,8 +65,8 @@ func (p Path) Repair() (map[string]*ebpf.Map, error) {
 	return p.Replaced()
 }
 
-// repair does that for a map. If it is not pinned, the one before is pinned again instead, and
-// the one that should replace it is then the one before.
+// repair does this for one map. If the map is not pinned, the one that it replaced gets the
+// pin back, and the map that was to replace it becomes the one with the suffix.
 func (p Path) repair(name string) error {
 	pin := p.Pin(name)
 	exists := func(path string) bool { _, err := os.Lstat(path); return err == nil }
@@ -79,7 +80,7 @@ func (p Path) repair(name string) error {
 	return os.Rename(next, before)
 }
 
-// ReplaceMap pins a map in place of another one, which is pinned beside it from then on.
+// ReplaceMap pins a map in place of another one, and pins the other one beside it.
 func (c *Change) ReplaceMap(pin string, old, m *ebpf.Map) error {
 	name := filepath.Base(pin)
 	if err := c.Step("replace map %s", name); err != nil {
@@ -109,7 +110,7 @@ func (c *Change) ReplaceMap(pin string, old, m *ebpf.Map) error {
 	return nil
 }
 
-// SwapMaps exchanges a map that replaces another one for that.
+// SwapMaps swaps the pins of a map and of the map that it has replaced.
 func (c *Change) SwapMaps(pin string) error {
 	if err := c.Step("swap maps %s", filepath.Base(pin)); err != nil {
 		return err
@@ -131,7 +132,7 @@ func (c *Change) SwapMaps(pin string) error {
 	return nil
 }
 
-// UnpinReplaced removes the pins of the maps that others have replaced.
+// UnpinReplaced removes the pins of the maps that were replaced.
 func (p Path) UnpinReplaced() error {
 	for _, name := range kept() {
 		if err := Remove(p.Pin(name) + beforeSuffix); err != nil {

@@ -14,7 +14,7 @@ import (
 	"github.com/egressbpf/egressbpf/bpf"
 )
 
-// Info returns what the kernel says of a pinned link.
+// Info returns what the kernel says about a pinned link.
 func Info(pin string) (*link.Info, error) {
 	l, err := link.LoadPinnedLink(pin, nil)
 	if err != nil {
@@ -24,7 +24,7 @@ func Info(pin string) (*link.Info, error) {
 	return l.Info()
 }
 
-// IsMap says whether a map is pinned.
+// IsMap says whether the pin is of a map.
 func IsMap(pin string) bool {
 	m, err := ebpf.LoadPinnedMap(pin, nil)
 	if err == nil {
@@ -33,7 +33,7 @@ func IsMap(pin string) bool {
 	return err == nil
 }
 
-// IsNoLink says whether something else than a link is pinned.
+// IsNoLink says whether the pin is of something other than a link.
 func IsNoLink(pin string) bool {
 	if IsMap(pin) {
 		return true
@@ -45,7 +45,8 @@ func IsNoLink(pin string) bool {
 	return err == nil
 }
 
-// Remove removes the pin of a link that ends with it. That there is none is no error.
+// Remove removes the pin of a link, which ends the link if nothing else holds it. It is no
+// error if there is no pin.
 func Remove(pin string) error {
 	if err := os.Remove(pin); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -53,8 +54,8 @@ func Remove(pin string) error {
 	return nil
 }
 
-// Detach detaches the pinned link of a cgroup at once, and removes the pin. That there is
-// none is no error.
+// Detach detaches the pinned link of a cgroup at once, and removes the pin. It is no error
+// if there is no pin.
 func Detach(pin string) error {
 	l, err := link.LoadPinnedLink(pin, nil)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -86,8 +87,8 @@ func heldLink(pin string) (link.Link, error) {
 	return link.NewFromID(info.ID)
 }
 
-// Map opens a map of the state by its pin, or else the one that the programs in force use;
-// nil if there is neither.
+// Map opens a map of the state by its pin, or otherwise the map that the programs in force
+// use; nil if there is neither.
 func (p Path) Map(name string) (m *ebpf.Map, pinned bool, err error) {
 	m, err = ebpf.LoadPinnedMap(p.Pin(name), nil)
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -97,8 +98,8 @@ func (p Path) Map(name string) (m *ebpf.Map, pinned bool, err error) {
 	return m, false, err
 }
 
-// mapInUse opens the map of the state that the programs in force use, whatever became of
-// its pin; nil if they use none.
+// mapInUse opens the map of the state that the programs in force use, whether or not it is
+// pinned; nil if they use none.
 func (p Path) mapInUse(name string) (*ebpf.Map, error) {
 	pins, err := p.Links()
 	if err != nil {
@@ -107,7 +108,7 @@ func (p Path) mapInUse(name string) (*ebpf.Map, error) {
 	for _, pin := range pins {
 		info, err := Info(pin)
 		if err != nil {
-			continue // no link, or gone meanwhile
+			continue // not a link, or gone meanwhile
 		}
 		if m, err := mapOf(info.Program, name); m != nil || err != nil {
 			return m, err
@@ -116,7 +117,7 @@ func (p Path) mapInUse(name string) (*ebpf.Map, error) {
 	return nil, nil
 }
 
-// mapOf opens the map of a name that a program uses; nil if it uses none.
+// mapOf opens the map with a name that a program uses; nil if it uses none.
 func mapOf(id ebpf.ProgramID, name string) (*ebpf.Map, error) {
 	prog, err := ebpf.NewProgramFromID(id)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -144,8 +145,8 @@ func mapOf(id ebpf.ProgramID, name string) (*ebpf.Map, error) {
 	return nil, nil
 }
 
-// StateOf returns the id of the map that tells programs of one filter from all others; 0 if
-// the program has none.
+// StateOf returns the id of the map by which all programs of one filter can be recognised;
+// 0 if the program does not use one.
 func StateOf(id ebpf.ProgramID) (ebpf.MapID, error) {
 	m, err := mapOf(id, bpf.EgressMapContainers)
 	if m == nil || err != nil {
@@ -160,7 +161,8 @@ func StateOf(id ebpf.ProgramID) (ebpf.MapID, error) {
 	return mapID, nil
 }
 
-// madeByUs says whether a pin is of a map of the state, or of a link whose program uses it.
+// madeByUs says whether a pin is of a map of the state, or of a link whose program uses the
+// state.
 func madeByUs(pin string) bool {
 	if m, err := ebpf.LoadPinnedMap(pin, nil); err == nil {
 		defer m.Close()

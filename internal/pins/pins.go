@@ -5,18 +5,20 @@
 //	containers stateless totals the state, kept from version to version
 //	retired
 //	tickets admitted permitted mails devices tunnels
-//	                            what is on its way, made anew where a version changes it
-//	udp_tunnels                 a file that tells where the host unpacks packets
+//	                            what is on its way between hooks; created anew if a
+//	                            version changes its layout
+//	udp_tunnels                 a file that lists the UDP ports of the host's tunnels
 //	recognise keep release      the links that follow containers as they come and go
 //	host_*                      the links of the host side
 //	cgroup-<id>/<hook>          the links of a policed cgroup
-//	service                     a directory that a service keeps locked
+//	service                     a directory that a service keeps locked while it runs
 //
-// The policy is not pinned: it is loaded with the programs and gone with them.
+// The policy is not pinned: it is loaded with the programs and goes with them.
 //
-// A link that cannot be updated is replaced by another one, which is pinned with the suffix
-// -next until it takes the place of the one before. All that an attach changes goes through
-// a [Change], which takes it back after an error.
+// A link that cannot be updated is replaced by a new link, which is pinned with the suffix
+// -next until it takes the place of the old one. A kept map that is replaced stays pinned
+// with the suffix -before until its counts are carried over. Every change of an attach goes
+// through a [Change], which undoes it after an error.
 package pins
 
 import (
@@ -33,23 +35,23 @@ import (
 	"github.com/egressbpf/egressbpf/internal/maps"
 )
 
-// ErrForeignPins means that what is at the pin path is not egressbpf's.
-var ErrForeignPins = errors.New("it holds pins, and none that egressbpf has made")
+// ErrForeignPins means that the pins at the pin path are not egressbpf's.
+var ErrForeignPins = errors.New("it holds pins, but none that egressbpf has made")
 
 // Path is the directory below which everything is pinned.
 type Path string
 
-// At returns the Path that a user has named, wherever this process goes.
+// At returns the Path that a user has named, independent of the working directory.
 func At(path string) Path {
 	abs, err := filepath.Abs(path)
 	if err != nil {
-		// This process is in a directory that is gone: nothing is there.
+		// The working directory is gone: nothing is there.
 		abs = filepath.Clean(path)
 	}
 	return Path(abs)
 }
 
-// Pin returns where something is pinned that belongs to the whole host.
+// Pin returns the pin of something that belongs to the whole host.
 func (p Path) Pin(name string) string { return filepath.Join(string(p), name) }
 
 const (
@@ -57,14 +59,14 @@ const (
 	nextSuffix   = "-next"
 )
 
-// Cgroup returns the directory of the links of a policed cgroup.
+// Cgroup returns the directory with the links of a policed cgroup.
 func (p Path) Cgroup(id uint64) string { return p.Pin(fmt.Sprint(cgroupPrefix, id)) }
 
-// Families is the link, in the directory of a policed cgroup, that refuses sockets. Which
-// kind of link it is depends on the kernel.
+// Families is the link in the directory of a policed cgroup that refuses sockets. The
+// kernel decides which type of link it is.
 const Families = "socket_create"
 
-// Tunnels tells the UDP ports of the host's tunnels when it is read (bpf/tunnels.bpf.c).
+// Tunnels is a file that lists the UDP ports of the host's tunnels (bpf/tunnels.bpf.c).
 const Tunnels = "udp_tunnels"
 
 // The links of the host side.
@@ -76,38 +78,40 @@ const (
 	HostAnswer6  = "host_answer6"
 )
 
-// cgroupLinks are pinned in the directory of each policed cgroup and updated in place.
+// cgroupLinks are the links in the directory of each policed cgroup. They are updated in
+// place.
 var cgroupLinks = []string{
 	bpf.EgressProgEgress, bpf.EgressProgConnect4, bpf.EgressProgConnect6, bpf.EgressProgSendmsg4, bpf.EgressProgSendmsg6,
 }
 
-// hostLinks are pinned at the pin path itself and replaced by others.
+// hostLinks are the links at the pin path itself. They are replaced by new links.
 var hostLinks = []string{
 	bpf.CgroupsProgRecognise, bpf.CgroupsProgKeep, bpf.CgroupsProgRelease,
 	HostForward4, HostForward6, HostDeliver4, HostDeliver6, HostAnswer6,
 	Tunnels,
 }
 
-// formerMaps are those that earlier versions have pinned, and that this one does without.
+// formerMaps are maps that earlier versions have pinned and that this one does not use.
 var formerMaps = []string{"overflow"}
 
-// lasting are the pins, beside those of policed cgroups, that every version knows and can
-// take over.
+// lasting are the pins that every version knows and can take over, besides those of policed
+// cgroups.
 var lasting = []string{
 	bpf.EgressMapContainers, bpf.EgressMapTotals, bpf.EgressMapRetired,
 	bpf.CgroupsProgRecognise, bpf.CgroupsProgKeep, bpf.CgroupsProgRelease,
 	HostForward4, HostForward6, HostDeliver4, HostDeliver6,
 }
 
-// IsNext says whether a name is that of the link that is about to take the place of one.
+// IsNext says whether a name is that of a link that is about to replace the link with the
+// other name.
 func IsNext(name, of string) bool { return name == of+nextSuffix }
 
-// Lasting says whether every version knows what has this name at the pin path.
+// Lasting says whether every version knows the pin with this name at the pin path.
 func Lasting(name string) bool {
 	return slices.Contains(lasting, name) || strings.HasPrefix(name, cgroupPrefix)
 }
 
-// known says whether this version may have pinned something, at rel below the pin path.
+// known says whether this version may have made the pin at rel, below the pin path.
 func known(rel string) bool {
 	dir, name := filepath.Split(rel)
 	if digits, ok := strings.CutPrefix(dir, cgroupPrefix); ok {
@@ -117,7 +121,7 @@ func known(rel string) bool {
 	return slices.Contains(formerMaps, rel) || slices.Contains(hostLinks, strings.TrimSuffix(rel, nextSuffix))
 }
 
-// All returns all that is pinned.
+// All returns all pins.
 func (p Path) All() (pins []string, err error) {
 	err = filepath.WalkDir(string(p), func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
@@ -131,13 +135,13 @@ func (p Path) All() (pins []string, err error) {
 	return pins, err
 }
 
-// Links returns all that is pinned but the maps of the state.
+// Links returns all pins except those of maps of the state.
 func (p Path) Links() ([]string, error) {
 	pins, err := p.All()
 	return slices.DeleteFunc(pins, OfState), err
 }
 
-// Unknown returns what is pinned that this version does not know.
+// Unknown returns the pins that this version does not know.
 func (p Path) Unknown() (unknown []string, err error) {
 	pins, err := p.Links()
 	for _, pin := range pins {
@@ -152,14 +156,14 @@ func (p Path) Unknown() (unknown []string, err error) {
 	return unknown, err
 }
 
-// UnknownLinks returns what of that may be in force, with a policy of its own: all but maps,
-// which another version keeps at the pin path.
+// UnknownLinks returns the unknown pins that may be in force, with a policy of their own:
+// all except maps, which another version keeps at the pin path.
 func (p Path) UnknownLinks() ([]string, error) {
 	unknown, err := p.Unknown()
 	return slices.DeleteFunc(unknown, func(pin string) bool { return filepath.Dir(pin) == string(p) && IsMap(pin) }), err
 }
 
-// Unpinned returns the names of the state's maps that are not pinned.
+// Unpinned returns the names of the maps of the state that are not pinned.
 func (p Path) Unpinned() (names []string) {
 	for _, name := range maps.StateNames() {
 		if _, err := os.Lstat(p.Pin(name)); errors.Is(err, fs.ErrNotExist) {
@@ -169,8 +173,8 @@ func (p Path) Unpinned() (names []string) {
 	return names
 }
 
-// Cgroups returns the ids of the policed cgroups, those of other versions included; none if
-// there is nothing at the pin path.
+// Cgroups returns the ids of the policed cgroups, including those of other versions; none
+// if nothing is at the pin path.
 func (p Path) Cgroups() (ids []uint64, err error) {
 	entries, err := os.ReadDir(string(p))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -186,15 +190,16 @@ func (p Path) Cgroups() (ids []uint64, err error) {
 	return ids, err
 }
 
-// Check returns ErrForeignPins if there are pins and none of them is egressbpf's, of any
-// version: then the directory is somebody else's.
+// Check returns ErrForeignPins if there are pins and no version of egressbpf has made any
+// of them: the directory belongs to another program then.
 func (p Path) Check() error {
 	pins, err := p.All()
 	for {
 		if err != nil || len(pins) == 0 || slices.ContainsFunc(pins, madeByUs) {
 			return err
 		}
-		// Who detaches meanwhile may have removed them before they were looked at.
+		// A process that detaches meanwhile may have removed the pins before they
+		// were looked at.
 		var again []string
 		if again, err = p.All(); err == nil && slices.Equal(pins, again) {
 			return fmt.Errorf("%s: %w: %s", p, ErrForeignPins, pins[0])
@@ -203,8 +208,8 @@ func (p Path) Check() error {
 	}
 }
 
-// Ours says whether there can be pins of ours at the pin path, and so something to remove.
-// It returns ErrForeignPins as Check does.
+// Ours says whether the pin path can hold pins of egressbpf, and so something to remove. It
+// returns ErrForeignPins as Check does.
 func (p Path) Ours() (bool, error) {
 	if _, err := os.Stat(string(p)); errors.Is(err, fs.ErrNotExist) {
 		return false, nil
@@ -218,8 +223,8 @@ func (p Path) Ours() (bool, error) {
 	return err == nil, err
 }
 
-// RemoveAll removes what is left at the pin path, what another version has pinned included,
-// and the directory.
+// RemoveAll removes everything that is left at the pin path, including pins of other
+// versions, and the directory.
 func (p Path) RemoveAll() error {
 	pins, err := os.ReadDir(string(p))
 	if err != nil {
@@ -233,8 +238,7 @@ func (p Path) RemoveAll() error {
 	return os.Remove(string(p))
 }
 
-// RemoveFormer removes the maps that earlier versions have pinned, and that this one does
-// without.
+// RemoveFormer removes the pins of maps that this version does not use any more.
 func (p Path) RemoveFormer() error {
 	for _, name := range formerMaps {
 		if err := Remove(p.Pin(name)); err != nil {
