@@ -1,5 +1,5 @@
 // Package cgroup finds cgroups of the unified hierarchy (cgroup v2) by path and by id, and
-// reads off their names which are containers'.
+// tells from their names which are containers'.
 package cgroup
 
 import (
@@ -18,14 +18,14 @@ import (
 )
 
 var (
-	// ErrNoCgroup2 means that no cgroup2 filesystem is mounted, or none that
-	// shows the whole hierarchy.
+	// ErrNoCgroup2 means that no cgroup2 filesystem is mounted, or none that shows the
+	// whole hierarchy.
 	ErrNoCgroup2 = errors.New("no cgroup2 filesystem with the whole hierarchy is mounted")
-	// ErrNotBelowRoot means that a path is outside of the cgroup2 mount or is no
+	// ErrNotBelowRoot means that a path is outside the cgroup2 mount or is not a
 	// directory.
 	ErrNotBelowRoot = errors.New("not a directory of the cgroup2 mount")
-	// ErrNotInitialNamespace means that the process sees a part of the
-	// hierarchy as if it were the whole.
+	// ErrNotInitialNamespace means that the process sees a part of the hierarchy as if
+	// it were the whole.
 	ErrNotInitialNamespace = errors.New("not in the host's cgroup namespace")
 )
 
@@ -35,8 +35,8 @@ const initialNamespace = "cgroup:[4026531835]"
 // Root is a mount point of the whole cgroup2 hierarchy.
 type Root string
 
-// FindRoot returns the cgroup2 mount of this mount namespace, that of the
-// hybrid layout included. The error wraps ErrNoCgroup2 if there is none.
+// FindRoot returns the cgroup2 mount of this mount namespace, on the hybrid layout too. The
+// error wraps ErrNoCgroup2 if there is none.
 func FindRoot() (Root, error) {
 	mountinfo, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -51,9 +51,9 @@ func FindRoot() (Root, error) {
 	return "", ErrNoCgroup2
 }
 
-// NetV1 says whether a cgroup v1 hierarchy with net_cls or net_prio is mounted.
-// Once one of these is used, kernels before 5.15 take new sockets for those of
-// the root cgroup (cgroup_sk_alloc_disable).
+// NetV1 says whether a cgroup v1 hierarchy with net_cls or net_prio is mounted. Once one of
+// these is used, kernels before 5.15 count new sockets as the root cgroup's
+// (cgroup_sk_alloc_disable).
 func NetV1() (bool, error) {
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	return netV1(string(mounts)), err
@@ -72,11 +72,11 @@ func netV1(mountinfo string) bool {
 type mount struct {
 	root, point string
 	fstype      string
-	// options are the mount's, super are its filesystem's.
+	// options are those of the mount, super those of the filesystem.
 	options, super []string
 }
 
-// mounts returns the lines of a mountinfo that can be read:
+// mounts returns the readable lines of a mountinfo, which have this form:
 // 36 35 98:0 ROOT MOUNTPOINT OPTIONS [TAGS]... - TYPE SOURCE SUPER.
 func mounts(mountinfo string) iter.Seq[mount] {
 	return func(yield func(mount) bool) {
@@ -94,8 +94,8 @@ func mounts(mountinfo string) iter.Seq[mount] {
 	}
 }
 
-// Delegates says whether this mount of the hierarchy holds processes in the part of it that
-// is their cgroup namespace's (the option nsdelegate).
+// Delegates says whether this mount keeps processes in the part of the hierarchy that
+// belongs to their cgroup namespace (the option nsdelegate).
 func (r Root) Delegates() (bool, error) {
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	return delegates(string(mounts), string(r)), err
@@ -115,7 +115,7 @@ func unescape(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 
-// OnCgroup2 says whether path exists in a cgroup2 filesystem.
+// OnCgroup2 says whether path exists and is in a cgroup2 filesystem.
 func OnCgroup2(path string) bool {
 	var st unix.Statfs_t
 	return unix.Statfs(path, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
@@ -129,8 +129,8 @@ func IsRoot(path string) bool {
 	return OnCgroup2(path) && unix.Stat(path, &st) == nil && st.Ino == rootID
 }
 
-// CheckNamespace returns ErrNotInitialNamespace if the process is not in the
-// host's cgroup namespace, where levels below the root are not what they seem.
+// CheckNamespace returns ErrNotInitialNamespace if the process is not in the host's cgroup
+// namespace. In another namespace, levels below the root are not the kernel's.
 func CheckNamespace() error {
 	ns, err := os.Readlink("/proc/self/ns/cgroup")
 	if err != nil {
@@ -142,9 +142,9 @@ func CheckNamespace() error {
 	return nil
 }
 
-// Rel returns the path of a cgroup as the kernel writes it, from the root and
-// beginning with a slash. Symbolic links are resolved in the part that exists.
-// The error wraps ErrNotBelowRoot if path is not in the mount.
+// Rel returns the path of a cgroup from the root, as the kernel writes it: with a slash at
+// the beginning. It resolves symbolic links in the part of path that exists. The error
+// wraps ErrNotBelowRoot if path is not in the mount.
 func (r Root) Rel(path string) (string, error) {
 	abs, err := filepath.Abs(path)
 	if err != nil {
@@ -164,7 +164,7 @@ func (r Root) Rel(path string) (string, error) {
 	}
 	if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
 		err := fmt.Errorf("%s: %w (%s)", path, ErrNotBelowRoot, r)
-		// On the hybrid layout, the usual path is another hierarchy's.
+		// On the hybrid layout, the usual path belongs to another hierarchy.
 		if name, ok := strings.CutPrefix(abs, filepath.Dir(root)+"/"); ok {
 			err = fmt.Errorf("%w; %s is in it", err, filepath.Join(root, name))
 		}
@@ -181,7 +181,7 @@ func resolveExisting(path string) (string, error) {
 	if !errors.Is(err, fs.ErrNotExist) || path == "/" {
 		return resolved, err
 	}
-	// A dangling link is not a directory to be made.
+	// A dangling link is not a directory that can be made.
 	if _, err := os.Lstat(path); err == nil {
 		return "", fmt.Errorf("%s: dangling symbolic link: %w", path, ErrNotBelowRoot)
 	}
@@ -189,19 +189,19 @@ func resolveExisting(path string) (string, error) {
 	return filepath.Join(parent, filepath.Base(path)), err
 }
 
-// Path returns where the cgroup rel (as Rel returns it) is mounted.
+// Path returns the directory of the cgroup rel, which is a path as Rel returns it.
 func (r Root) Path(rel string) string { return filepath.Join(string(r), rel) }
 
 // Level returns the depth of rel below the root, whose level is 0.
 func Level(rel string) uint32 { return uint32(strings.Count(strings.TrimRight(rel, "/"), "/")) }
 
-// Within says whether the cgroup rel is at or below the cgroup of.
+// Within says whether the cgroup rel is the cgroup of or is below it.
 func Within(rel, of string) bool {
 	return rel == of || of == "/" || strings.HasPrefix(rel, of+"/")
 }
 
-// Open opens the directory of a cgroup and returns its id: the number by which
-// BPF programs know it, unique until the next boot. The caller closes the file.
+// Open opens the directory of a cgroup and returns the cgroup's id: the number by which BPF
+// programs know it, unique until the next boot. The caller closes the file.
 func (r Root) Open(rel string) (*os.File, uint64, error) {
 	f, err := os.OpenFile(r.Path(rel), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -225,8 +225,8 @@ func (r Root) ID(rel string) (uint64, error) {
 	return id, f.Close()
 }
 
-// Find returns the cgroup with an id, as Rel returns it. The error wraps
-// fs.ErrNotExist if its directory is gone.
+// Find returns the cgroup with an id, as Rel does. The error wraps fs.ErrNotExist if the
+// cgroup's directory is gone.
 func (r Root) Find(id uint64) (string, error) {
 	mount, err := os.Open(string(r))
 	if err != nil {
@@ -252,9 +252,9 @@ func (r Root) Find(id uint64) (string, error) {
 	return r.Rel(path)
 }
 
-// walk calls fn for the directories of all cgroups at or below path, until it returns
-// an error; fs.SkipDir leaves out those below. Cgroups come and go while they are
-// listed, which is no error.
+// walk calls fn for the directories of all cgroups at or below path until fn returns an
+// error; fs.SkipDir leaves out the cgroups below. It is no error if cgroups come and go
+// meanwhile.
 func walk(path string, fn func(path string) error) error {
 	return filepath.WalkDir(path, func(path string, d fs.DirEntry, err error) error {
 		switch {
@@ -269,8 +269,8 @@ func walk(path string, fn func(path string) error) error {
 	})
 }
 
-// Outermost returns the cgroups below rel that is says yes to, and that are not below
-// another one of these.
+// Outermost returns the cgroups below rel for which is returns true, except those below
+// another one of them.
 func (r Root) Outermost(rel string, is func(rel string) bool) ([]string, error) {
 	var found []string
 	err := walk(r.Path(rel), func(path string) error {
@@ -284,13 +284,13 @@ func (r Root) Outermost(rel string, is func(rel string) bool) ([]string, error) 
 	return found, err
 }
 
-// populated says whether there are processes in a cgroup, or below it.
+// populated says whether a process is in a cgroup or below it.
 func (r Root) populated(rel string) bool {
 	events, err := os.ReadFile(filepath.Join(r.Path(rel), "cgroup.events"))
 	return err == nil && strings.Contains(string(events), "populated 1")
 }
 
-// OfProcess returns the cgroup of a process, as [Root.Rel] returns it. The error wraps
+// OfProcess returns the cgroup of a process, as [Root.Rel] does. The error wraps
 // fs.ErrNotExist if there is no such process.
 func OfProcess(pid int) (string, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
@@ -302,20 +302,20 @@ func OfProcess(pid int) (string, error) {
 	}
 	for line := range strings.Lines(string(text)) {
 		if rel, ok := strings.CutPrefix(line, "0::"); ok {
-			// The kernel says so of a cgroup that was removed.
+			// The kernel adds this to the path of a removed cgroup.
 			return strings.TrimSuffix(strings.TrimSuffix(rel, "\n"), " (deleted)"), nil
 		}
 	}
 	return "", ErrNoCgroup2
 }
 
-// Processes calls fn for each process in the cgroup rel or below it. Those that come
-// and go meanwhile may be missed, or have ended.
+// Processes calls fn for each process in the cgroup rel or below it. Processes that come
+// and go meanwhile may be missed, or may have ended.
 func (r Root) Processes(rel string, fn func(pid int)) error {
 	return r.untilProcess(rel, func(pid int) bool { fn(pid); return false })
 }
 
-// untilProcess is Processes until fn returns true.
+// untilProcess is Processes, but ends when fn returns true.
 func (r Root) untilProcess(rel string, fn func(pid int) bool) error {
 	return walk(r.Path(rel), func(path string) error {
 		// A threaded cgroup has no processes of its own (EOPNOTSUPP).
@@ -332,17 +332,18 @@ func (r Root) untilProcess(rel string, fn func(pid int) bool) error {
 	})
 }
 
-// Exposure is what a container has of the host's hierarchy, beyond its own cgroup.
+// Exposure is what a container can see or write of the host's hierarchy beyond its own
+// cgroup.
 type Exposure struct {
-	// Namespace is the host's: it sees and names the cgroups of others, and what it starts
-	// can be beside it.
+	// Namespace is whether the container has the host's cgroup namespace: it sees and
+	// names other cgroups, and can start containers beside itself.
 	Namespace bool `json:"host_namespace"`
 	// Writable is whether the whole tree is mounted for writing.
 	Writable bool `json:"writable"`
 }
 
-// Exposure looks at a process of the cgroup rel. A cgroup without any has none, and so has
-// one whose processes may not be looked at.
+// Exposure looks at one process of the cgroup rel. It finds nothing if the cgroup has no
+// process, or none that this process may look at.
 func (r Root) Exposure(rel string) (e Exposure, err error) {
 	pid := 0
 	err = r.untilProcess(rel, func(found int) bool { pid = found; return true })
@@ -358,8 +359,8 @@ func (r Root) Exposure(rel string) (e Exposure, err error) {
 	return e, nil
 }
 
-// wholeTreeWritable says whether a mountinfo, as the host reads it, has the hierarchy's root
-// mounted for writing.
+// wholeTreeWritable says whether a mountinfo, as the host reads it, mounts the root of the
+// hierarchy writable.
 func wholeTreeWritable(mountinfo string) bool {
 	for m := range mounts(mountinfo) {
 		if m.fstype == "cgroup2" && m.root == "/" && slices.Contains(m.options, "rw") && slices.Contains(m.super, "rw") {

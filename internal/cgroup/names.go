@@ -7,20 +7,22 @@ import (
 	"strings"
 )
 
-// DefaultScopes are what known engines call the cgroups of their containers.
+// DefaultScopes returns the names that known engines give to the cgroups of their
+// containers.
 func DefaultScopes() []Scope {
 	return []Scope{
 		"docker-{id}.scope", "{id}", // Docker, with either cgroup driver
 		BuildScope,                                                // BuildKit
 		"libpod-{id}.scope", "libpod-{id}", "libpod-payload-{id}", // Podman; the last is Quadlet's
-		"buildah-*", "crun-buildah-*", "runc-buildah-*", // builds of Podman's
+		"buildah-*", "crun-buildah-*", "runc-buildah-*", // builds by Podman
 		"cri-containerd-{id}.scope", "nerdctl-{id}.scope", "/default/*", // containerd; the last is ctr's
 		"crio-{id}.scope", "crio-{id}", // CRI-O
 	}
 }
 
-// ContainerID returns the id of the container that a cgroup was made for, by its name; ""
-// if it has none. It knows the names of the default scopes, with either cgroup driver.
+// ContainerID returns the id of the container that a cgroup was made for, which is part of
+// the cgroup's name; "" if there is none. It knows the names of the default scopes, with
+// either cgroup driver.
 func ContainerID(rel string) string {
 	name := strings.TrimSuffix(path.Base(rel), ".scope")
 	begin := len(name) - idLength
@@ -38,12 +40,12 @@ func ContainerID(rel string) string {
 type System struct {
 	Engine string `json:"engine"`
 	Name   string `json:"name"`
-	// Cgroup is the container's, as [Root.Rel] returns it.
+	// Cgroup is the cgroup of the container, as [Root.Rel] returns it.
 	Cgroup string `json:"cgroup"`
 }
 
-// systemScopes are what LXC (Incus and LXD with it) and systemd-nspawn call the cgroups of
-// containers. The default policy does not have them.
+// systemScopes are the names that LXC (with Incus and LXD) and systemd-nspawn give to the
+// cgroups of their containers. The default policy does not include them.
 var systemScopes = []struct {
 	engine string
 	scope  Scope
@@ -53,10 +55,10 @@ var systemScopes = []struct {
 	{"systemd-nspawn", "machine-*.scope"},
 }
 
-// systemOf returns the container that is run like a machine in a cgroup of that name.
+// systemOf returns the container of this kind whose cgroup has such a name.
 func systemOf(rel string) (System, bool) {
 	base := path.Base(rel)
-	// libvirt registers virtual machines in the same way as systemd-nspawn.
+	// libvirt registers virtual machines as systemd-nspawn registers containers.
 	if strings.HasPrefix(base, "machine-qemu") {
 		return System{}, false
 	}
@@ -68,8 +70,8 @@ func systemOf(rel string) (System, bool) {
 	return System{}, false
 }
 
-// Containers returns the cgroups of all running containers, by their names, and those that
-// are run like a machine, which can hold others.
+// Containers returns the cgroups of all running containers, which it knows by name, and the
+// running containers that are run like machines, which may hold other containers.
 func (r Root) Containers() ([]string, []System, error) {
 	var systems []System
 	all, err := r.Outermost("/", func(rel string) bool {
@@ -83,16 +85,17 @@ func (r Root) Containers() ([]string, []System, error) {
 	return all, systems, err
 }
 
-// podParents are what a kubelet makes in the root for its pods, with either cgroup driver.
+// podParents are the cgroups that a kubelet makes in the root for its pods, with either
+// cgroup driver.
 var podParents = []string{"kubepods", "kubepods.slice"}
 
-// OfPod says whether a cgroup is within those that a kubelet makes for its pods.
+// OfPod says whether a cgroup is in one that a kubelet makes for its pods.
 func OfPod(rel string) bool {
 	first, _, _ := strings.Cut(strings.TrimPrefix(rel, "/"), "/")
 	return slices.Contains(podParents, first)
 }
 
-// HasPods says whether there is a kubelet's cgroup for pods.
+// HasPods says whether a kubelet has made a cgroup for pods.
 func (r Root) HasPods() bool {
 	return slices.ContainsFunc(podParents, func(name string) bool {
 		_, err := os.Stat(r.Path("/" + name))
@@ -100,18 +103,18 @@ func (r Root) HasPods() bool {
 	})
 }
 
-// anID is as good as any other.
+// anID is an arbitrary id.
 var anID = strings.Repeat("0", idLength)
 
-// PodContainers returns where a pod's container could be, with the systemd driver: as
-// containerd calls it, and as CRI-O does.
+// PodContainers returns possible cgroups of a pod's container with the systemd driver:
+// containerd's and CRI-O's.
 func PodContainers() []string {
 	const pod = "/kubepods.slice/kubepods-pod0.slice/"
 	return []string{pod + "cri-containerd-" + anID + ".scope", pod + "crio-" + anID + ".scope"}
 }
 
-// DockerContainer returns where a container of Docker's could be that has a cgroup-parent: a
-// path, or with the systemd driver a slice.
+// DockerContainer returns a possible cgroup of a Docker container with a cgroup-parent.
+// parent is a path, or a slice with the systemd driver.
 func DockerContainer(parent string) string {
 	if strings.HasSuffix(parent, ".slice") {
 		return path.Join("/", parent, "docker-"+anID+".scope")

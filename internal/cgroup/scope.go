@@ -7,10 +7,11 @@ import (
 	"strings"
 )
 
-// Scope tells the cgroups of containers from others below a policed cgroup. It is a name with
-// {id}, which stands for the 64 hexadecimal digits of a container's id, or with one *, which
-// stands for any characters, at any depth, such as docker-{id}.scope; or everything in one
-// directory, such as /default/*; or BuildScope.
+// Scope tells the cgroups of containers from other cgroups below a policed cgroup. A scope
+// has one of these forms: a name with {id}, which stands for the 64 hexadecimal digits of a
+// container's id, such as docker-{id}.scope; a name with one *, which stands for any
+// characters; everything in one directory, such as /default/*; or BuildScope. Names match
+// at any depth.
 type Scope string
 
 // AnyScope, alone, means that every child of a policed cgroup is a container.
@@ -19,18 +20,18 @@ const AnyScope Scope = "any"
 // DefaultsScope stands for DefaultScopes in a list.
 const DefaultsScope Scope = "default"
 
-// BuildScope stands for the containers in which BuildKit runs the steps of a build: 25 letters
+// BuildScope matches the containers in which BuildKit runs the steps of a build: 25 letters
 // and digits, alone or after a colon.
 const BuildScope Scope = "{build}"
 
 const (
 	scopeID = "{id}"
-	// The lengths of bpf/types.h.
+	// The lengths in bpf/types.h.
 	maxScopePrefix, maxScopeSuffix = 96, 16
 	idLength                       = 64
 )
 
-// ScopeKind is the form of a [Scope], numbered as enum scope_kind of bpf/types.h.
+// ScopeKind is the form of a [Scope], with the numbers of enum scope_kind in bpf/types.h.
 type ScopeKind int
 
 const (
@@ -63,7 +64,7 @@ func (s Scope) Parts() ScopeParts {
 	return ScopeParts{Kind: ScopeAny, Prefix: prefix, Suffix: suffix}
 }
 
-// ParseScope reads a Scope, any, or default, which has a meaning only in a list.
+// ParseScope reads a Scope, or any, or default, which makes sense only in a list.
 func ParseScope(text string) (Scope, error) {
 	s := Scope(text)
 	if s == AnyScope || s == BuildScope || s == DefaultsScope {
@@ -112,7 +113,8 @@ func (s Scope) Matches(cgroup string) bool {
 	return ok
 }
 
-// variable returns what {id} or * stands for in a name, and whether it is one of the scope's.
+// variable returns the part of a name that {id} or * stands for, and whether the name
+// matches the scope.
 func (p ScopeParts) variable(name string) (string, bool) {
 	if !strings.HasPrefix(name, p.Prefix) || !strings.HasSuffix(name, p.Suffix) || len(name) <= len(p.Prefix)+len(p.Suffix) {
 		return "", false
@@ -121,7 +123,8 @@ func (p ScopeParts) variable(name string) (string, bool) {
 	return middle, p.Kind == ScopeAny || isID(middle)
 }
 
-// isID says whether a text is the id of a container, as all engines choose them.
+// isID says whether a text has the form of a container's id, which is the same for all
+// engines.
 func isID(text string) bool {
 	return len(text) == idLength && strings.Trim(text, "0123456789abcdef") == ""
 }

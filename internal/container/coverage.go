@@ -11,13 +11,13 @@ import (
 	"github.com/egressbpf/egressbpf/internal/loader"
 )
 
-// AddUncovered adds to what a status tells uncovered the containers that have no cgroup of
-// their own, or none that is named like a container's. Only their source knows then that they
-// are containers, and it is asked for the process of each. Those that have ended are not
-// added. Sources that did not answer when they were last asked are not asked, nor are those
-// that may be another machine's, whose processes are none here.
+// AddUncovered adds to the uncovered containers of a status those that have no cgroup of
+// their own, or one without a container's name. Only their source knows that these are
+// containers, and AddUncovered asks it for the process of each. Containers that have ended
+// are left out. It does not ask sources that did not answer last time, nor sources that may
+// be on another machine, whose processes are not this machine's.
 //
-// All are tried until ctx ends; the errors are joined.
+// It goes on after an error, until ctx ends; the errors are joined.
 func (v *Inventory) AddUncovered(ctx context.Context, filter *loader.Filter, s *loader.Status) error {
 	var found []loader.Uncovered
 	var errs []error
@@ -34,7 +34,8 @@ func (v *Inventory) AddUncovered(ctx context.Context, filter *loader.Filter, s *
 	return errors.Join(errs...)
 }
 
-// unnamed returns where those run that a status does not know by the names of their cgroups.
+// unnamed returns where the containers run that a status does not know by the names of
+// their cgroups.
 func (a *account) unnamed(ctx context.Context, s *loader.Status) (found []loader.Uncovered, err error) {
 	var errs []error
 	for _, id := range slices.Sorted(maps.Keys(a.running)) {
@@ -56,7 +57,7 @@ func (a *account) unnamed(ctx context.Context, s *loader.Status) (found []loader
 
 var errEnded = errors.New("the container has ended")
 
-// locate returns where a container runs.
+// locate returns the cgroup in which a container runs.
 func (a *account) locate(ctx context.Context, id string) (u loader.Uncovered, err error) {
 	c, err := a.Inspect(ctx, id)
 	if errors.Is(err, ErrNoContainer) || err == nil && c.Pid == 0 {

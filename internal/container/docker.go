@@ -9,11 +9,12 @@ import (
 	"github.com/egressbpf/egressbpf/internal/docker"
 )
 
-// Docker is the [Source] of the containers that a daemon of Docker's runs.
+// Docker is the [Source] of the containers of a Docker daemon.
 type Docker struct{ client *docker.Client }
 
-// OpenDocker returns the daemon at a host as [docker.Open] does: it need not run, and nothing
-// is sent. The caller closes it, or the [Inventory] that it is in.
+// OpenDocker returns the Source for the daemon at a host, as [docker.Open] does. The daemon
+// need not run, and nothing is sent to it. The caller closes the Source, or the [Inventory]
+// that has it.
 func OpenDocker(host string) (*Docker, error) {
 	client, err := docker.Open(host)
 	if err != nil {
@@ -57,7 +58,8 @@ func (d *Docker) Inspect(ctx context.Context, id string) (Container, error) {
 }
 
 func (d *Docker) container(c docker.Container) Container {
-	// Links give a container names within others', which are not its own.
+	// A link gives a container a name within another container's; that is not its own
+	// name.
 	names := slices.DeleteFunc(slices.Clone(c.Names), func(name string) bool { return strings.Contains(name, "/") })
 	return Container{
 		Identity: Identity{ID: c.ID, Name: c.Name}, Source: d.Name(),

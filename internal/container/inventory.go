@@ -11,20 +11,20 @@ import (
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 )
 
-// Inventory is what is known of the containers on this host. Its methods must not be called
-// at the same time, but for Watch.
+// Inventory is what is known about the containers on this host. Its methods must not be
+// called concurrently, except Watch.
 type Inventory struct{ accounts []*account }
 
 // account is what one source has told.
 type account struct {
 	Source
 	running map[string]Container // by id
-	stale   bool                 // it is to be asked for all of them
-	lost    bool                 // it cannot be reached
+	stale   bool                 // the source has to list all containers again
+	lost    bool                 // the source cannot be reached
 }
 
-// NewInventory returns an Inventory of what sources tell. The caller closes it, and does not
-// close the sources.
+// NewInventory returns an Inventory of what the sources tell. The caller closes the
+// Inventory, and not the sources.
 func NewInventory(sources ...Source) *Inventory {
 	v := &Inventory{}
 	for _, s := range sources {
@@ -42,13 +42,14 @@ func (v *Inventory) Close() error {
 	return errors.Join(errs...)
 }
 
-// Started says whether any source's engine runs, as far as can be told without asking one.
+// Started says whether the engine of any source runs, as far as that is known without
+// asking an engine.
 func (v *Inventory) Started() bool {
 	return slices.ContainsFunc(v.accounts, func(a *account) bool { return a.Started() })
 }
 
-// Refresh asks all sources for their containers. All are tried; the errors are joined. What
-// a source that does not answer has told before stays.
+// Refresh asks all sources for their containers. It goes on after an error; the errors are
+// joined. If a source does not answer, what it told before stays.
 func (v *Inventory) Refresh(ctx context.Context) error {
 	var errs []error
 	for _, a := range v.accounts {
@@ -70,7 +71,7 @@ func (a *account) refresh(ctx context.Context) error {
 	return nil
 }
 
-// Watch calls fn for what sources tell, until ctx ends. Calls for several sources may
+// Watch calls fn for events of all sources until ctx ends. Calls for several sources may
 // overlap.
 func (v *Inventory) Watch(ctx context.Context, fn func(Event)) {
 	var all sync.WaitGroup
@@ -80,9 +81,10 @@ func (v *Inventory) Watch(ctx context.Context, fn func(Event)) {
 	}
 }
 
-// Update takes in what a source tells, and asks it for what that is about. It returns whether
-// there may be containers of which something else is known than before. The error says why
-// the source does not tell; that it was lost, once until it answers again.
+// Update takes in an event, and asks its source for what the event is about. It returns
+// whether more or something else may be known about a container than before. The error says
+// why the source does not answer. For a lost source, Update returns it once, until the
+// source answers again.
 func (v *Inventory) Update(ctx context.Context, e Event) (changed bool, err error) {
 	a := v.of(e.Source)
 	switch e.Action {
@@ -99,7 +101,7 @@ func (v *Inventory) Update(ctx context.Context, e Event) (changed bool, err erro
 		return false, nil
 	}
 	if a.stale {
-		return false, nil // all are to be listed anyway
+		return false, nil // the source will list all of them anyway
 	}
 	c, err := a.Inspect(ctx, e.ID)
 	if errors.Is(err, ErrNoContainer) {
@@ -113,8 +115,8 @@ func (v *Inventory) Update(ctx context.Context, e Event) (changed bool, err erro
 	return true, nil
 }
 
-// Stale returns the sources that did not answer when they were last asked. An [Event] with
-// Resync has them asked again.
+// Stale returns the sources that did not answer when they were last asked. A Resync [Event]
+// makes Update ask a source again.
 func (v *Inventory) Stale() (sources []Source) {
 	for _, a := range v.accounts {
 		if a.stale {
@@ -124,15 +126,15 @@ func (v *Inventory) Stale() (sources []Source) {
 	return sources
 }
 
-// Lost says whether a source was lost, and has not answered since.
+// Lost says whether a source was lost and has not answered since.
 func (v *Inventory) Lost(s Source) bool { return v.of(s).lost }
 
-// of returns the account of a source, which must be one of the inventory's.
+// of returns the account of a source, which must be in the inventory.
 func (v *Inventory) of(s Source) *account {
 	return v.accounts[slices.IndexFunc(v.accounts, func(a *account) bool { return a.Source == s })]
 }
 
-// Find returns the running container with an id, as its source has told.
+// Find returns the running container with an id, as its source described it.
 func (v *Inventory) Find(id string) (Container, bool) {
 	for _, a := range v.accounts {
 		if c, ok := a.running[id]; ok {
@@ -142,14 +144,15 @@ func (v *Inventory) Find(id string) (Container, bool) {
 	return Container{}, false
 }
 
-// Name returns what users call the container with an id; empty if no source has told.
+// Name returns the name of the container with an id; empty if no source knows the
+// container.
 func (v *Inventory) Name(id string) string {
 	c, _ := v.Find(id)
 	return c.Name
 }
 
-// Running returns the containers that have a cgroup, by the names of these, and what sources
-// have told of them. All are tried; the errors are joined.
+// Running returns the containers that have a cgroup with a container's name, with what the
+// sources told about them. It goes on after an error; the errors are joined.
 func (v *Inventory) Running(root cgroup.Root) (all []Container, err error) {
 	found, err := root.Outermost("/", func(rel string) bool { return cgroup.ContainerID(rel) != "" })
 	if err != nil {
@@ -159,7 +162,7 @@ func (v *Inventory) Running(root cgroup.Root) (all []Container, err error) {
 	for _, rel := range found {
 		id, err := root.ID(rel)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // it has ended
+			continue // it is gone
 		}
 		if err != nil {
 			errs = append(errs, err)

@@ -9,13 +9,13 @@ import (
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 )
 
-// ErrAmbiguous means that more than one container goes by a name.
+// ErrAmbiguous means that several containers have a name.
 var ErrAmbiguous = errors.New("more than one container goes by that name")
 
-// Select returns which of the containers goes by a name: its id or the beginning of it, its
-// Name, the name of its cgroup, or the path of that, below root or in full. A whole id goes
-// before a name, and a name before the beginning of an id, as with Docker. The error wraps
-// ErrNoContainer or ErrAmbiguous.
+// Select returns the index of the container that name stands for: an id or the beginning of
+// one, a Name, the name of a cgroup, or the path of a cgroup, below root or in full. A
+// whole id takes precedence over a name, and a name over the beginning of an id, as in
+// Docker. The error wraps ErrNoContainer or ErrAmbiguous.
 func Select(root cgroup.Root, all []Identity, name string) (index int, err error) {
 	var ids, exact, begin []int
 	for i, c := range all {

@@ -5,65 +5,68 @@ import (
 	"errors"
 )
 
-// ErrNoContainer means that no container has an id, or goes by a name.
+// ErrNoContainer means that no container has an id or a name.
 var ErrNoContainer = errors.New("no such container")
 
-// Source is an engine that can be asked what it runs, such as Docker. Its methods may be
-// called at the same time.
+// Source is an engine that can be asked for its containers, such as Docker. Its methods may
+// be called concurrently.
 //
-// An engine is believed in what nobody else knows, and in nothing that could be checked:
-// whatever it answers, or does not, takes a bounded time and a bounded amount of memory, and
-// no id, name or error has characters in it that a terminal could obey. A source leaves the
-// cgroup of a container and the id of that empty: these are the kernel's to tell.
+// An engine is trusted for what only the engine knows, and for nothing that could be
+// checked. Whatever it answers, or if it does not, each call takes a bounded time and a
+// bounded amount of memory, and no id, name or error contains characters that could control
+// a terminal. A source leaves the cgroup of a container and the cgroup's id empty: the
+// kernel tells these.
 //
-// Where an engine cannot be reached, List and Inspect return an error. It wraps
-// fs.ErrNotExist if there is nothing to be reached, as on a host without that engine, which
-// only those need to know who have named it. Watch goes on trying.
+// If an engine cannot be reached, List and Inspect return an error. The error wraps
+// fs.ErrNotExist if there is no engine to reach, as on a host without it: that matters only
+// to users who named this engine. Watch keeps trying.
 type Source interface {
-	// Name is what messages call the engine.
+	// Name is the engine's name in messages.
 	Name() string
-	// Host is where it is asked, for messages.
+	// Host is the engine's address in messages.
 	Host() string
-	// Local says whether it is on this machine for certain, so that processes of which it
-	// tells are this machine's.
+	// Local says whether the engine is certainly on this machine, so that the processes
+	// that it names are this machine's.
 	Local() bool
-	// Started says whether the engine runs, as far as can be told without asking it, which
-	// could start it.
+	// Started says whether the engine runs, as far as that is known without asking it.
+	// Asking could start it.
 	Started() bool
 	// List returns all running containers.
 	List(ctx context.Context) ([]Container, error)
-	// Inspect returns the container with a whole id. The error wraps ErrNoContainer if there
-	// is none.
+	// Inspect returns the container with a whole id. The error wraps ErrNoContainer if
+	// there is none.
 	Inspect(ctx context.Context, id string) (Container, error)
-	// Watch calls fn, one call at a time, for what becomes of containers, until ctx ends,
-	// and returns the error of ctx. While fn is at work, events of one container may be put
-	// together.
+	// Watch calls fn for what happens to containers, one call at a time, until ctx
+	// ends, and returns the error of ctx. While fn runs, events of one container may be
+	// merged.
 	Watch(ctx context.Context, fn func(Event)) error
-	// Close gives back what the source holds. It does not end what is under way.
+	// Close releases what the source holds. It does not end calls in progress.
 	Close() error
 }
 
-// Action is what an [Event] is about.
+// Action says what an [Event] is about.
 type Action string
 
 const (
-	// Resync comes first, after each time without a connection, and when something has been
-	// missed: all containers are to be listed. What happens from then on is told.
+	// Resync comes first, after each reconnection, and after events were missed: the
+	// caller has to list all containers. Events follow for everything that happens
+	// after it.
 	Resync Action = "resync"
-	// Lost comes once when the engine cannot be reached any more, or not yet.
+	// Lost comes once when the engine cannot be reached any more, or cannot be reached
+	// yet.
 	Lost Action = "lost"
-	// Changed means that a container has been started, or is described otherwise than before.
+	// Changed means that a container was started, or that its description changed.
 	Changed Action = "changed"
 	// Gone means that a container does not run any more.
 	Gone Action = "gone"
 )
 
-// Event is what a source tells.
+// Event is a message of a source.
 type Event struct {
-	// Source is which.
+	// Source is the source of the event.
 	Source Source
 	Action Action
-	// ID is the container's; empty if the event is not about one.
+	// ID is the container's id; empty if the event is not about a container.
 	ID string
 	// Err says why a source was Lost.
 	Err error

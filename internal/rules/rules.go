@@ -1,4 +1,4 @@
-// Package rules applies the policy's rules for single containers to those that run.
+// Package rules applies the policy's rules for single containers to running containers.
 package rules
 
 import (
@@ -10,12 +10,12 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// Apply gives each container that runs below root what the first rule for it says, and
-// returns how many it changed. To those of which no source has told, the rules cannot be
-// applied: they lose what an earlier rule gave them if revoke is set, and else keep it. A
-// limit that was set by hand is let alone.
+// Apply gives each container that runs below root what the first matching rule says, and
+// returns how many containers it changed. Rules cannot match a container that no source
+// knows. Such a container loses what an earlier rule gave it if revoke is set, and
+// otherwise keeps it. Apply leaves alone a limit that was set by hand.
 //
-// All are tried; the errors are joined.
+// It goes on after an error; the errors are joined.
 func Apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, containers *container.Inventory, revoke bool) (changed int, err error) {
 	running, err := containers.Running(root)
 	errs := []error{err}
@@ -43,14 +43,15 @@ func Apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, co
 		}
 		changed++
 		if now, err := root.ID(c.Cgroup); !existed && (err != nil || now != c.CgroupID) {
-			// It ended before there was anything to forget.
+			// The container ended before there was an entry to forget.
 			errs = append(errs, state.Forget(c.CgroupID))
 		}
 	}
 	return changed, errors.Join(errs...)
 }
 
-// changeFor returns what takes a container to a rule, and whether it is anything.
+// changeFor returns the change that gives a container what a rule says, and whether a
+// change is needed.
 func changeFor(c maps.Container, rule policy.ContainerRule) (change maps.Change, needed bool) {
 	const byRule = maps.MayReachMetadata | maps.AnyFamily
 	change.Flags = maps.FlagsOf(rule.Families)
@@ -68,7 +69,7 @@ func changeFor(c maps.Container, rule policy.ContainerRule) (change maps.Change,
 		limit = *rule.SMTP
 	}
 	if c.Limit != maps.LimitOf(limit) {
-		// It may be set by hand meanwhile.
+		// The limit may be set by hand meanwhile.
 		change.Limit, change.Unless, needed = &limit, maps.LimitSetByHand, true
 	}
 	return change, needed

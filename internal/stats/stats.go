@@ -31,7 +31,7 @@ type Stats struct {
 	Total Total `json:"total"`
 }
 
-// Container is one container's row.
+// Container is the row of one container.
 type Container struct {
 	container.Identity
 	Blocked   Blocked `json:"blocked"`
@@ -79,8 +79,8 @@ type Denied struct {
 	Denied uint64 `json:"denied"`
 }
 
-// SMTP are mail connections, by what became of them. Repeated attempts count
-// again, but for those of an allowed connection.
+// SMTP counts mail connections by their outcome. Repeated attempts count again, except
+// those of an allowed connection.
 type SMTP struct {
 	Allowed     uint64 `json:"allowed"`
 	RateLimited uint64 `json:"rate_limited"`
@@ -90,14 +90,14 @@ type SMTP struct {
 // Bucket is a container's SMTP with the state of its bucket.
 type Bucket struct {
 	SMTP
-	// Tokens are left; nil if the rate is unlimited, or not known.
+	// Tokens is the number of tokens left; nil if the rate is unlimited or not known.
 	Tokens *float64    `json:"tokens"`
 	Rate   policy.Rate `json:"rate"`
-	// Burst is 0 if the limit is not known, since no program tells the policy.
+	// Burst is 0 if the limit is not known, because no program holds the policy.
 	Burst uint32 `json:"burst"`
 }
 
-// Known says whether the container's limit is.
+// Known says whether the container's limit is known.
 func (b Bucket) Known() bool { return b.Burst > 0 }
 
 func total(c maps.Counters) Total {
@@ -126,7 +126,7 @@ func total(c maps.Counters) Total {
 	}
 }
 
-// Reader reads the stats of one filter again and again.
+// Reader reads the stats of one filter repeatedly.
 type Reader struct {
 	filter *loader.Filter
 	root   cgroup.Root
@@ -146,8 +146,8 @@ func Open(filter *loader.Filter, root cgroup.Root) (*Reader, error) {
 // Close closes the Reader.
 func (r *Reader) Close() error { return r.state.Close() }
 
-// Read returns the counters as they are. Containers that exist and that nothing
-// was counted for have a row too.
+// Read returns the present counters. Containers for which nothing was counted have a row
+// too.
 func (r *Reader) Read() (*Stats, error) {
 	status, err := r.filter.Status()
 	if err != nil {
@@ -243,7 +243,7 @@ func (r *Reader) addIdle(known map[uint64]maps.Container, path string, p *policy
 	return nil
 }
 
-// row returns a container's row. def is the policy's limit, nil if that is not known.
+// row returns the row of a container. def is the policy's limit; nil if it is not known.
 func (r *Reader) row(id uint64, c maps.Container, def *policy.Limit, now uint64) (Container, error) {
 	is, err := container.Identify(r.root, id)
 	if err != nil {
@@ -269,7 +269,7 @@ func (r *Reader) row(id uint64, c maps.Container, def *policy.Limit, now uint64)
 	return row, nil
 }
 
-// Select returns the container that goes by a name, as [container.Select] does.
+// Select returns the container that name stands for, as [container.Select] does.
 func (r *Reader) Select(s *Stats, name string) (*Container, error) {
 	all := make([]container.Identity, len(s.Containers))
 	for i, c := range s.Containers {
