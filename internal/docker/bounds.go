@@ -15,15 +15,15 @@ import (
 
 var (
 	errTooLarge = errors.New("the answer is too large")
-	errNotEvent = errors.New("what should be an event is not JSON")
+	errNotEvent = errors.New("an event is not valid JSON")
 )
 
-// bounds is a transport that bounds what the library, which reads whatever comes,
-// can be made to keep in memory.
+// bounds is a transport that limits how much memory an answer can take in the library,
+// which reads whatever comes.
 type bounds struct{ *http.Transport }
 
-// streamKey is the key of a func() in the context of a request for events, to be
-// called when the stream is open.
+// streamKey is the key of a func() in the context of a request for events. The transport
+// calls it when the stream is open.
 type streamKey struct{}
 
 func (b bounds) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -32,7 +32,7 @@ func (b bounds) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	opened, ok := req.Context().Value(streamKey{}).(func())
-	// Agreeing on a version comes with the same context.
+	// The negotiation of a version uses the same context.
 	if ok && resp.StatusCode == http.StatusOK && strings.HasSuffix(req.URL.Path, "/events") {
 		resp.Body = newLines(resp.Body)
 		opened()
@@ -42,12 +42,12 @@ func (b bounds) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// maxDocument is what one answer may cost, in bytes of memory. It is enough for
-// some thousand containers with kilobytes of labels each.
+// maxDocument is how many bytes of memory one answer may take. It is enough for some
+// thousand containers with kilobytes of labels each.
 const maxDocument = 256 << 20
 
-// document is an answer of one JSON document, which is read whole before it is
-// decoded: into something that can be larger by orders of magnitude.
+// document is an answer that consists of one JSON document. The library reads it whole
+// before it decodes it, and the decoded form can be larger by orders of magnitude.
 type document struct {
 	io.ReadCloser
 	left int
@@ -58,11 +58,11 @@ func (d *document) Read(p []byte) (int, error) {
 	for _, c := range p[:n] {
 		switch c {
 		case '{':
-			d.left -= 512 // as large as the library's structs
+			d.left -= 512 // as large as a struct of the library
 		case ',', '[':
 			d.left -= 64 // an entry of a map
 		default:
-			d.left -= 8 // in buffers that grow by being copied
+			d.left -= 8 // in buffers that are copied as they grow
 		}
 	}
 	if d.left < 0 {
@@ -71,11 +71,11 @@ func (d *document) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// maxLine is the size of the largest event, in bytes. An event has the container's
-// labels in it.
+// maxLine is the largest size of an event, in bytes. An event includes the container's
+// labels.
 const maxLine = 1 << 20
 
-// lines is a stream of JSON documents, a line each.
+// lines is a stream of JSON documents, one on each line.
 type lines struct {
 	io.Closer
 	in   *bufio.Scanner
@@ -88,7 +88,8 @@ func newLines(body io.ReadCloser) *lines {
 	return &lines{Closer: body, in: in}
 }
 
-// Read returns whole documents only: a decoder keeps what it has until its end.
+// Read returns only whole documents: a decoder keeps what it has read of a document until
+// the document ends.
 func (l *lines) Read(p []byte) (int, error) {
 	for len(l.rest) == 0 {
 		if !l.in.Scan() {
@@ -111,10 +112,10 @@ func (l *lines) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// tame makes an error whose text the daemon can have written safe to show.
+// tame makes an error safe to show, since the daemon may have written its text.
 func tame(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
-		// The library's text has the address in it, escaped.
+		// The library's text includes the address in escaped form.
 		return fmt.Errorf("no answer in time: %w", context.DeadlineExceeded)
 	}
 	const shown = 300
@@ -138,10 +139,11 @@ type tamed struct {
 func (t *tamed) Error() string { return t.text }
 func (t *tamed) Unwrap() error { return t.error }
 
-// longestText is for names and the like, in bytes; the daemon's own have no limit.
+// longestText limits names and similar texts, in bytes; the daemon itself has no limit.
 const longestText = 1024
 
-// printable returns s, or nothing if a terminal could obey it.
+// printable returns s, or "" if s is too long or has characters that could control a
+// terminal.
 func printable(s string) string {
 	if len(s) > longestText || strings.ContainsFunc(s, func(r rune) bool { return !strconv.IsPrint(r) }) {
 		return ""

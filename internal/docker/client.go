@@ -1,9 +1,9 @@
 // Package docker asks Docker's daemon about its containers, and changes nothing.
 //
-// The daemon is believed when it says which container goes by which name, since
-// nobody else knows, and in nothing that could be checked: whatever it answers, or
-// does not, takes a bounded time and a bounded amount of memory, and what is not an
-// id or a name does not come out as one.
+// The daemon is trusted to say which container has which name, since only the daemon knows,
+// and for nothing that could be checked. Whatever it answers, or if it does not, each call
+// takes a bounded time and a bounded amount of memory, and returns no id or name that is
+// not one.
 package docker
 
 import (
@@ -26,20 +26,20 @@ import (
 	"github.com/moby/moby/client"
 )
 
-// ErrHost means that a host is not one that Open knows how to reach.
+// ErrHost means that Open cannot reach a host of this form.
 var ErrHost = errors.New("want unix:///PATH or tcp://HOST:PORT")
 
-// sockets are where the daemon listens if it is not told otherwise; the second is
-// for hosts whose /var/run is not /run.
+// sockets are the usual places of the daemon's socket; the second is for hosts whose
+// /var/run is not /run.
 var sockets = []string{"/var/run/docker.sock", "/run/docker.sock"}
 
-// Client asks one daemon. Its methods may be called at the same time.
+// Client asks one daemon. Its methods may be called concurrently.
 type Client struct {
 	host string
 	tls  *tls.Config // nil without TLS
 	pace pace
-	// connection is exchanged when the daemon may have been, so that the version
-	// of the API is agreed upon anew.
+	// connection is replaced whenever the daemon may have been replaced, so that the
+	// version of the API is negotiated anew.
 	connection atomic.Pointer[connection]
 }
 
@@ -49,13 +49,13 @@ type connection struct {
 	transport *http.Transport
 }
 
-// pace is how long a Client waits for what.
+// pace is how long a Client waits.
 type pace struct {
-	answer   time.Duration // to any question
-	ping     time.Duration // between two, to notice that a stream has stalled
-	retryMin time.Duration // before the first attempt to connect again
-	retryMax time.Duration // before any such
-	steady   time.Duration // that a stream has to last for the next wait to be the first again
+	answer   time.Duration // for any answer
+	ping     time.Duration // between two pings, which find out that a stream has stalled
+	retryMin time.Duration // before the first attempt to reconnect
+	retryMax time.Duration // before any attempt to reconnect, at most
+	steady   time.Duration // how long a stream has to last before the wait starts again at retryMin
 }
 
 var usualPace = pace{
@@ -66,13 +66,13 @@ var usualPace = pace{
 	steady:   10 * time.Second,
 }
 
-// Open returns a Client of the daemon at host, unix:///PATH or tcp://HOST:PORT. It
+// Open returns a Client of the daemon at host, unix:///PATH or tcp://HOST:PORT. The Client
 // connects when it is first asked something, so the daemon need not run.
 //
-// An empty host is that of DOCKER_HOST, or else the daemon's usual socket. As with
-// Docker's own client, DOCKER_CERT_PATH and DOCKER_TLS_VERIFY say whether to use TLS
-// over TCP, and DOCKER_API_VERSION replaces the version that both sides know. The
-// error can wrap ErrHost; it names the variable if it is about one.
+// If host is empty, Open takes the host from DOCKER_HOST, or the daemon's usual socket. As
+// with Docker's own client, DOCKER_CERT_PATH and DOCKER_TLS_VERIFY say whether to use TLS
+// over TCP, and DOCKER_API_VERSION sets the version instead of negotiating it. The error
+// can wrap ErrHost; it names the variable if a variable is wrong.
 func Open(host string) (*Client, error) {
 	var prefix string
 	if host == "" {
@@ -98,14 +98,14 @@ func Open(host string) (*Client, error) {
 	return c, nil
 }
 
-// Local says whether the daemon is asked by a socket of this machine.
+// Local says whether the daemon is reached through a socket of this machine.
 func (c *Client) Local() bool { return strings.HasPrefix(c.host, "unix:") }
 
-// pidFiles are where the daemon writes its process id if it is not told otherwise.
+// pidFiles are the usual places of the daemon's process id.
 var pidFiles = []string{"/var/run/docker.pid", "/run/docker.pid"}
 
-// Running says whether a daemon runs, as far as its usual files tell. To connect to its
-// socket could start it.
+// Running says whether a daemon runs, as far as its usual files tell. It does not connect
+// to the socket, since that could start the daemon.
 func Running() bool {
 	for _, path := range pidFiles {
 		text, err := os.ReadFile(path)
@@ -153,8 +153,8 @@ func checkHost(host string) (proto string, err error) {
 	return "", fmt.Errorf("%q: %w", host, ErrHost)
 }
 
-// tlsFromEnv does what client.WithTLSClientConfigFromEnv does, but does not go
-// without TLS where it was to be verified.
+// tlsFromEnv does what client.WithTLSClientConfigFromEnv does, except that it does not go
+// without TLS if DOCKER_TLS_VERIFY is set.
 func tlsFromEnv() (*tls.Config, error) {
 	dir, verify := os.Getenv(client.EnvOverrideCertPath), os.Getenv(client.EnvTLSVerify)
 	if dir == "" {
@@ -176,7 +176,7 @@ func tlsFromEnv() (*tls.Config, error) {
 	return config, nil
 }
 
-// connect makes the connection that is used from now on. It sends nothing.
+// connect sets up the connection that is used from now on. It sends nothing.
 func (c *Client) connect() error {
 	t := &http.Transport{
 		TLSClientConfig:        c.tls,
@@ -197,7 +197,7 @@ func (c *Client) connect() error {
 	if c.tls != nil {
 		scheme = "https"
 	}
-	// WithHost wants the library's own transport, and so comes first.
+	// WithHost comes first, since it requires the library's own transport.
 	api, err := client.New(client.WithHost(c.host), client.WithAPIVersionFromEnv(), client.WithScheme(scheme),
 		client.WithHTTPClient(&http.Client{Transport: bounds{t}, CheckRedirect: client.CheckRedirect}))
 	if err != nil {
@@ -209,16 +209,16 @@ func (c *Client) connect() error {
 	return nil
 }
 
-// Host returns where the daemon is.
+// Host returns the address of the daemon.
 func (c *Client) Host() string { return c.host }
 
-// Close closes idle connections. It does not end what is under way.
+// Close closes idle connections. It does not end calls in progress.
 func (c *Client) Close() error {
 	c.connection.Load().transport.CloseIdleConnections()
 	return nil
 }
 
-// ask calls do with the time that an answer may take.
+// ask calls do with a context that ends when an answer is overdue.
 func (c *Client) ask(ctx context.Context, what string, do func(context.Context, *client.Client) error) error {
 	ctx, cancel := context.WithTimeout(ctx, c.pace.answer)
 	defer cancel()
@@ -228,18 +228,17 @@ func (c *Client) ask(ctx context.Context, what string, do func(context.Context, 
 	return nil
 }
 
-// Info is what the daemon says of itself.
+// Info is what the daemon says about itself.
 //
-// It does not say where it puts containers that name no parent of their own: see
-// ReadConfig.
+// It does not include the cgroup of containers that name no parent: see ReadConfig.
 type Info struct {
-	// Version is the daemon's, such as 29.1.3.
+	// Version is the daemon's version, such as 29.1.3.
 	Version string
 	// CgroupDriver is cgroupfs, systemd or none.
 	CgroupDriver string
 	// CgroupVersion is 1 or 2; 0 if the daemon does not say.
 	CgroupVersion int
-	// Rootless daemons have their containers in cgroups of a user.
+	// Rootless says whether the daemon puts containers into cgroups of a user.
 	Rootless bool
 }
 

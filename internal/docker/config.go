@@ -11,26 +11,26 @@ import (
 	"strings"
 )
 
-// ConfigFile is where the daemon's configuration is, unless it was told otherwise.
+// ConfigFile is the usual path of the daemon's configuration.
 const ConfigFile = "/etc/docker/daemon.json"
 
-// Config is what the daemon's configuration file says. What is on dockerd's command
-// line is not in it; the daemon refuses to start with both.
+// Config is what the daemon's configuration file says. It does not include options on
+// dockerd's command line; the daemon refuses to start if an option is in both.
 type Config struct {
-	// CgroupParent is the parent of containers that name none: a path, or a slice
-	// of systemd; empty if it is the driver's own.
+	// CgroupParent is the parent of containers that name no parent: a path, or a slice
+	// of systemd; empty for the driver's own parent.
 	CgroupParent string
 	// CgroupDriver is cgroupfs or systemd; empty if the daemon chooses.
 	CgroupDriver string
-	// Hosts are where the daemon listens; empty if it is the usual socket, or said
-	// on the command line.
+	// Hosts are the addresses at which the daemon listens; empty for the usual socket,
+	// or if the command line names them.
 	Hosts []string
-	// DNS are the servers that containers get, in place of the host's; empty if it is those.
+	// DNS are the name servers of containers; empty if containers use the host's.
 	DNS []string
 }
 
-// ReadConfig reads a configuration file of the daemon, whether or not it runs. A
-// missing file is an empty one, as for the daemon. Errors name the file.
+// ReadConfig reads a configuration file of the daemon, whether or not the daemon runs. A
+// missing file counts as an empty one, as it does for the daemon. Errors name the file.
 func ReadConfig(path string) (Config, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -55,8 +55,7 @@ func ReadConfig(path string) (Config, error) {
 	return c, nil
 }
 
-// parseConfig returns errors that begin with a colon, and the line where it is
-// known.
+// parseConfig returns errors that begin with a colon, followed by the line if it is known.
 func parseConfig(text []byte) (Config, error) {
 	text = bytes.TrimPrefix(text, []byte("\xef\xbb\xbf"))
 	if len(bytes.TrimSpace(text)) == 0 {

@@ -18,44 +18,46 @@ import (
 // ErrNoContainer means that the daemon has no container with an id.
 var ErrNoContainer = errors.New("no such container")
 
-// Container is one of the daemon's containers. Whoever starts it chooses its name
-// and labels, but for what the daemon refuses.
+// Container is a container of the daemon. Whoever starts the container chooses its name and
+// labels, within what the daemon accepts.
 type Container struct {
 	// ID is 64 hexadecimal digits, as in the name of its cgroup.
 	ID string
-	// Name is the one that Docker shows, without a slash; empty if it has none, or
-	// one with characters that Docker allows in no name.
+	// Name is the name that Docker shows, without a slash; empty if the container has
+	// none, or one with characters that Docker never accepts in a name.
 	Name string
-	// Names are all names, links by other containers (web/db) among them.
+	// Names are all names, including links from other containers (web/db).
 	Names []string
-	// Labels are as they were given: any characters, any length.
+	// Labels are as their author wrote them: any characters, any length.
 	Labels map[string]string
-	// Image is the reference that it was started from, and ImageID what that was
-	// then.
+	// Image is the reference that the container was started from, and ImageID the image
+	// that it stood for then.
 	Image, ImageID string
-	// Networks that it is in, by name.
+	// Networks are the networks that the container is in, ordered by name.
 	Networks []Network
 
-	// Pid is its first process, as the daemon sees it; 0 if it does not run, and
-	// from Containers. The process can have ended since.
+	// Pid is the container's first process, as the daemon sees it. It is 0 if the
+	// container does not run, and in the results of Containers. The process may have
+	// ended since.
 	Pid int
-	// CgroupParent is what it was started with; empty if the daemon chose, and from
-	// Containers.
+	// CgroupParent is the parent that the container was started with; empty if the
+	// daemon chose it, and in the results of Containers.
 	CgroupParent string
 }
 
 // Network is a network that a container is in.
 type Network struct {
 	Name string
-	// ID is the daemon's: the bridge of a network is called br- and the first 12
-	// digits, unless it was given another name. Empty if it is not known yet.
+	// ID is the daemon's id of the network; empty if it is not known yet. The bridge of
+	// a network is called br- and the first 12 digits of the ID, unless it was given
+	// another name.
 	ID string
 }
 
 var (
 	hexID     = regexp.MustCompile(`^[0-9a-f]{64}$`)
 	plainName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
-	// Those of swarms are not hexadecimal.
+	// Networks of a swarm have ids that are not hexadecimal.
 	networkID = regexp.MustCompile(`^[0-9a-z]{12,64}$`)
 )
 
@@ -88,8 +90,8 @@ func (c *Client) Containers(ctx context.Context) ([]Container, error) {
 	return found, nil
 }
 
-// Inspect asks for a container, by its whole id. The error wraps ErrNoContainer if
-// there is none.
+// Inspect asks for a container by its whole id. The error wraps ErrNoContainer if there is
+// none.
 func (c *Client) Inspect(ctx context.Context, id string) (Container, error) {
 	found := Container{ID: id}
 	if err := checkID(id); err != nil {
@@ -139,7 +141,7 @@ func checkID(id string) error {
 	return nil
 }
 
-// nameOf returns a name as users know it; "" if it is none.
+// nameOf returns a name as users know it; "" if it is not a valid name.
 func nameOf(name string) string {
 	name = strings.TrimPrefix(name, "/")
 	if len(name) > longestText || !plainName.MatchString(name) {

@@ -13,17 +13,16 @@ import (
 	"github.com/moby/moby/client"
 )
 
-// Action is what an Event is about.
+// Action says what an Event is about.
 type Action string
 
-// What becomes of a container, and of the view of all of them.
+// What happens to a container, or to the view of all containers.
 const (
-	// Resync comes first, after each time without a connection, and when more has
-	// happened than is kept: ask for all containers. What happens from then on is
-	// told.
+	// Resync comes first, after each reconnection, and when more has happened than the
+	// Client keeps: the caller has to ask for all containers. Events follow for
+	// everything that happens after it.
 	Resync Action = "resync"
-	// Lost comes once when there is no connection to the daemon any more, or none
-	// yet.
+	// Lost comes once when there is no connection to the daemon any more, or none yet.
 	Lost Action = "lost"
 
 	Start   Action = "start"
@@ -36,8 +35,8 @@ const (
 // Event says that something has happened to a container.
 type Event struct {
 	Action Action
-	// ID and Name are as those of a Container, and empty if the event is not about
-	// one.
+	// ID and Name are those of the Container; empty if the event is not about a
+	// container.
 	ID, Name string
 	// Err says why the connection was lost.
 	Err error
@@ -45,13 +44,12 @@ type Event struct {
 
 var errNoAnswer = errors.New("no answer in time")
 
-// Watch calls fn, one call at a time, for what happens to the daemon's containers,
-// until the context ends, and returns the context's error. It connects again
-// whenever it has to.
+// Watch calls fn for what happens to the daemon's containers, one call at a time, until ctx
+// ends, and returns the error of ctx. It reconnects whenever it has to.
 //
-// While fn is at work events are put together: for each container fn hears of the
-// last that happened, of which start, die and destroy hide rename and update, since
-// they come with a container that is to be looked at anew or not at all.
+// While fn runs, events are merged: fn gets only the last event of each container. Start,
+// die and destroy take precedence over rename and update, since after them the container
+// has to be looked at anew, or not at all.
 func (c *Client) Watch(ctx context.Context, fn func(Event)) error {
 	q := newQueue()
 	following, cancel := context.WithCancel(ctx)
@@ -68,7 +66,7 @@ func (c *Client) Watch(ctx context.Context, fn func(Event)) error {
 	}
 }
 
-// follow keeps the queue filled until the context ends.
+// follow keeps the queue filled until ctx ends.
 func (c *Client) follow(ctx context.Context, q *queue) {
 	wait := c.pace.retryMin
 	for {
@@ -80,7 +78,7 @@ func (c *Client) follow(ctx context.Context, q *queue) {
 		if lasted >= c.pace.steady {
 			wait = c.pace.retryMin
 		}
-		// Not all in step, when many hosts lose one daemon.
+		// Random, so that many hosts that lose one daemon do not reconnect in step.
 		select {
 		case <-ctx.Done():
 			return
@@ -90,8 +88,8 @@ func (c *Client) follow(ctx context.Context, q *queue) {
 	}
 }
 
-// stream puts events into the queue for as long as one connection holds. It returns
-// how long it did, and why no longer.
+// stream puts events into the queue as long as one connection lasts. It returns how long
+// the connection lasted, and why it ended.
 func (c *Client) stream(ctx context.Context, q *queue) (lasted time.Duration, err error) {
 	var pings sync.WaitGroup
 	defer pings.Wait()
@@ -115,8 +113,8 @@ func (c *Client) stream(ctx context.Context, q *queue) (lasted time.Duration, er
 			}
 		})
 	}
-	// The daemon answers before it begins to listen for events. It repeats those
-	// since a time, so none is missed between.
+	// The daemon answers before it begins to listen for events. It repeats the events
+	// since a time, so that none is missed in between.
 	now := time.Now()
 	stream := conn.Events(context.WithValue(ctx, streamKey{}, ready), client.EventsListOptions{
 		Since:   fmt.Sprintf("%d.%09d", now.Unix(), now.Nanosecond()),
@@ -145,8 +143,8 @@ func (c *Client) stream(ctx context.Context, q *queue) (lasted time.Duration, er
 	}
 }
 
-// keepAsking returns why the daemon does not answer any more: a stream without
-// events looks like one that is dead.
+// keepAsking returns an error when the daemon does not answer any more: without events, a
+// live stream looks like a dead one.
 func (c *Client) keepAsking(ctx context.Context, api *client.Client) error {
 	again := time.NewTicker(c.pace.ping)
 	defer again.Stop()
@@ -165,8 +163,8 @@ func (c *Client) keepAsking(ctx context.Context, api *client.Client) error {
 	}
 }
 
-// eventOf returns what a message says. It is not taken for granted that it is
-// what was asked for.
+// eventOf returns the event in a message. It does not rely on the daemon to send only what
+// was asked for.
 func eventOf(m events.Message) (Event, bool) {
 	e := Event{Action: Action(m.Action), ID: m.Actor.ID, Name: nameOf(m.Actor.Attributes["name"])}
 	switch e.Action {
@@ -176,16 +174,16 @@ func eventOf(m events.Message) (Event, bool) {
 	return e, false
 }
 
-// maxPending is for how many containers a queue keeps an event.
+// maxPending is the number of containers for which a queue keeps an event.
 const maxPending = 4096
 
-// queue holds the events that nobody has been told of.
+// queue holds the events that have not been delivered.
 type queue struct {
 	mu      sync.Mutex
 	changed chan struct{} // has room for one
-	down    error         // to be told of, before the rest
+	down    error         // to be delivered before the rest
 	isDown  bool
-	again   bool // resync, before the events
+	again   bool // a resync is due, before the events
 	order   []string
 	events  map[string]Event // by id
 }
@@ -201,7 +199,7 @@ func (q *queue) signal() {
 	}
 }
 
-// lost is told of once until the next resync.
+// lost queues one Lost event until the next resync.
 func (q *queue) lost(err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -212,7 +210,7 @@ func (q *queue) lost(err error) {
 	q.signal()
 }
 
-// resync makes all earlier events void.
+// resync drops all earlier events, and queues a Resync.
 func (q *queue) resync() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -245,7 +243,7 @@ func (q *queue) add(e Event) {
 
 func minor(a Action) bool { return a == Rename || a == Update }
 
-// next waits for what is next.
+// next waits for the next event.
 func (q *queue) next(ctx context.Context) (Event, error) {
 	for {
 		if err := ctx.Err(); err != nil {
