@@ -1,5 +1,5 @@
-// Package daemon keeps the filter in force, and applies its rules to the containers
-// that start. What is in force does not need it.
+// Package daemon keeps the filter in force, and applies the policy's rules to containers as
+// they start. The filter stays in force without it.
 package daemon
 
 import (
@@ -24,57 +24,59 @@ import (
 // patience is how long one step may take.
 const patience = 20 * time.Second
 
-// coveragePatience is how long the daemon looks for containers that are not covered,
-// while those that start wait for their rules.
+// coveragePatience is how long the daemon looks for containers that are not covered.
+// Containers that start meanwhile wait for their rules.
 const coveragePatience = 2 * time.Second
 
-// How often the daemon looks whether the filter is as it should be, and whether the
-// config file has changed.
+// checkEvery is how often the daemon checks that the filter is as it should be, and
+// lookEvery how often it looks for a changed config file.
 var checkEvery, lookEvery = 30 * time.Second, time.Second
 
-// Notify tells the service manager of a state, as sd_notify(3) does.
+// Notify tells the service manager a state, as sd_notify(3) does.
 type Notify func(state string)
 
 // Daemon is what [Daemon.Run] works with.
 type Daemon struct {
 	Filter *loader.Filter
 	Root   cgroup.Root
-	// Containers are followed by what their sources tell.
+	// Containers is the inventory, which follows the events of its sources.
 	Containers *container.Inventory
-	// Load reads the configuration. File is what it reads; empty if there is none.
+	// Load reads the configuration. File is the file that Load reads; empty if there is
+	// none.
 	Load func() (policy.Config, error)
 	File string
 	Log  *slog.Logger
-	// Notify and Watchdog are the service manager's: it wants to hear from the daemon
-	// in each Watchdog, if that is not 0.
+	// Notify and Watchdog belong to the service manager. It expects a message from the
+	// daemon within each Watchdog; none if that is 0.
 	Notify   Notify
 	Watchdog time.Duration
-	// Reload asks for the configuration to be read again.
+	// Reload makes the daemon read the configuration again.
 	Reload <-chan os.Signal
 
 	config policy.Config
-	revoke bool // rules have changed, and unknown containers lose what they had
-	// optional are what the last attach could put in force and need not have: it depends
-	// on the kernel.
+	revoke bool // rules have changed: containers that no source knows lose what earlier rules gave them
+	// optional are the hooks and defences that the last attach put in force although
+	// the filter works without them. Which these are depends on the kernel.
 	optional []string
-	// fingerprint is that of the filter when last looked at: it changes with whatever
-	// others do to it.
+	// fingerprint is the filter's fingerprint at the last look. It changes with
+	// whatever others do to the filter.
 	fingerprint string
-	// served tells others that this process is here.
+	// served tells other commands that this process is running.
 	served *os.File
-	// short is whether there was little room for containers, when last looked.
+	// short is whether little room for containers was left at the last look.
 	short bool
-	// uncovered are the ids of the containers that were not, when last looked.
+	// uncovered are the ids of the containers that were not covered at the last look.
 	uncovered []string
 }
 
-// Run puts the filter in force and follows the containers until ctx ends, which is no error. An
-// error means that the filter could not be put in force; what was in force stays.
+// Run puts the filter in force and follows the containers until ctx ends, which is no
+// error. An error means that the filter could not be put in force; what was in force before
+// stays.
 func (d *Daemon) Run(ctx context.Context) error {
 	file := newWatched(d.File)
 	watchCtx, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
-	// Before the attach, which finds those that are there.
+	// Before the attach, which finds the devices that exist.
 	devices := d.devices(watchCtx)
 	config, err := d.Load()
 	if err != nil {
@@ -151,8 +153,8 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 	if err := d.Filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {
 		return err
 	}
-	// What was given by rules that hold no more is taken back, also from containers of
-	// which no source can tell now.
+	// What former rules gave is taken back, even from containers that no source knows
+	// now.
 	d.revoke = d.revoke || before.Policy != nil && !reflect.DeepEqual(before.Policy.Containers, config.Containers)
 	d.config = config
 	if err := d.serve(); err != nil {
@@ -173,8 +175,8 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 	return nil
 }
 
-// serve tells others that this process keeps the filter as it is. What it tells them with
-// is gone after a detach.
+// serve tells other commands that this process keeps the filter as it is. A detach removes
+// the directory that it uses for this.
 func (d *Daemon) serve() error {
 	served, err := d.Filter.Serve()
 	if err != nil {
@@ -187,10 +189,12 @@ func (d *Daemon) serve() error {
 	return nil
 }
 
-// optional returns the names of what is in force and does not have to be.
+// optional returns the names of the hooks and defences in force that the filter works
+// without.
 func optional(s *loader.Status) (names []string) {
 	for _, h := range s.Hooks {
-		// Those at devices come and go with these: their defence says what is amiss.
+		// Hooks at devices come and go with the devices. The defence reports what
+		// is missing.
 		if h.Attached && s.Optional(h) && h.Device == "" {
 			names = append(names, h.Name)
 		}
@@ -203,7 +207,7 @@ func optional(s *loader.Status) (names []string) {
 	return names
 }
 
-// reload puts a changed configuration in force; a bad one changes nothing.
+// reload puts a changed configuration in force. A bad configuration changes nothing.
 func (d *Daemon) reload(ctx context.Context) {
 	d.Notify(fmt.Sprintf("RELOADING=1\nMONOTONIC_USEC=%d", monotonic().Microseconds()))
 	defer func() { d.Notify("READY=1\n" + d.statusText(ctx)) }()
@@ -212,20 +216,20 @@ func (d *Daemon) reload(ctx context.Context) {
 		err = d.attach(ctx, config)
 	}
 	if err != nil {
-		d.Log.Error("configuration refused; what was in force stays", "err", err)
+		d.Log.Error("configuration refused; the previous one stays in force", "err", err)
 		return
 	}
 	d.apply(ctx)
 }
 
-// event has the rules follow what a source tells.
+// event takes in an event of a source, and applies the rules if they may be due.
 func (d *Daemon) event(ctx context.Context, e container.Event) {
 	if d.learn(ctx, e) {
 		d.apply(ctx)
 	}
 }
 
-// learn takes in what a source tells, and says whether rules may be due.
+// learn takes in an event of a source, and says whether rules may be due.
 func (d *Daemon) learn(ctx context.Context, e container.Event) bool {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -239,9 +243,9 @@ func (d *Daemon) learn(ctx context.Context, e container.Event) bool {
 	case e.Action == container.Lost:
 		d.Log.Warn(name+" does not answer; new containers get the defaults", "host", host, "err", err)
 	case e.Action == container.Resync:
-		d.Log.Warn(name+" does not tell its containers", "host", host, "err", err)
+		d.Log.Warn("cannot list the containers of "+name, "host", host, "err", err)
 	default:
-		d.Log.Warn("container not known; it gets the defaults until "+name+" tells", "id", e.ID, "err", err)
+		d.Log.Warn("cannot look up a container; it gets the defaults until "+name+" answers", "id", e.ID, "err", err)
 	}
 	return changed
 }
@@ -265,14 +269,14 @@ func (d *Daemon) apply(ctx context.Context) {
 	}
 }
 
-// check repairs what others have broken, and tells what is amiss.
+// check repairs what others have broken, and reports what is wrong.
 func (d *Daemon) check(ctx context.Context) {
 	for _, source := range d.Containers.Stale() {
 		d.learn(ctx, container.Event{Source: source, Action: container.Resync})
 	}
 	d.closeTunnels()
 	if err := d.Filter.ForgetDevices(); err != nil {
-		d.Log.Error("devices that are gone are not forgotten", "err", err)
+		d.Log.Error("cannot remove the buckets of devices that are gone", "err", err)
 	}
 	d.fingerprint = d.Filter.Fingerprint()
 	s, err := d.Filter.Status()
@@ -280,14 +284,14 @@ func (d *Daemon) check(ctx context.Context) {
 		err = d.Filter.AddState(s)
 	}
 	if err != nil {
-		d.Log.Error("status not known", "err", err)
+		d.Log.Error("cannot read the status", "err", err)
 		return
 	}
 	d.room(s)
 	if missing := d.missing(s); len(missing) > 0 {
 		d.Log.Warn("attaching again", "missing", missing)
 		if err := d.attach(ctx, d.config); err != nil {
-			d.Log.Error("not in force", "err", err)
+			d.Log.Error("cannot attach again", "err", err)
 		}
 	}
 	d.apply(ctx)
@@ -307,7 +311,7 @@ func (d *Daemon) missing(s *loader.Status) (names []string) {
 			names = append(names, name)
 		}
 	}
-	// Also if they were made while the last attach looked for them.
+	// These devices may have been made while the last attach looked for devices.
 	for _, device := range s.Unjudged {
 		names = append(names, "host_side of "+device)
 	}
@@ -317,15 +321,15 @@ func (d *Daemon) missing(s *loader.Status) (names []string) {
 	if len(s.Cgroups) == 0 {
 		names = append(names, "all")
 	} else if !samePolicy(s.Policy, d.config.Policy) {
-		names = append(names, "the policy, since somebody has attached another one")
+		names = append(names, "the policy, since another one was attached")
 	}
 	if s.Room != nil && s.Room.Without > 0 && s.Room.Containers < s.Room.Of {
-		names = append(names, "buckets of containers, for which there is room now")
+		names = append(names, "buckets that there is room for now")
 	}
 	return names
 }
 
-// samePolicy says whether a policy that was read back is another one's.
+// samePolicy says whether a policy that was read back is the same as p.
 func samePolicy(inForce *policy.Policy, p policy.Policy) bool {
 	if inForce == nil {
 		return false
@@ -335,7 +339,7 @@ func samePolicy(inForce *policy.Policy, p policy.Policy) bool {
 	return errA == nil && errB == nil && bytes.Equal(a, b)
 }
 
-// room tells when there is little room for containers, and when there is enough again.
+// room warns when little room for containers is left.
 func (d *Daemon) room(s *loader.Status) {
 	short := s.Room != nil && s.Room.Short()
 	if short && !d.short {
@@ -344,7 +348,7 @@ func (d *Daemon) room(s *loader.Status) {
 	d.short = short
 }
 
-// statusText is the line that systemctl status shows.
+// statusText returns the line that systemctl status shows.
 func (d *Daemon) statusText(ctx context.Context) string {
 	s, err := d.status(ctx)
 	if err != nil {
@@ -367,8 +371,8 @@ func (d *Daemon) statusText(ctx context.Context) string {
 	return "STATUS=" + text
 }
 
-// status is what the kernel has, and which containers are not covered although nothing
-// but their source says that they are some.
+// status returns what the kernel has, together with the uncovered containers that only
+// their source knows to be containers.
 func (d *Daemon) status(ctx context.Context) (*loader.Status, error) {
 	s, err := d.Filter.Status()
 	if err != nil {
@@ -377,7 +381,7 @@ func (d *Daemon) status(ctx context.Context) (*loader.Status, error) {
 	ctx, cancel := context.WithTimeout(ctx, coveragePatience)
 	defer cancel()
 	if err := d.Containers.AddUncovered(ctx, d.Filter, s); err != nil {
-		d.Log.Warn("not known whether all containers are covered", "err", err)
+		d.Log.Warn("cannot check whether all containers are covered", "err", err)
 	}
 	return s, nil
 }

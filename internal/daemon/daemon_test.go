@@ -479,7 +479,7 @@ func TestMissedStart(t *testing.T) {
 	s.container(2)
 	s.engine.run("start", id(2), "mailer-2", nil)
 	s.eventually("the rule", func() bool { return s.burst(2) == 30 })
-	if !strings.Contains(s.log.String(), "container not known") {
+	if !strings.Contains(s.log.String(), "cannot look up a container") {
 		t.Errorf("nothing was missed:\n%s", s.log.String())
 	}
 }

@@ -11,13 +11,13 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// device is a network device that has appeared, or been set up. A zero one means that some
-// may have been missed.
+// device is a network device that has appeared or was set up. The zero value means that
+// some devices may have been missed.
 type device struct{ name, kind string }
 
 // devices returns a channel of bridges as they are made, and of tunnels as they come up,
-// until ctx ends. The periodic check finds other devices, and all if the kernel does not
-// tell.
+// until ctx ends. The periodic check finds other devices, and all devices if the kernel
+// sends no messages.
 func (d *Daemon) devices(ctx context.Context) <-chan device {
 	updates, err := d.subscribe(ctx)
 	if err != nil {
@@ -38,17 +38,18 @@ func (d *Daemon) devices(ctx context.Context) <-chan device {
 				}
 				switch u.Type() {
 				case "bridge":
-					// All bits: it is new.
+					// All bits are set for a new device.
 					if u.IfInfomsg.Change == ^uint32(0) {
 						tell(device{u.Attrs().Name, "bridge"})
 					}
 				case "device", "dummy", "ifb", "ipvlan", "macvlan", "veth", "vlan":
 				default:
-					// It has its port from when it is up.
+					// A tunnel has its port from the moment that it is
+					// up.
 					tell(device{u.Attrs().Name, u.Type()})
 				}
 			}
-			// The kernel had more to tell than it keeps.
+			// The kernel had more messages than it keeps.
 			select {
 			case <-time.After(lookEvery):
 			case <-ctx.Done():
@@ -61,7 +62,7 @@ func (d *Daemon) devices(ctx context.Context) <-chan device {
 	return found
 }
 
-// subscribe returns what becomes of network devices, until ctx ends or something is missed.
+// subscribe returns messages about network devices until ctx ends or a message is missed.
 func (d *Daemon) subscribe(ctx context.Context) (<-chan netlink.LinkUpdate, error) {
 	const kept = 1 << 20 // bytes; thousands of devices
 	updates := make(chan netlink.LinkUpdate)
@@ -69,18 +70,19 @@ func (d *Daemon) subscribe(ctx context.Context) (<-chan netlink.LinkUpdate, erro
 		ReceiveBufferSize: kept,
 		ErrorCallback: func(err error) {
 			if ctx.Err() == nil {
-				d.Log.Warn("news of new bridges was missed", "err", err)
+				d.Log.Warn("missed messages about new bridges", "err", err)
 			}
 		},
 	})
 	if err != nil {
-		d.Log.Warn("new bridges cannot be followed, but are found by and by", "err", err)
+		d.Log.Warn("cannot follow new bridges; the periodic check finds them", "err", err)
 	}
 	return updates, err
 }
 
-// appeared has a bridge judged, if it leads to containers: where the kernel judges devices
-// one by one, the last attach has left it out. What may be a tunnel is closed to containers.
+// appeared gets a bridge judged if it leads to containers: if the kernel judges each device
+// by itself, the last attach could not include this one. A device that may be a tunnel is
+// closed to containers.
 func (d *Daemon) appeared(ctx context.Context, new device) {
 	if new.kind == "" || (new.kind == "bridge" && loader.CoversDevice(d.config.Policy, new.name)) {
 		d.check(ctx)
@@ -94,6 +96,6 @@ func (d *Daemon) closeTunnels() {
 		return
 	}
 	if err := d.Filter.CloseTunnels(); err != nil {
-		d.Log.Error("tunnels not closed to containers", "err", err)
+		d.Log.Error("cannot close tunnels to containers", "err", err)
 	}
 }

@@ -6,14 +6,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// watched is a file of which somebody wants to know when it changes.
+// watched is a file that is watched for changes.
 type watched struct {
 	path string
-	// read is the file as it was when it was last read, seen as it was last looked at.
+	// read is the file's stamp when it was last read, seen its stamp at the last look.
 	read, seen stamp
 }
 
-// stamp changes with a file.
+// stamp changes whenever the file does.
 type stamp struct {
 	inode uint64
 	size  int64
@@ -35,8 +35,8 @@ func (w *watched) stamp() stamp {
 	return stamp{st.Ino, st.Size, st.Mtim}
 }
 
-// changed says whether the file is another one than at the last time that it said so.
-// It waits until the file stays as it is, since an editor may still be writing it.
+// changed says whether the file has changed since changed last returned true. It waits
+// until the file stays the same for one look, since an editor may still be writing it.
 func (w *watched) changed() bool {
 	now := w.stamp()
 	settled := now == w.seen
@@ -48,7 +48,7 @@ func (w *watched) changed() bool {
 	return true
 }
 
-// monotonic is the time of CLOCK_MONOTONIC.
+// monotonic returns the time of CLOCK_MONOTONIC.
 func monotonic() time.Duration {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
