@@ -2,9 +2,9 @@ package iptables
 
 import "fmt"
 
-// account gives a reason for every rule of DOCKER-USER that is not carried over and that
-// nothing was said of; told is what was said before. Of other rules it names those that were
-// meant to do what a policy does.
+// account gives a reason for every rule of DOCKER-USER that is not carried over and has no
+// note yet; told is what earlier phases reported. Of the rules outside of DOCKER-USER, it
+// names those that were meant to do what a policy does.
 func account(tables []*table, host *site, families []*family, told ledger) report {
 	var rep report
 	walked, said, others := map[*rule]bool{}, map[*rule]bool{}, map[*rule]bool{}
@@ -35,14 +35,15 @@ func account(tables []*table, host *site, families []*family, told ledger) repor
 }
 
 // unrelated reports whether a step outside of DOCKER-USER decides about packets of
-// containers. What Docker itself lets through between its bridges and the rest is no news.
+// containers. It leaves out what Docker itself lets through between its bridges and other
+// devices.
 func (s *step) unrelated(host *site) bool {
 	return !s.own && s.act != none && !s.jump && s.never() == "" &&
 		!(s.rule.target == "ACCEPT" && host.bridge(s.rule.match.in.value))
 }
 
-// uncarried says why the policy has no counterpart of a step, or "" if there is no reason to
-// give.
+// uncarried says why the policy has no counterpart of a step; "" if no reason has to be
+// given.
 func (s *step) uncarried() (Kind, string) {
 	if s.rule.garbled != "" {
 		return Unknown, s.rule.garbled
@@ -88,7 +89,7 @@ func (s *step) undecided() (Kind, string) {
 	return Unknown, fmt.Sprintf("the target %s is not known here", s.rule.target)
 }
 
-// unwalked names the rules that no packet of a container comes to and that were meant to do
+// unwalked names the rules that no packet of a container reaches and that were meant to do
 // what a policy does, and the lines that cannot be read.
 func unwalked(t *table, host *site, walked map[*rule]bool) (rep report) {
 	for _, c := range t.hidden {

@@ -11,8 +11,8 @@ import (
 type blocks struct {
 	report
 	entries []policy.Rule
-	spared  []policy.Rule           // what has to stay open of what the entries cover
-	origins map[policy.Rule][]*rule // of entries, and of those that a wider one stands for
+	spared  []policy.Rule           // what has to stay open although an entry covers it
+	origins map[policy.Rule][]*rule // the rules behind each entry, and behind entries that a wider entry replaces
 }
 
 // block carries over the rules that drop.
@@ -33,8 +33,8 @@ func block(families []*family) blocks {
 	return b
 }
 
-// blockable returns the entries of a step that drops, or why it has no counterpart among
-// the entries of a policy.
+// blockable returns the policy entries for a step that drops, or why the policy cannot have
+// any.
 func (s *step) blockable() (entries []policy.Rule, why string) {
 	entries, _, err := s.entries()
 	switch {
@@ -92,8 +92,9 @@ func (b *blocks) step(f *family, s *step, entries []policy.Rule) {
 	}
 }
 
-// stopped returns the entries of which the rules stop some packets. Mail to everywhere counts
-// as stopped if it is to most destinations; the others are exceptions.
+// stopped returns the entries some of whose packets the rules stop. An entry for mail to
+// everywhere counts as stopped if the rules stop mail to most destinations; the others are
+// exceptions.
 func (f *family) stopped(entries []policy.Rule, mail bool) (list []policy.Rule) {
 	for _, e := range entries {
 		var v verdict
@@ -109,10 +110,10 @@ func (f *family) stopped(entries []policy.Rule, mail bool) (list []policy.Rule) 
 	return list
 }
 
-// possible returns the entries that a policy can have and that packets can meet.
+// possible returns the entries that a policy can have and that packets can match.
 func (b *blocks) possible(s *step, entries []policy.Rule) (list []policy.Rule) {
 	for _, e := range entries {
-		if err := e.Validate(); err != nil { // such as for IPv4's ICMP in ip6tables
+		if err := e.Validate(); err != nil { // for instance IPv4's ICMP in ip6tables
 			b.note(s.rule, NotCarried, "%v", err)
 		} else if unforwarded(e.Prefix) && !overlapsMetadata(e.Prefix) {
 			b.note(s.rule, NotCarried, "the host does not forward packets to %s: the rule meets none", e.Prefix)
@@ -123,7 +124,7 @@ func (b *blocks) possible(s *step, entries []policy.Rule) (list []policy.Rule) {
 	return list
 }
 
-// add adds an entry that comes from a step.
+// add adds an entry for a step.
 func (b *blocks) add(s *step, e policy.Rule) {
 	if b.origins[e] == nil {
 		b.entries = append(b.entries, e)
@@ -139,8 +140,8 @@ func (b *blocks) add(s *step, e policy.Rule) {
 	}
 }
 
-// widest returns, of entries for the same addresses, those that no wider one covers. A
-// network does not stand for an address in it: the address is refused as a source, too.
+// widest returns the entries that no wider entry for the same addresses covers. A network
+// does not replace an address in it, because a single address is blocked as a source too.
 func widest(entries []policy.Rule) []policy.Rule {
 	same := map[netip.Prefix][]policy.Rule{}
 	for _, e := range entries {
@@ -159,7 +160,8 @@ func (f *family) enforces(s *step, ports []uint16) bool {
 	})
 }
 
-// letsAnswer reports whether packets to an entry pass that are of connections which exist.
+// letsAnswer reports whether packets of existing connections pass to the destination of an
+// entry.
 func (f *family) letsAnswer(e policy.Rule) (lets bool) {
 	f.within(e, func(p packet) bool {
 		p.old = true
@@ -175,12 +177,12 @@ var local = []netip.Prefix{
 	netip.MustParsePrefix("::1/128"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"),
 }
 
-// unforwarded reports whether a network is in one of these.
+// unforwarded reports whether a network is in a local one.
 func unforwarded(p netip.Prefix) bool {
 	return slices.ContainsFunc(local, func(l netip.Prefix) bool { return l.Bits() <= p.Bits() && l.Contains(p.Addr()) })
 }
 
-// spared returns what an entry that blocks has to leave open, since the rule does not meet
+// spared returns what an entry that blocks has to leave open because the rule never sees
 // it: above all a container's own loopback.
 func spared(e policy.Rule) (open []policy.Rule) {
 	for _, l := range local {
@@ -194,7 +196,7 @@ func spared(e policy.Rule) (open []policy.Rule) {
 	return open
 }
 
-// near reports whether a network can have the host or other containers in it.
+// near reports whether a network may contain the host or other containers.
 func near(p netip.Prefix) bool {
 	return slices.ContainsFunc(private, p.Overlaps) && p.Bits() < p.Addr().BitLen() && p.Bits() > 0
 }

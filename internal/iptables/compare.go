@@ -7,10 +7,10 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// maxWork bounds the comparison of rules and policy: some seconds.
+// maxWork limits the comparison of rules and policy to some seconds.
 const maxWork = 300_000_000
 
-// comparison finds where the policy differs from the rules and nothing was said of it.
+// comparison finds differences between policy and rules that no note mentions yet.
 type comparison struct {
 	report
 	policy  policy.Policy
@@ -19,11 +19,11 @@ type comparison struct {
 	sources order
 	told    ledger
 
-	weaker, stricter map[*rule]bool // rules of which this comparison said so
+	weaker, stricter map[*rule]bool // rules with a note from this comparison
 }
 
-// compare puts one packet of every kind through rules and policy, and notes what differs;
-// told is what was said before.
+// compare puts one packet of every kind through rules and policy, and notes the
+// differences; told is what earlier phases reported.
 func compare(families []*family, p policy.Policy, mail mailLimit, blocked blocks, sources order, told ledger) report {
 	c := comparison{policy: p, mail: mail, blocked: blocked, sources: sources, told: told, weaker: map[*rule]bool{}, stricter: map[*rule]bool{}}
 	entries := len(p.Blocked()) + len(p.Allowed())
@@ -40,7 +40,7 @@ func compare(families []*family, p policy.Policy, mail mailLimit, blocked blocks
 	return c.report
 }
 
-// work is about how long it takes to compare the rules with so many entries.
+// work estimates how long it takes to compare the rules with so many entries.
 func (f *family) work(entries int) int {
 	for _, p := range f.passes {
 		entries += len(p.steps)
@@ -52,7 +52,7 @@ func (f *family) work(entries int) int {
 func (c *comparison) family(f *family) {
 	blocked, allowed := c.policy.Blocked(), c.policy.Allowed()
 	var limiting []*rule
-	if f.limits(c.mail.ports) { // else it is said of the family as a whole
+	if f.limits(c.mail.ports) { // otherwise there is a note about the family as a whole
 		for _, s := range c.mail.limits {
 			limiting = append(limiting, s.rule)
 		}
@@ -84,7 +84,7 @@ func (c *comparison) family(f *family) {
 	})
 }
 
-// toward returns the entries for an address.
+// toward returns the entries whose network contains an address.
 func toward(list []policy.Rule, addr netip.Addr) []policy.Rule {
 	var near []policy.Rule
 	for _, r := range list {
@@ -112,7 +112,7 @@ func (c *comparison) missed(f *family, p packet) {
 	}
 }
 
-// blocking returns the rules that the entries come from which block a packet.
+// blocking returns the rules behind the entries that block a packet.
 func (c *comparison) blocking(p packet) (from []*rule) {
 	for e, rules := range c.blocked.origins {
 		if contains([]policy.Rule{e}, p) {
@@ -122,8 +122,8 @@ func (c *comparison) blocking(p packet) (from []*rule) {
 	return from
 }
 
-// excess notes, with the first of the rules that this comes from, that the policy stops what
-// the rules may let through.
+// excess notes that the policy stops what the rules may let through. The note names the
+// first of the rules behind this.
 func (c *comparison) excess(from []*rule, p packet) {
 	if len(from) == 0 || slices.ContainsFunc(from, func(r *rule) bool { return c.stricter[r] || c.told.has(r, Stricter) }) {
 		return

@@ -8,7 +8,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// conclude says what there is to say about the rules and the policy as a whole.
+// conclude notes what concerns the rules and the policy as a whole.
 func conclude(families []*family, p policy.Policy, mail mailLimit, blocked blocks, anyCarried bool) report {
 	var r report
 	limiting := slices.DeleteFunc(slices.Clone(families), func(f *family) bool { return !f.limits(mail.ports) })
@@ -41,7 +41,7 @@ func familyName(v6 bool) string {
 	return "IPv4"
 }
 
-// openMetadata lists what a policy leaves open of the preset metadata.
+// openMetadata lists what the preset metadata would block and the policy does not.
 func openMetadata(p policy.Policy) string {
 	var open []string
 	rules, _ := policy.Preset(policy.Metadata)

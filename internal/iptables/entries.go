@@ -8,18 +8,18 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// mailPorts are the ports by which a rule is known to be about mail.
+// mailPorts are the ports that mark a rule as one about mail.
 var mailPorts = []uint16{25, 465, 587, 2525}
 
 const (
 	tcp = 6
-	// maxPorts are the ports of one rule: each is an entry of its own.
+	// maxPorts limits the ports of one rule, since each port becomes an entry.
 	maxPorts = 256
 )
 
 var errTooMany = fmt.Errorf("it has more than %d ports or networks, each of which would be an entry", maxPorts)
 
-// everywhere returns the network that all addresses of a family are in.
+// everywhere returns the network that contains all addresses of a family.
 func everywhere(v6 bool) netip.Prefix {
 	if v6 {
 		return netip.PrefixFrom(netip.IPv6Unspecified(), 0)
@@ -27,9 +27,9 @@ func everywhere(v6 bool) netip.Prefix {
 	return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
 }
 
-// entriesOf returns what all matches together are about as entries of a policy, those
-// without a destination with a prefix of length 0, and the holes in them. No entries:
-// nothing matches. The error is errTooMany.
+// entriesOf returns, as policy entries, what all matches together match, and the holes in
+// them. Entries without a destination have a prefix of length 0. Without entries, nothing
+// matches. The error is errTooMany.
 func entriesOf(when []*match, v6 bool) (entries, holes []policy.Rule, err error) {
 	all := everywhere(v6)
 	entries = []policy.Rule{{Prefix: all}}
@@ -60,8 +60,8 @@ func entriesOf(when []*match, v6 bool) (entries, holes []policy.Rule, err error)
 	return entries, holes, nil
 }
 
-// side is one of the things that a match asks of a packet: to be, or not to be, in one of
-// the entries.
+// side is one condition of a match: that a packet is in one of the entries, or in none of
+// them.
 type side struct {
 	not  bool
 	list []policy.Rule
@@ -111,8 +111,8 @@ func portEntries(ports []portRange, all netip.Prefix) (list []policy.Rule, err e
 	return list, nil
 }
 
-// intersections adds to a list, without duplicates, what an entry of one list and one of the
-// other are both about. The error is errTooMany.
+// intersections adds to a list what an entry of one list and an entry of the other both
+// match, without duplicates. The error is errTooMany.
 func intersections(to, some, others []policy.Rule) ([]policy.Rule, error) {
 	for _, a := range some {
 		for _, b := range others {
@@ -126,7 +126,7 @@ func intersections(to, some, others []policy.Rule) ([]policy.Rule, error) {
 	return to, nil
 }
 
-// intersect returns what both entries are about.
+// intersect returns what both entries match.
 func intersect(a, b policy.Rule) (policy.Rule, bool) {
 	if !a.Prefix.Overlaps(b.Prefix) || differ(a.Proto, b.Proto) || differ(a.Port, b.Port) {
 		return policy.Rule{}, false
@@ -138,17 +138,17 @@ func intersect(a, b policy.Rule) (policy.Rule, bool) {
 	return a, a.Port == 0 || a.Proto == 0 || hasPorts(a.Proto)
 }
 
-// differ reports whether nothing is both a and b, where 0 is anything.
+// differ reports whether a and b exclude each other; 0 stands for any value.
 func differ[T uint8 | uint16](a, b T) bool { return a != b && a != 0 && b != 0 }
 
-// covers reports whether an entry is about all that another one is about.
+// covers reports whether an entry matches everything that another one matches.
 func covers(wide, narrow policy.Rule) bool {
 	c, ok := intersect(narrow, wide)
 	return ok && c == narrow
 }
 
-// mailOf returns the ports of matches that are about mail, which have a port of mail
-// among them, or nil.
+// mailOf returns the ports of matches that are about mail; nil if they are not. They are
+// about mail if one of their ports is a mail port.
 func mailOf(when []*match, v6 bool) []uint16 {
 	entries, _, err := entriesOf(when, v6)
 	if err != nil {
@@ -168,8 +168,7 @@ func mailOf(when []*match, v6 bool) []uint16 {
 	return slices.Compact(ports)
 }
 
-// about reports whether matches are about what egressbpf is for: a metadata service, or
-// mail.
+// about reports whether matches are about what egressbpf is for: metadata services or mail.
 func about(when []*match, v6 bool) bool {
 	if len(mailOf(when, v6)) > 0 {
 		return true

@@ -8,22 +8,24 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// exceptions collects what the rules let through of what they stop otherwise.
+// exceptions collects what the rules let through although they would stop it otherwise.
 type exceptions struct {
 	report
-	before ledger // of the phases before
+	before ledger // what earlier phases reported
 }
 
-// carrySkip says that the rule of a step is carried over, if it lets packets through.
+// carrySkip notes that the rule of a step is carried over, if the step lets packets
+// through.
 func (x *exceptions) carrySkip(s *step) {
 	if s.act == skip {
 		x.carry(s.rule)
 	}
 }
 
-// of returns what a step lets through that is stopped otherwise, or the holes in what it
-// stops. What it lets through within a limit counts if that has become the limit on mail. That
-// the rule is an exception where another jump leads to it, without the limit, does not count.
+// of returns what a step lets through that would be stopped otherwise, or the holes in what
+// it stops. What a step lets through within a limit counts if that limit has become the
+// limit on mail. If another jump, without a limit, leads to the same rule, that does not
+// make the limited step an exception.
 func (x *exceptions) of(s *step) []policy.Rule {
 	if s.rule.isGoto || s.never() != "" || s.act == none || (s.act == drop || s.limit != nil) && !x.before.carried[s.rule] {
 		return nil
@@ -38,8 +40,8 @@ func (x *exceptions) of(s *step) []policy.Rule {
 	return entries
 }
 
-// needed reports whether an exception for an entry can come from a step. A step that skips
-// others makes one only if one of these would drop some of what the entry is about.
+// needed reports whether a step can be the reason for an exception. A step that skips
+// others is one only if one of the skipped steps would drop a part of the entry.
 func (p *pass) needed(i int, e policy.Rule) bool {
 	if p.steps[i].act != skip {
 		return true
@@ -57,17 +59,18 @@ func (p *pass) needed(i int, e policy.Rule) bool {
 	return false
 }
 
-// allowed is what the policy allows of what it blocks.
+// allowed is what the policy allows although an entry blocks it.
 type allowed struct {
 	exceptions
 	entries []policy.Rule
 }
 
-// maxExceptions bounds how many pairs of an entry and one that blocks are compared.
+// maxExceptions limits how many pairs of an exception and an entry that blocks are
+// compared.
 const maxExceptions = 100_000
 
-// allow carries over what is let through before a rule that drops. The entries begin with
-// those that the blocks spare.
+// allow carries over what the rules let through before a rule that drops. The entries begin
+// with those that block has spared.
 func allow(families []*family, blocked blocks, before ledger) allowed {
 	a := allowed{exceptions: exceptions{before: before}, entries: append([]policy.Rule{}, blocked.spared...)}
 	work := 0
@@ -119,21 +122,21 @@ func (a *allowed) step(f *family, p *pass, i int, entries, blocked []policy.Rule
 	}
 }
 
-// lets reports whether the rules let all of an entry through, for limited also as
-// mail within the limit.
+// lets reports whether the rules let everything in an entry through. If limited is set,
+// mail within the limit counts as let through.
 func (f *family) lets(e policy.Rule, limited bool) bool {
 	v := f.verdicts(e)
 	return v == passes || limited && v&dropped == 0
 }
 
-// exempted is where mail goes without the limit.
+// exempted is where mail may go without the limit.
 type exempted struct {
 	exceptions
 	destinations []netip.Prefix
 }
 
-// exempt carries over destinations to which mail is not limited; without is the
-// policy that has none of these.
+// exempt carries over the destinations to which mail is not limited. without is the policy
+// without these destinations.
 func exempt(families []*family, mail mailLimit, without policy.Policy, before ledger) exempted {
 	x := exempted{exceptions: exceptions{before: before}, destinations: []netip.Prefix{}}
 	if len(mail.ports) == 0 {

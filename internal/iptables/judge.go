@@ -13,15 +13,15 @@ import (
 type pass struct {
 	steps []step
 
-	// Of them, those that can be about packets to one address, the last one asked
-	// for, and where those go on that skip others. No answer depends on which was asked for
-	// before.
+	// near are the steps that can match a packet to addr, the last address asked for,
+	// and next says for each of them where a skip continues. They are a cache: no
+	// answer depends on earlier questions.
 	addr netip.Addr
 	near []int
 	next []int
 }
 
-// at makes near and next those of an address.
+// at sets near and next for an address.
 func (p *pass) at(addr netip.Addr) {
 	if p.addr == addr {
 		return
@@ -39,12 +39,12 @@ func (p *pass) at(addr netip.Addr) {
 	}
 }
 
-// packet is one that a container sends.
+// packet is a packet that a container sends.
 type packet struct {
 	dst   netip.Addr
 	proto uint8
-	port  uint16 // 0 for protocols without
-	old   bool   // of a connection that exists
+	port  uint16 // 0 for protocols without ports
+	old   bool   // of an existing connection
 }
 
 func (p packet) String() string {
@@ -68,8 +68,8 @@ func hasPorts(proto uint8) bool {
 	return slices.Contains([]uint8{6, 17, 136, 132, 33}, proto)
 }
 
-// verdict is what becomes of packets; several are possible at once where it
-// depends on what is not known.
+// verdict is what happens to packets. Several verdicts are possible at once if the answer
+// depends on something unknown.
 type verdict uint8
 
 const (
@@ -78,8 +78,8 @@ const (
 	dropped
 )
 
-// judge returns the verdict on a packet; buf has room for one of each step and one
-// more.
+// judge returns the verdict on a packet. buf has room for one verdict for each step, and
+// one more.
 func (p *pass) judge(pk packet, w world, buf []verdict) verdict {
 	p.at(pk.dst)
 	n := len(p.near)
@@ -106,7 +106,7 @@ func (p *pass) judge(pk packet, w world, buf []verdict) verdict {
 		switch {
 		case within == over:
 			buf[i] = within
-		case within == dropped: // a limit the wrong way round
+		case within == dropped: // a limit used the wrong way round
 			buf[i] = dropped
 		default:
 			buf[i] = limited
@@ -115,8 +115,8 @@ func (p *pass) judge(pk packet, w world, buf []verdict) verdict {
 	return buf[0]
 }
 
-// decides returns the rule that drops a packet that is over every limit, or within
-// every limit, or nil.
+// decides returns the step that drops a packet that is over every limit, or within every
+// limit; nil if there is none.
 func (p *pass) decides(pk packet, w world, over bool) *step {
 	p.at(pk.dst)
 	for i := 0; i < len(p.near); {
@@ -137,12 +137,12 @@ func (p *pass) decides(pk packet, w world, over bool) *step {
 	return nil
 }
 
-// family is all that judges packets of IPv4, or of IPv6.
+// family is everything that judges packets of IPv4, or of IPv6.
 type family struct {
 	v6      bool
 	passes  []*pass
 	worlds  []world
-	partial bool // there are more worlds
+	partial bool // worlds does not have all combinations
 	spectrum
 	buf []verdict // for judge
 }
@@ -158,7 +158,7 @@ func (f *family) judgeIn(pk packet, w world) verdict {
 	return v
 }
 
-// judge returns the verdicts on a packet that are possible.
+// judge returns the possible verdicts on a packet.
 func (f *family) judge(pk packet) (possible verdict) {
 	for _, w := range f.worlds {
 		possible |= f.judgeIn(pk, w)
@@ -166,8 +166,8 @@ func (f *family) judge(pk packet) (possible verdict) {
 	return possible
 }
 
-// deciders returns the rules that may drop a packet that is over every limit, or
-// within every limit.
+// deciders returns the steps that may drop a packet that is over every limit, or within
+// every limit.
 func (f *family) deciders(pk packet, over bool) (steps []*step) {
 	for _, w := range f.worlds {
 		for _, p := range f.passes {
@@ -179,13 +179,12 @@ func (f *family) deciders(pk packet, over bool) (steps []*step) {
 	return steps
 }
 
-// droppers returns all that may drop a packet.
+// droppers returns all steps that may drop a packet.
 func (f *family) droppers(pk packet) []*step {
 	return append(f.deciders(pk, true), f.deciders(pk, false)...)
 }
 
-// reaches reports whether a packet may come to a step, within or over the limits
-// before it.
+// reaches reports whether a packet may reach a step, within or over the limits before it.
 func (f *family) reaches(pk packet, to *step) bool {
 	for _, w := range f.worlds {
 		for _, p := range f.passes {
@@ -212,8 +211,7 @@ func (f *family) reaches(pk packet, to *step) bool {
 	return false
 }
 
-// within calls do with a packet of every kind that an entry is about, until it
-// returns false.
+// within calls do with a packet of every kind in an entry, until do returns false.
 func (f *family) within(e policy.Rule, do func(packet) bool) {
 	from, _ := slices.BinarySearchFunc(f.addrs, e.Prefix.Addr(), netip.Addr.Compare)
 	addrs := []netip.Addr{e.Prefix.Addr(), last(e.Prefix)}
@@ -247,7 +245,7 @@ func (f *family) within(e policy.Rule, do func(packet) bool) {
 	}
 }
 
-// verdicts returns those that are possible within an entry.
+// verdicts returns the possible verdicts on the packets in an entry.
 func (f *family) verdicts(e policy.Rule) (v verdict) {
 	f.within(e, func(p packet) bool {
 		v |= f.judge(p)
@@ -256,15 +254,16 @@ func (f *family) verdicts(e policy.Rule) (v verdict) {
 	return v
 }
 
-// mailPacket returns one that opens a mail connection to an address that no rule names.
+// mailPacket returns a packet that opens a mail connection to an address that no rule
+// names.
 func (f *family) mailPacket(port uint16) packet { return packet{dst: f.other, proto: tcp, port: port} }
 
-// limits reports whether the family's rules do anything about ports of mail.
+// limits reports whether the rules of the family limit or stop mail to any of the ports.
 func (f *family) limits(ports []uint16) bool {
 	return slices.ContainsFunc(ports, func(port uint16) bool { return f.judge(f.mailPacket(port)) != passes })
 }
 
-// every yields the steps of families in their order.
+// every yields the steps of the families in order.
 func every(families []*family) iter.Seq2[*family, *step] {
 	return func(yield func(*family, *step) bool) {
 		for _, f := range families {

@@ -8,7 +8,7 @@ import (
 // user is the chain that Docker leaves to its users.
 const user = "DOCKER-USER"
 
-// dockers reports whether a chain is one that Docker fills.
+// dockers reports whether Docker fills a chain.
 func dockers(chain string) bool {
 	switch chain {
 	case "DOCKER", "DOCKER-FORWARD", "DOCKER-BRIDGE", "DOCKER-CT", "DOCKER-INTERNAL", "DOCKER-INGRESS",
@@ -18,21 +18,22 @@ func dockers(chain string) bool {
 	return false
 }
 
-// hooks are the chains that packets of containers pass on their way out.
+// hooks are the chains, by table, that packets of containers pass on their way out.
 var hooks = map[string][]string{
 	"filter": {"FORWARD"}, "mangle": {"PREROUTING", "FORWARD", "POSTROUTING"}, "raw": {"PREROUTING"}, "security": {"FORWARD"},
 }
 
-// layout is the rules in the places where packets of containers meet them. Nothing in it
-// changes later.
+// layout has the rules in the order in which packets of containers meet them. It does not
+// change once it is made.
 type layout struct {
 	report
 	families []*family
-	lists    map[string][]*step // of -m recent, by name: the steps that put sources there
+	lists    map[string][]*step // of -m recent: the steps that put sources on each list
 }
 
-// layOut lays out the tables of all dumps. It fails if chains jump in circles, or have more
-// than maxSteps rules, counted once for each jump.
+// layOut lays out the tables of all dumps. It returns an error if chains jump in circles,
+// or have more than maxSteps rules, where the rules of a chain count once for each jump to
+// it.
 func layOut(tables []*table, host *site) (layout, error) {
 	l := layout{lists: map[string][]*step{}}
 	var passes [2][]*pass
@@ -59,8 +60,8 @@ func layOut(tables []*table, host *site) (layout, error) {
 	return l, nil
 }
 
-// stopsRest reports whether the policy of FORWARD stops what containers send and no rule
-// accepts.
+// stopsRest reports whether the policy of FORWARD stops packets of containers, because no
+// rule accepts them.
 func (t *table) stopsRest(host *site) bool {
 	c := t.chains["FORWARD"]
 	return c != nil && c.policy == "DROP" && !slices.ContainsFunc(c.rules, func(r *rule) bool {
@@ -103,7 +104,7 @@ func (l *layout) chain(t *table, c *chain, means *meaning) (*pass, error) {
 	}
 	for i := range row.steps {
 		s := &row.steps[i]
-		if s.end < 0 { // the whole table
+		if s.end < 0 { // skips the rest of the table
 			s.end = len(row.steps)
 		}
 		if list := s.match().sets; list != "" {
@@ -113,13 +114,13 @@ func (l *layout) chain(t *table, c *chain, means *meaning) (*pass, error) {
 	return &pass{steps: row.steps}, nil
 }
 
-// meaning is what the rules of one family mean on a host. It is asked for the rules in the
-// order in which packets meet them: what a rule of -m recent means depends on whether an
-// earlier rule puts the packet on the list.
+// meaning is what the rules of one family mean on a host. Its caller asks about the rules
+// in the order in which packets meet them, because the meaning of a rule of -m recent
+// depends on whether an earlier rule puts the packet on the list.
 type meaning struct {
 	site    *site
 	v6      bool
-	listed  map[string]bool // lists that rules so far put packets on
+	listed  map[string]bool // lists that earlier rules put packets on
 	matches map[*rule]*match
 }
 
@@ -147,7 +148,7 @@ func (me *meaning) match(r *rule) *match {
 	return &m
 }
 
-// row is the steps of a pass while they are laid out.
+// row holds the steps of a pass while they are laid out.
 type row struct {
 	table *table
 	means *meaning
@@ -157,7 +158,8 @@ type row struct {
 
 const maxSteps = 20_000
 
-// chain adds a chain and those it jumps to. It fails if they go round in circles.
+// chain adds a chain and the chains that it jumps to. It returns an error if they jump in
+// circles.
 func (w *row) chain(c *chain, when []*match, inUser bool, above []string) error {
 	t := w.table
 	if slices.Contains(above, c.name) {
@@ -176,7 +178,7 @@ func (w *row) chain(c *chain, when []*match, inUser bool, above []string) error 
 		switch {
 		case r.garbled != "":
 		case own && (r.target == "DROP" || r.target == "REJECT"):
-			// Docker keeps its networks apart, with a policy or without.
+			// Docker separates its networks whatever the policy says.
 		case r.target == "DROP" || r.target == "REJECT":
 			s.act = drop
 		case r.target == "ACCEPT":

@@ -11,13 +11,13 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// hashlimit collects the options of the matches limit, hashlimit and recent, which
-// come one by one, until the rule has been read.
+// hashlimit collects the options of the matches limit, hashlimit and recent until the rule
+// has been read, since the options come one by one.
 type hashlimit struct {
 	module string
 	limit  limit
 	rated  bool
-	action string // of recent: set, update, rcheck, remove
+	action string // of recent: set, update, rcheck or remove
 	not    bool
 }
 
@@ -100,12 +100,12 @@ func (h *hashlimit) option(name string, values []string, not bool) error {
 	return errUnknown
 }
 
-// finish puts what was collected into the match.
+// finish writes what was collected into the match.
 func (h *hashlimit) finish(m *match) {
 	l := h.limit
 	l.module = h.module
 	if l.burst == 0 {
-		l.burst = 5 // of libxt_limit and libxt_hashlimit
+		l.burst = 5 // the default of libxt_limit and libxt_hashlimit
 	}
 	switch h.module {
 	case "":
@@ -135,8 +135,8 @@ func (h *hashlimit) finish(m *match) {
 	}
 }
 
-// settle turns hits in a window into a rate and a burst, if there are such, once it is
-// known whether the packet itself is on the list when it is looked for there.
+// settle turns hits in a window into a rate and a burst, if that is possible. counted is
+// whether the packet itself is already on the list when it is looked up there.
 func (l limit) settle(counted bool) (limit, bool) {
 	n := l.hits
 	if counted {
@@ -155,9 +155,10 @@ func (l limit) settle(counted bool) (limit, bool) {
 	return l, false
 }
 
-// together returns what limits come to that a packet meets one after another. What is within
-// one and goes on to the next is within the strictest; what is over one and goes on to the
-// next has that one's tokens too. Limits of both kinds come to none.
+// together returns what several limits amount to if a packet meets them one after another.
+// A packet that has to be within each limit is within the strictest. A packet that has to
+// be over each limit can also use the tokens of each. Limits of both kinds do not amount to
+// one.
 func together(limits []*limit) (limit, bool) {
 	all := *limits[0]
 	for _, l := range limits[1:] {
@@ -194,8 +195,8 @@ func slower(a, b policy.Rate) int {
 	return cmp.Or(cmp.Compare(hiA, hiB), cmp.Compare(loA, loB))
 }
 
-// parseRate reads N, N/s, N/min and so on, as the kernel's tools do: any beginning
-// of the unit's name.
+// parseRate reads N, N/s, N/min and so on, as the kernel's tools do. The unit may be any
+// beginning of its name.
 func parseRate(s string) (policy.Rate, bool) {
 	count, unit, ok := strings.Cut(s, "/")
 	if !ok {
@@ -217,7 +218,7 @@ func parseRate(s string) (policy.Rate, bool) {
 	return policy.Rate{}, false
 }
 
-// refill returns how long an empty bucket takes to be full again.
+// refill returns how long it takes to refill an empty bucket.
 func (l *limit) refill() time.Duration {
 	if l.rate.Count == 0 {
 		return 0
@@ -225,5 +226,5 @@ func (l *limit) refill() time.Duration {
 	return time.Duration(float64(l.burst) * float64(l.rate.Period) / float64(l.rate.Count))
 }
 
-// perContainer reports whether every source address has a limit of its own.
+// perContainer reports whether each source address has a limit of its own.
 func (l *limit) perContainer() bool { return slices.Contains(l.per, "srcip") && l.mask < 0 }

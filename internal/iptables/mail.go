@@ -8,15 +8,15 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// unseenMail says what rules of FORWARD leave alone.
+// unseenMail says which mail rules of FORWARD do not see.
 const unseenMail = "FORWARD does not see mail to the host itself, nor always to containers on the same bridge"
 
 // mailLimit is the limit on new mail connections.
 type mailLimit struct {
 	report
 	smtp   policy.SMTP
-	ports  []uint16 // to which they are limited, sorted; none if there is no limit
-	limits []*step  // that apply to these
+	ports  []uint16 // the limited ports, sorted; none if there is no limit
+	limits []*step  // the steps that limit these ports
 }
 
 func (l *mailLimit) limitsPort(port uint16) bool {
@@ -24,7 +24,7 @@ func (l *mailLimit) limitsPort(port uint16) bool {
 	return found
 }
 
-// limitMail finds the ports on which new connections are limited, and the limit; lists are
+// limitMail finds the ports to which new connections are limited, and the limit. lists are
 // those of [layout].
 func limitMail(families []*family, lists map[string][]*step) mailLimit {
 	l := mailLimit{smtp: policy.Default().SMTP}
@@ -69,8 +69,8 @@ func limitMail(families []*family, lists map[string][]*step) mailLimit {
 	return l
 }
 
-// port reports whether a step has a part in a limit of new connections to a port, and
-// returns the rules that drop what is over it.
+// port reports whether a step takes part in limiting new connections to a port, and returns
+// the steps that drop what is over the limit.
 func (l *mailLimit) port(f *family, s *step, port uint16) (by []*step, has bool) {
 	pk := f.mailPacket(port)
 	entries, _, _ := s.entries()
@@ -79,7 +79,7 @@ func (l *mailLimit) port(f *family, s *step, port uint16) (by []*step, has bool)
 		pk.dst = narrow.Addr()
 	}
 	if f.judge(pk)&(limited|dropped) != limited {
-		return nil, false // not limited, or not only: that blocks
+		return nil, false // not limited, or also dropped within the limit: that blocks
 	}
 	by = f.deciders(pk, true)
 	if s.limit == nil && !slices.ContainsFunc(by, func(d *step) bool { return d.rule == s.rule }) || s.limit != nil && !f.reaches(pk, s) {
@@ -96,7 +96,8 @@ func (l *mailLimit) port(f *family, s *step, port uint16) (by []*step, has bool)
 	return by, true
 }
 
-// gather adds the limits that a mail packet meets, of rules about mail or not.
+// gather adds the limits that a mail packet meets, whether or not their rules are about
+// mail.
 func (l *mailLimit) gather(f *family, pk packet) {
 	for s := range stepsOf(f.passes) {
 		if s.act == none || s.limit == nil || !f.reaches(pk, s) ||
@@ -111,14 +112,14 @@ func (l *mailLimit) gather(f *family, pk packet) {
 	}
 }
 
-// matters reports whether a step with a limit decides about packets of a connection
-// that exists, too.
+// matters reports whether a step with a limit also decides about packets of existing
+// connections.
 func (f *family) matters(s *step, pk packet) bool {
 	pk.old = true
 	return slices.ContainsFunc(f.worlds, func(w world) bool { return s.applies(pk, w) }) && f.judge(pk)&(limited|dropped) != 0
 }
 
-// setLimit takes the strictest of the limits, and says where that differs from the rules.
+// setLimit takes the strictest limit, and notes where that differs from the rules.
 func (l *mailLimit) setLimit(lists map[string][]*step) {
 	l.smtp.Rate, l.smtp.Burst = l.limits[0].limit.rate, min(l.limits[0].limit.burst, 1_000_000)
 	for _, s := range l.limits[1:] {
@@ -139,7 +140,8 @@ func (l *mailLimit) setLimit(lists map[string][]*step) {
 	}
 }
 
-// counted says where a limit counts apart, or for how long, otherwise than the policy.
+// counted notes where a rule counts for something else, or for another time, than the
+// policy.
 func (l *mailLimit) counted(s *step) {
 	each := strings.Join(s.limit.per, " and ")
 	switch {
@@ -157,7 +159,8 @@ func (l *mailLimit) counted(s *step) {
 	}
 }
 
-// recent says what a limit by a list means, of -m recent, on which some steps put sources.
+// recent notes what a limit by a list of -m recent means; list has the steps that put
+// sources on the list.
 func (l *mailLimit) recent(s *step, list []*step) {
 	for _, sets := range list {
 		if len(mailOf(sets.when, false))+len(mailOf(sets.when, true)) == 0 {
@@ -167,7 +170,7 @@ func (l *mailLimit) recent(s *step, list []*step) {
 	l.note(s.rule, Weaker, "the rule lets %d through within any %d seconds, and with --update starts anew at every attempt; the policy lets %d through at once and then %s, up to twice as many in such a time", s.limit.burst, s.limit.window, l.smtp.Burst, l.smtp.Rate)
 }
 
-// merged says where the policy's one limit is not that of a rule.
+// merged notes where the policy's single limit is not the limit of a rule.
 func (l *mailLimit) merged(s *step) {
 	if slower(s.limit.rate, l.smtp.Rate) != 0 || s.limit.burst != l.smtp.Burst {
 		l.note(s.rule, Stricter, "the policy has one limit for all mail of a container, the strictest of the rules': %s, burst %d, instead of %s, burst %d", l.smtp.Rate, l.smtp.Burst, s.limit.rate, s.limit.burst)

@@ -6,11 +6,11 @@ import (
 	"strings"
 )
 
-// network reads ADDR, ADDR/BITS or ADDR/MASK. A mask with holes is refused.
+// network reads ADDR, ADDR/BITS or ADDR/MASK. It refuses a mask with holes.
 func network(s string) (netip.Prefix, error) {
 	host, bits, ok := strings.Cut(s, "/")
 	addr, err := netip.ParseAddr(host)
-	if err != nil || addr.Zone() != "" || addr.Is4In6() { // a policy takes the last for IPv4, ip6tables does not
+	if err != nil || addr.Zone() != "" || addr.Is4In6() { // a policy takes a v4-mapped address for IPv4, ip6tables does not
 		return netip.Prefix{}, errUnknown
 	}
 	n := addr.BitLen()
@@ -109,7 +109,7 @@ var services = map[string]uint16{
 	"domain": 53, "http": 80, "https": 443, "ntp": 123,
 }
 
-// portList reads ports and ranges of ports between commas.
+// portList reads ports and ranges of ports, separated by commas.
 func portList(s string) ([]portRange, error) {
 	var list []portRange
 	for item := range strings.SplitSeq(s, ",") {

@@ -10,9 +10,9 @@ import (
 type Kind string
 
 const (
-	// NotCarried: the rule has no counterpart in the policy.
+	// NotCarried: the policy has no counterpart of the rule.
 	NotCarried Kind = "not carried over"
-	// Unknown: the rule was not understood, and has no counterpart either.
+	// Unknown: the rule was not understood, so the policy has no counterpart of it.
 	Unknown Kind = "not understood"
 	// Weaker: the policy lets through what the rule stops.
 	Weaker Kind = "weaker"
@@ -22,9 +22,9 @@ const (
 	Differs Kind = "differs"
 )
 
-// Note is one thing to know about a rule.
+// Note is something that a user should know about a rule.
 type Note struct {
-	Source string // "": about the rules as a whole
+	Source string // "" for a note about the rules as a whole
 	Line   int
 	Kind   Kind
 	Rule   string
@@ -43,16 +43,16 @@ func (n Note) String() string {
 	return s.String()
 }
 
-// report is what one phase says of the rules, in the order in which it says it. Only that
-// phase adds to it.
+// report is what one phase notes about the rules, in the phase's order. Only that phase
+// adds to it.
 type report struct {
 	remarks  []remark
 	comments []comment
 }
 
 type remark struct {
-	rule    *rule // nil: the rules as a whole
-	kind    Kind  // "": the rule is carried over
+	rule    *rule // nil for a remark about the rules as a whole
+	kind    Kind  // "" if the rule is carried over
 	refusal bool  // from refuse
 	text    string
 }
@@ -64,23 +64,24 @@ func (r *report) note(about *rule, kind Kind, format string, args ...any) {
 	r.remarks = append(r.remarks, remark{rule: about, kind: kind, text: fmt.Sprintf(format, args...)})
 }
 
-// carry says that a rule is carried over.
+// carry notes that a rule is carried over.
 func (r *report) carry(about *rule) {
 	r.remarks = append(r.remarks, remark{rule: about})
 }
 
-// refuse says why a rule is not carried over. A packet can meet one rule in several places:
-// the first reason stands, and none does after the rule was carried over from another place.
+// refuse notes why a rule is not carried over. A packet can meet a rule in several places:
+// only the first reason counts, and none if the rule is carried over from another place
+// before.
 func (r *report) refuse(about *rule, why string) {
 	r.remarks = append(r.remarks, remark{rule: about, kind: NotCarried, refusal: true, text: why})
 }
 
-// comment names a rule above the key of the config file that comes from it.
+// comment writes a rule above the key of the config file that comes from the rule.
 func (r *report) comment(key string, from *rule) {
 	r.comments = append(r.comments, comment{key, from.at.String() + ": " + from.text})
 }
 
-// ledger is what several reports say, without duplicates. It does not change once it is made.
+// ledger joins several reports, without duplicates. It does not change once it is made.
 type ledger struct {
 	notes   []Note
 	noted   map[*rule][]Kind
@@ -113,7 +114,7 @@ func join(reports ...report) ledger {
 	return l
 }
 
-// has reports whether a note on a rule is of one of these kinds.
+// has reports whether a rule has a note of one of these kinds.
 func (l ledger) has(r *rule, kinds ...Kind) bool {
 	return slices.ContainsFunc(l.noted[r], func(k Kind) bool { return slices.Contains(kinds, k) })
 }

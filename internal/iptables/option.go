@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// aliases are the long and old spellings of options.
+// aliases are the long and the old spellings of options.
 var aliases = map[string]string{
 	"--source": "-s", "--src": "-s", "--destination": "-d", "--dst": "-d",
 	"--protocol": "-p", "--proto": "-p", "--in-interface": "-i", "--out-interface": "-o",
@@ -32,8 +32,8 @@ func (r *rule) parse(words []string) {
 		if a, ok := aliases[w]; ok {
 			name = a
 		}
-		// The values: an exclamation mark between belongs to the option, as it was
-		// written before iptables 1.4.3.
+		// The values of the option. An exclamation mark among them belongs to the
+		// option: so it was written before iptables 1.4.3.
 		var values []string
 		for ; i < len(words) && !isOption(words[i]); i++ {
 			if words[i] == "!" {
@@ -107,8 +107,8 @@ func (r *rule) option(name string, values []string, not bool, h *hashlimit) erro
 	return h.option(name, values, not)
 }
 
-// load takes a match module, which does nothing without its options, save those that
-// have none to give.
+// load loads a match module. Most modules do nothing without options; those that need none
+// are not known here.
 func (h *hashlimit) load(module string) error {
 	switch module {
 	case "socket", "rpfilter", "unclean", "eui64", "ah", "esp":
@@ -125,7 +125,7 @@ func (h *hashlimit) load(module string) error {
 	return nil
 }
 
-// option takes an option that has one value.
+// option reads an option that has one value.
 func (m *match) option(name, v string, not bool) (err error) {
 	switch name {
 	case "-s", "-i", "-o":
@@ -181,7 +181,7 @@ func (m *match) option(name, v string, not bool) (err error) {
 	return err
 }
 
-// flags takes a condition on TCP flags: those of mask that are set are those of set.
+// flags reads a condition on TCP flags: of the flags in mask, exactly those in set are set.
 func (m *match) flags(mask, set []string, not bool) {
 	only := func(flag string) bool {
 		return slices.Contains(mask, flag) == slices.Contains(set, flag) &&
@@ -192,8 +192,8 @@ func (m *match) flags(mask, set []string, not bool) {
 	m.connection(isNew, isOld)
 }
 
-// connection takes a condition on what the packet is to its connection: it holds for the
-// first one, and for those of a connection that exists.
+// connection reads a condition on a packet's place in its connection: whether it holds for
+// the first packet, and whether it holds for packets of an existing connection.
 func (m *match) connection(isNew, isOld bool) {
 	m.notNew, m.notOld = m.notNew || !isNew, m.notOld || !isOld
 	m.newOnly = m.newOnly || isNew && !isOld

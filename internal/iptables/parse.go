@@ -1,6 +1,7 @@
-// Package iptables reads what iptables-save prints and says the same as a policy:
-// which destinations containers may not reach and how many mail connections they
-// may open. What cannot be said, or means something else, it names with its line.
+// Package iptables reads the output of iptables-save and turns it into a policy that does
+// the same: which destinations containers may not reach, and how many mail connections they
+// may open. It names each rule that a policy cannot express, or expresses differently, with
+// its line.
 package iptables
 
 import (
@@ -18,32 +19,33 @@ import (
 
 // Source is one dump of rules.
 type Source struct {
-	Name string // for the places in notes, such as the file's name
+	Name string // for the places in notes, such as the name of the file
 	Text string
-	// Live: these are all rules in force, so that a chain to which none jumps does nothing.
+	// Live says that the dump has all rules in force, so that a chain without a jump to
+	// it does nothing.
 	Live bool
 }
 
-// ErrNoRules is returned for a text in which no line is a rule or a chain.
+// ErrNoRules means that no line of a text is a rule or a chain.
 var ErrNoRules = errors.New("no rules: want the output of iptables-save or ip6tables-save")
 
-// table is one table of one dump. Each is a filter of its own: a packet passes
-// only if every one of them lets it through.
+// table is one table of one dump. Each table is a filter of its own: a packet passes only
+// if every table lets it through.
 type table struct {
 	source string
 	v6     bool
 	name   string
 	chains map[string]*chain
 	order  []*chain
-	stray  []*rule  // lines that could be about any chain
-	hidden []string // comments that tell of rules that are not shown
-	named  bool     // by a line of its own, so that another one has to end it
+	stray  []*rule  // lines that could belong to any chain
+	hidden []string // comments about rules that the dump does not show
+	named  bool     // the table began with a line of its own, so that COMMIT has to end it
 	live   bool     // see [Source]
 }
 
 type chain struct {
 	name   string
-	policy string // "": none
+	policy string // "" if it has none
 	rules  []*rule
 }
 
@@ -52,9 +54,9 @@ type rule struct {
 	at      position
 	text    string // as it stands in the dump, without counters
 	match   match
-	target  string // "": none
+	target  string // "" if it has none
 	isGoto  bool
-	garbled string // what of the line makes no sense; such a rule decides nothing here
+	garbled string // the part that makes no sense; such a rule decides nothing here
 }
 
 // position is where a rule stands in a source.
@@ -65,32 +67,32 @@ type position struct {
 
 func (p position) String() string { return fmt.Sprintf("%s:%d", p.source, p.line) }
 
-// match is when a rule applies: when all of it does.
+// match is the condition of a rule: the rule applies if all parts of the condition hold.
 type match struct {
-	dst      []netip.Prefix // nil: any
+	dst      []netip.Prefix // nil for any
 	dstNot   bool
-	proto    uint8 // 0: any
+	proto    uint8 // 0 for any
 	protoNot bool
-	ports    []portRange // destination ports; nil: any
+	ports    []portRange // destination ports; nil for any
 	portsNot bool
 
-	src, in, out negatable // "": any
+	src, in, out negatable // "" for any
 
-	// notNew and notOld: the first packet of a connection that a container opens
-	// does not match, a later one does not.
+	// notNew says that the first packet of a connection that a container opens does not
+	// match, and notOld that a later packet does not match.
 	notNew, notOld bool
-	newOnly        bool // an option says so of the first packet alone
+	newOnly        bool // an option names only the first packet
 
 	limit *limit
 	sets  string // the list of module recent that every packet is put on
-	// others are conditions that a policy has no words for.
+	// others are conditions that a policy cannot express.
 	others []condition
 
-	// Filled in by [site.resolve].
+	// The fields below are filled in by [site.resolve].
 	conditions []condition
-	except     []netip.Prefix // destinations behind the device that it excludes
-	assumed    bool           // except is what is usual
-	never      string         // why no packet of a container matches
+	except     []netip.Prefix // destinations behind the device that the rule excludes
+	assumed    bool           // except is an assumption: the usual network
+	never      string         // why no packet of a container matches; "" if one may
 }
 
 type negatable struct {
@@ -105,15 +107,15 @@ func (n negatable) String() string {
 	return n.value
 }
 
-// condition is something about a packet that is not known here, but is the same
-// thing in every rule that says it in the same words.
+// condition is a property of a packet that is not known here. It is the same property in
+// every rule that names it in the same words.
 type condition struct {
 	text string
 	not  bool
 }
 
-// origin reports whether it says which containers the packet comes from, or by
-// which device it leaves.
+// origin reports whether the condition is about the container that sends the packet, or
+// about the device by which the packet leaves.
 func (c condition) origin() bool {
 	return strings.HasPrefix(c.text, "-i ") || strings.HasPrefix(c.text, "-o ") || strings.HasPrefix(c.text, "-s ")
 }
@@ -124,15 +126,15 @@ type portRange struct{ low, high uint16 }
 
 func (r portRange) contains(port uint16) bool { return r.low <= port && port <= r.high }
 
-// limit is a condition that is true for so many packets per time.
+// limit is a condition that holds for a number of packets in a time.
 type limit struct {
 	module string
 	rate   policy.Rate
 	burst  uint32
-	over   bool          // true for those above the limit, instead of those within
+	over   bool          // holds for packets above the limit instead of those within it
 	per    []string      // what has a limit of its own: srcip, dstip, srcport, dstport
-	mask   int           // bits of srcip that count, or -1 for all
-	expire time.Duration // after which a quiet source is forgotten; 0 if not given
+	mask   int           // number of bits of srcip that count; -1 for all
+	expire time.Duration // how long a quiet source is remembered; 0 if not given
 	recent string        // name of the list, for module recent
 	window uint64        // seconds, for module recent
 	hits   uint64
@@ -158,14 +160,14 @@ func parse(src Source) ([]*table, error) {
 	return d.tables, nil
 }
 
-// dump is what has been read of one.
+// dump is what has been read of a dump.
 type dump struct {
 	source Source
 	tables []*table
-	table  *table // the one that lines are about; nil: none has begun
+	table  *table // the table that lines belong to; nil if none has begun
 	v6     bool
-	known  bool // v6 is, from a header
-	seen   bool // a rule or a chain
+	known  bool // a header has set v6
+	seen   bool // a rule or a chain has been read
 	hidden []string
 }
 
@@ -188,7 +190,7 @@ func (d *dump) line(n int, text string) {
 		d.begin(text[1:])
 		d.table.named = true
 	default:
-		if d.table == nil { // as iptables -S prints them
+		if d.table == nil { // iptables -S prints no line for the table
 			d.begin("filter")
 		}
 		d.command(position{d.source.Name, n}, text)
@@ -207,7 +209,7 @@ func (d *dump) command(at position, text string) {
 		return
 	}
 	if len(words) > 1 && strings.HasPrefix(words[0], "[") {
-		words = words[1:] // counters, before the rule
+		words = words[1:] // counters before the rule
 		text = strings.TrimSpace(text[strings.IndexByte(text, ']')+1:])
 	}
 	name := words[0]
@@ -247,7 +249,7 @@ func (d *dump) command(at position, text string) {
 	stray("it is not a line that iptables-save prints")
 }
 
-// rule puts a rule in the place i of a chain.
+// rule inserts a rule at index i of a chain.
 func (d *dump) rule(c *chain, i int, r *rule, words []string) {
 	r.parse(words)
 	c.rules = slices.Insert(c.rules, i, r)
@@ -256,7 +258,7 @@ func (d *dump) rule(c *chain, i int, r *rule, words []string) {
 	}
 }
 
-// chain returns a chain of the table, which need not have been declared.
+// chain returns a chain of the table. The chain need not be declared before.
 func (d *dump) chain(name string) *chain {
 	d.seen = true
 	c := d.table.chains[name]
@@ -270,7 +272,7 @@ func (d *dump) chain(name string) *chain {
 
 var header = regexp.MustCompile(`^# Generated by (ip6?tables)\S*-save\b`)
 
-// reached reports whether a chain is another one, or one that this leads to.
+// reached reports whether the chain name is the chain from, or one that from leads to.
 func (t *table) reached(from, name string) bool {
 	seen := map[string]bool{}
 	var walk func(at string) bool
@@ -288,8 +290,8 @@ func (t *table) reached(from, name string) bool {
 	return walk(from)
 }
 
-// split cuts a line into words as iptables-restore does: quotes hold a word
-// together, a backslash in them takes the next byte as it is.
+// split splits a line into words as iptables-restore does: quotes keep a word together, and
+// in quotes a backslash takes the next byte as it is.
 func split(line string) (words []string, err error) {
 	for i := 0; i < len(line); {
 		if line[i] == ' ' || line[i] == '\t' {
@@ -326,7 +328,7 @@ func split(line string) (words []string, err error) {
 	return words, nil
 }
 
-// v6 reports whether the rule can only be one of ip6tables.
+// v6 reports whether the rule can only be a rule of ip6tables.
 func (r *rule) v6() bool {
 	for _, p := range r.match.dst {
 		if p.Addr().Is6() {

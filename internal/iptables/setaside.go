@@ -7,14 +7,14 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// reckoning is the rules that the policy is made from and compared with.
+// reckoning holds the rules that the policy is made from and compared with.
 type reckoning struct {
 	report
 	families []*family
 }
 
-// setAside returns families without those rules that drop and depend on what has no
-// counterpart: to stop all that they may stop would be another policy.
+// setAside returns the families without the rules that drop under a condition that a policy
+// cannot express. To stop everything that such a rule may stop would be another policy.
 func setAside(families []*family) reckoning {
 	var r reckoning
 	for _, f := range families {
@@ -56,8 +56,8 @@ func (r *reckoning) step(s *step) {
 	r.refuse(s.rule, "a policy has no words for "+text)
 }
 
-// unspeakable returns the conditions of a step that a policy has no words for and cannot
-// leave out, as it can a device or a network of containers.
+// unspeakable returns the conditions of a step that a policy can neither express nor leave
+// out. It can leave out a device or a network of containers.
 func (s *step) unspeakable() (why []string) {
 	for _, m := range s.when {
 		for _, c := range m.conditions {
@@ -78,8 +78,8 @@ func (c condition) oneContainer() bool {
 	return err == nil && p.IsSingleIP()
 }
 
-// metadataAlone reports whether a step is about nothing but metadata services. There is no
-// good reason to let some packets through to these.
+// metadataAlone reports whether a step is only about metadata services. There is no good
+// reason to let some packets through to these.
 func (s *step) metadataAlone() bool {
 	entries, _, err := s.entries()
 	return err == nil && !slices.ContainsFunc(entries, func(e policy.Rule) bool {

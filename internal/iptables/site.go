@@ -7,19 +7,19 @@ import (
 	"strings"
 )
 
-// site is what the rules tell of the host: which devices and networks are those of
+// site is what the rules say about the host: which devices and networks are those of
 // containers.
 type site struct {
 	bridges  []string
 	networks []netip.Prefix
-	behind   map[string][]netip.Prefix // networks, by their bridges
-	nat      bool                      // there is a table that tells these
+	behind   map[string][]netip.Prefix // networks by bridge
+	nat      bool                      // there is a table nat, which names these networks
 }
 
-// docker0 is the network that Docker's own bridge has unless it is told otherwise.
+// docker0 is the usual network of the bridge docker0.
 var docker0 = netip.MustParsePrefix("172.17.0.0/16")
 
-// learn reads it off the rules that Docker makes.
+// learn finds the site in the rules that Docker makes.
 func learn(tables []*table) *site {
 	s := site{behind: map[string][]netip.Prefix{}}
 	for _, t := range tables {
@@ -64,11 +64,11 @@ func (s *site) bridge(device string) bool {
 
 var private = []netip.Prefix{
 	netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("172.16.0.0/12"), netip.MustParsePrefix("192.168.0.0/16"),
-	netip.MustParsePrefix("100.64.0.0/10"), // of providers, and what Docker can be given
+	netip.MustParsePrefix("100.64.0.0/10"), // of providers; Docker can be given a part of it
 	netip.MustParsePrefix("fc00::/7"),
 }
 
-// everyContainer reports whether all networks of containers are in a network, as far as
+// everyContainer reports whether a network contains all networks of containers, as far as
 // these are known.
 func (s *site) everyContainer(p netip.Prefix) bool {
 	known := false
@@ -93,8 +93,8 @@ func (s *site) container(p netip.Prefix) bool {
 	return slices.ContainsFunc(known, p.Overlaps)
 }
 
-// resolve returns a match as the rules read, with what its devices and its source mean
-// for packets that containers send over IPv4, or over IPv6.
+// resolve returns a match with the meaning that its devices and its source have for packets
+// that containers send, over IPv4 or over IPv6.
 func (s *site) resolve(m match, v6 bool) match {
 	m.conditions = slices.Clone(m.others)
 	if m.limit != nil && m.limit.mask == everywhere(v6).Addr().BitLen() {

@@ -6,8 +6,8 @@ import (
 	"slices"
 )
 
-// spectrum is the packets that have to be looked at: between two values that follow each
-// other, in each list, all packets are alike to the rules.
+// spectrum is a set of packets that represents all packets: between two neighbouring values
+// of each list, the rules treat all packets alike.
 type spectrum struct {
 	addrs  []netip.Addr
 	protos []uint8
@@ -18,7 +18,8 @@ type spectrum struct {
 // world says which conditions hold.
 type world map[string]bool
 
-// newFamily makes the family of passes, with the packets and the worlds that they tell apart.
+// newFamily makes a family of the passes, with the packets and the worlds that the passes
+// tell apart.
 func newFamily(v6 bool, passes []*pass) *family {
 	f := &family{v6: v6, passes: passes, spectrum: survey(v6, passes)}
 	f.worlds, f.partial = imagine(passes)
@@ -83,12 +84,12 @@ func edges(v6 bool, prefixes []netip.Prefix) (addrs []netip.Addr) {
 	return slices.Compact(addrs)
 }
 
-// few conditions can be looked at in all combinations.
+// few is the number of conditions up to which all combinations are tried.
 const few = 6
 
-// imagine makes the worlds: all of them for a few conditions; otherwise some, namely those in
-// which all conditions hold, none does, one differs from the rest, or those of one rule that
-// drops hold.
+// imagine returns the worlds. For a few conditions these are all combinations. Otherwise
+// they are the worlds in which all conditions hold, none holds, one differs from the rest,
+// or the conditions of one rule that drops hold.
 func imagine(passes []*pass) (worlds []world, partial bool) {
 	conditions := map[string]bool{}
 	for s := range stepsOf(passes) {

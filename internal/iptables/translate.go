@@ -12,21 +12,21 @@ import (
 // Result is what became of the rules.
 type Result struct {
 	Config policy.Config
-	// Comments are for [policy.Config.YAML]: which rules each entry comes from.
+	// Comments are for [policy.Config.YAML]: they name the rules that each entry comes
+	// from.
 	Comments map[string][]string
 	Notes    []Note // in the order of sources and lines
-	Carried  int    // rules
+	Carried  int    // number of rules
 
 	rules map[position]bool // those carried over
 }
 
-// ErrNothing is returned with a result whose notes say why nothing in it was
-// carried over.
+// ErrNothing means that nothing was carried over. The notes of the result say why.
 var ErrNothing = errors.New("no rule stops containers from reaching a destination or limits their mail")
 
-// Translate reads dumps, which are in force together, and returns the policy that
-// does the same for what containers send. The error is that of a dump that cannot be
-// read, or [ErrNothing].
+// Translate reads dumps that are in force together, and returns the policy that does the
+// same with what containers send. The error is that of a dump that cannot be read, or
+// [ErrNothing].
 func Translate(sources ...Source) (*Result, error) {
 	tr, err := translate(sources...)
 	if err != nil {
@@ -38,7 +38,7 @@ func Translate(sources ...Source) (*Result, error) {
 	return &tr.result, nil
 }
 
-// translation is a result with what it comes from.
+// translation is a result with what it was made from.
 type translation struct {
 	tables   []*table
 	families []*family
@@ -46,9 +46,9 @@ type translation struct {
 	result Result
 }
 
-// translate joins the phases. Each is a function of the rules and of the results of those
-// phases that it is given, and changes none of them. The order of the reports is that of the
-// notes on one rule.
+// translate joins the phases. Each phase is a function of the rules and of the results of
+// the phases that it is given, and changes none of them. Notes on one rule are in the order
+// of the reports.
 func translate(sources ...Source) (*translation, error) {
 	var tables []*table
 	var names order
@@ -97,7 +97,7 @@ func translate(sources ...Source) (*translation, error) {
 	return tr, nil
 }
 
-// commentsOf returns the comments of a config file by its keys, without duplicates.
+// commentsOf returns the comments of a config file by key, without duplicates.
 func commentsOf(names order, reports []report) map[string][]string {
 	all := map[string][]string{"": {"Made by egressbpf import iptables of " + strings.Join(names, ", ") + "."}}
 	for _, r := range reports {
@@ -113,7 +113,7 @@ func commentsOf(names order, reports []report) map[string][]string {
 // order is the names of the sources in their order.
 type order []string
 
-// index puts what is about the rules as a whole last.
+// index returns the position of a source. Notes on the rules as a whole come last.
 func (o order) index(source string) int {
 	if source == "" {
 		return len(o)
@@ -125,7 +125,7 @@ func (o order) compare(a, b position) int {
 	return cmp.Or(cmp.Compare(o.index(a.source), o.index(b.source)), cmp.Compare(a.line, b.line))
 }
 
-// sorted returns notes by sources and lines; those of one line keep their order.
+// sorted returns the notes ordered by source and line. Notes on one line keep their order.
 func (o order) sorted(notes []Note) []Note {
 	return slices.SortedStableFunc(slices.Values(notes), func(a, b Note) int {
 		return o.compare(position{a.Source, a.Line}, position{b.Source, b.Line})
