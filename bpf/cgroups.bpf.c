@@ -9,7 +9,6 @@
 #include "owner.h"
 
 /* The policed cgroups, up to the first whose id is 0. */
-#define MAX_POLICED 8
 const volatile struct policed_cgroup policed[MAX_POLICED];
 
 #define MAX_SCOPES 32

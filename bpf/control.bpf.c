@@ -74,36 +74,52 @@ static __always_inline void move(struct __sk_buff *skb, __u64 *from, __u64 *to)
 	}
 }
 
-/* Takes from a bucket the tokens that were taken from its copy. */
-static __always_inline void pay(struct bucket *b, const struct bucket *copy, __u32 tokens, __u64 now)
+/* Takes from a bucket the tokens that were taken from its copy. They last debt, at the pace of
+ * the copy.
+ */
+static __always_inline void pay(struct bucket *b, const struct bucket *copy, __u64 debt, __u64 now)
 {
 	bool same = b->interval == copy->interval && b->count == copy->count && b->burst == copy->burst;
 
-	if (!b->count || (!tokens && same && copy->full_at > b->full_at)) {
+	if (!b->count || (!debt && same && copy->full_at > b->full_at)) {
 		*b = *copy;
 		return;
 	}
-	if (!tokens)
+	if (!debt)
 		return;
-	if (tokens > b->burst)
-		tokens = b->burst;
+	if (!same) {
+		/* As many tokens, rounded up, at the new pace: see bucket_adopt(). */
+		debt = copy->interval ? debt / copy->interval + 1 : 0;
+		if (debt > b->burst)
+			debt = b->burst;
+		debt *= b->interval;
+	}
 	if (b->full_at < now)
 		b->full_at = now;
-	b->full_at += tokens * b->interval;
+	b->full_at += debt;
 }
 
+/* A program of the new maps may have made the entry to move to. What holds for the container
+ * alone is then still in the old entry.
+ */
 static __noinline int carry_container(struct __sk_buff *skb, const struct cargo *c)
 {
 	struct container *from, *to;
 	__u64 now;
 
 	from = bpf_map_lookup_elem(&containers_from, &c->id);
-	to = bpf_map_lookup_elem(&containers, &c->id);
-	if (!from || !to)
+	if (!from)
+		return 0;
+	to = state_of(c->id);
+	if (!to)
 		return 0;
 	now = bpf_ktime_get_ns();
 	bpf_spin_lock(&to->lock);
-	pay(&to->bucket, &c->bucket, c->tokens, now);
+	pay(&to->bucket, &c->bucket, c->debt, now);
+	if (!to->flags && !to->limit.burst) {
+		to->flags = from->flags;
+		to->limit = from->limit;
+	}
 	bpf_spin_unlock(&to->lock);
 	move(skb, (__u64 *)&from->counters, (__u64 *)&to->counters);
 	return 1;

@@ -14,11 +14,10 @@ import (
 )
 
 type ControlCargo struct {
-	_        structs.HostLayout
-	Id       uint64
-	Tokens   uint32
-	Reserved uint32
-	Bucket   struct {
+	_      structs.HostLayout
+	Id     uint64
+	Debt   uint64
+	Bucket struct {
 		_        structs.HostLayout
 		FullAt   uint64
 		Rest     uint32

@@ -12,7 +12,6 @@
 #include "tunnels.h"
 #include "verdict.h"
 
-#define MAX_POLICED 8
 const volatile struct policed_cgroup policed[MAX_POLICED];
 
 /* The container of the sender; NULL if the sender is in none, or the container has no

@@ -201,6 +201,9 @@ struct policed_cgroup {
 	__u32 recognises;	/* 0: each child is a container; 1: containers are recognised by name */
 };
 
+/* How many cgroups can be policed. */
+#define MAX_POLICED 8
+
 /* How many levels below a policed cgroup containers are recognised. */
 #define MAX_DEPTH 16
 
@@ -276,8 +279,7 @@ struct request {
  */
 struct cargo {
 	__u64 id;		/* of the container's cgroup; 0: the totals */
-	__u32 tokens;		/* taken since the bucket was copied */
-	__u32 reserved;
+	__u64 debt;		/* of tokens taken since the bucket was copied, in ns */
 	struct bucket bucket;	/* replaces a bucket that is unused or fuller */
 };
 

@@ -220,6 +220,7 @@ func remedyFor(err error) string {
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},
 		{loader.ErrServed, "stop it first: `systemctl stop egressbpf`"},
 		{loader.ErrStillPinned, "this link judges no packets any more, but ends only when its pins are removed: unmount what hides their bpf filesystem, and remove the pins or run `egressbpf detach` there"},
+		{loader.ErrInterrupted, "run `egressbpf attach`, which completes it"},
 		{loader.ErrBusy, "try again; if it persists, see who holds the directory with `fuser -v`"},
 		{loader.ErrOtherVersion, "with that version, run `egressbpf detach --hand-over`, then attach with this one; if you do not have that version, run `egressbpf detach` and attach again: counters and buckets start anew"},
 	} {

@@ -56,9 +56,10 @@ func (f *Filter) Attach(ctx context.Context, cgroups []string, p policy.Policy) 
 		return err
 	}
 	for _, step := range []func(*attachment) error{
-		// Containers are known before their packets are judged.
+		// Containers are known before they are judged.
 		f.recognition.attach,
 		f.families.probe,
+		f.recognition.followEarly,
 		copyAgain,
 		f.egress.attach,
 		f.families.attach,
@@ -227,13 +228,18 @@ func copyAgain(a *attachment) error {
 	return a.migration.Copy()
 }
 
-// complete moves the counts out of the maps that were replaced. It comes last, because
-// moved counts must not be undone.
+// complete takes over what was counted in maps that were replaced. It comes last, and from then
+// on nothing can be undone, or counts would be in the wrong maps: after an error, the next
+// attach completes it.
 func (f *Filter) complete(a *attachment) error {
 	if a.migration == nil {
 		return nil
 	}
 	if err := a.change.Step("carry over what was counted"); err != nil {
+		return err
+	}
+	a.change.Commit()
+	if err := f.pins.UnpinKept(); err != nil {
 		return err
 	}
 	if err := a.migration.Carry(); err != nil {

@@ -261,8 +261,11 @@ func (e egress) readHooks(r *reading, p *policed) {
 			row.Attached = true
 			row.Program, row.Link = uint32(info.Program), uint32(info.ID)
 			row.Since = p.since[h.name]
-			if p.older(h.name, r.last) {
+			switch {
+			case p.older(h.name, r.last):
 				row.Reason = "with an older policy, since an attach was interrupted; attach again"
+			case r.interrupted:
+				row.Reason = "an attach was interrupted while it took over from another version; attach again"
 			}
 		}
 		if row.Reason != "" {

@@ -82,18 +82,27 @@ func failRelease(f *loader.Filter) {
 	})
 }
 
-// failAtEachStep runs do with an error at its first step, its second, and so
-// on, and checks after each that nothing has changed. It returns all steps.
-func (h *host) failAtEachStep(do func() error) []string {
+// failAtEachStep runs do with an error at its first step, its second, and so on, and checks
+// after each that nothing has changed. It returns all steps. It ends with a step that may fail,
+// unless again makes what was there before.
+func (h *host) failAtEachStep(do func() error, again ...func()) []string {
 	h.t.Helper()
 	before := h.snapshot()
 	for n := 1; ; n += stride() {
 		steps := faultAt(h.Filter, n, func() error { return errInjected })
 		err := do()
-		if len(*steps) < n || slices.Contains(softSteps, (*steps)[n-1]) {
+		soft := len(*steps) >= n && slices.Contains(softSteps, (*steps)[n-1])
+		if len(*steps) < n || soft && len(again) == 0 {
 			h.SetFault(nil)
 			check(h.t, err)
 			return *steps
+		}
+		if soft {
+			h.SetFault(nil)
+			check(h.t, err)
+			again[0]()
+			before = h.snapshot()
+			continue
 		}
 		step := (*steps)[n-1]
 		if !errors.Is(err, errInjected) || strings.Contains(err.Error(), "restore") {
@@ -235,9 +244,12 @@ func victim(args []string) int {
 		_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 		select {} // until it arrives
 	})
-	if action == "detach" {
+	switch action {
+	case "detach":
 		err = f.Detach(context.Background(), cgroups)
-	} else {
+	case "hand over":
+		err = f.HandOver(context.Background())
+	default:
 		err = f.Attach(context.Background(), cgroups, withBurst(7))
 	}
 	if err != nil {

@@ -33,6 +33,9 @@ var (
 	ErrPrivateMount = pins.ErrPrivateMount
 	// ErrForeignPins means that the pins at the pin path are not egressbpf's.
 	ErrForeignPins = pins.ErrForeignPins
+	// ErrInterrupted means that an attach was interrupted while it took over from another
+	// version, and that the next one has to complete it.
+	ErrInterrupted = errors.New("an attach was interrupted")
 	// ErrTooMany means that more cgroups would be policed than there is room for.
 	ErrTooMany = errors.New("too many policed cgroups")
 	// ErrWholeHost means that every process of the host would count as a container's.

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"slices"
 
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/pins"
@@ -29,52 +31,66 @@ func (f *Filter) HandOver(ctx context.Context) error {
 	if f.Served() {
 		return fmt.Errorf("%s: %w", f.pins, ErrServed)
 	}
-	if err := f.toEarliest(ctx); err != nil {
-		return err
+	for {
+		done, err := f.handOver(ctx)
+		if done || err != nil {
+			return err
+		}
+		if err := f.toEarliest(ctx); err != nil {
+			return err
+		}
 	}
-	unlock, _, err := f.pins.Lock(ctx)
+}
+
+// handOver removes the pins over which an earlier version would not attach, and says so, if the
+// maps are of the earliest format.
+func (f *Filter) handOver(ctx context.Context) (done bool, err error) {
+	unlock, err := f.pins.LockExisting(ctx)
+	if errors.Is(err, fs.ErrNotExist) {
+		return true, nil
+	}
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer unlock()
+	state, err := f.State()
+	if errors.Is(err, ErrNotAttached) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	ready := state.Format() == maps.Earliest && !state.Replacing()
+	state.Close()
+	if !ready {
+		return false, nil
+	}
 	entries, err := os.ReadDir(string(f.pins))
 	if err != nil {
-		return err
+		return false, err
 	}
 	for _, entry := range entries {
 		if pins.Lasting(entry.Name()) {
 			continue
 		}
 		if err := f.fault.Step("unpin %s", entry.Name()); err != nil {
-			return err
+			return false, err
 		}
 		if err := os.RemoveAll(f.pins.Pin(entry.Name())); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return nil
+	return true, nil
 }
 
-// toEarliest attaches the policy in force once more, with maps of the earliest format,
-// unless the maps have that format already.
+// toEarliest attaches the policy that is in force once more, with maps of the earliest format.
 func (f *Filter) toEarliest(ctx context.Context) error {
-	state, err := f.State()
-	if errors.Is(err, ErrNotAttached) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	format := state.Format()
-	state.Close()
-	if format == maps.Earliest {
-		return nil
-	}
 	status, err := f.Status()
 	if err != nil {
 		return err
 	}
-	if status.Policy == nil {
+	exists := func(cgroup string) bool { _, err := os.Stat(cgroup); return err == nil }
+	if status.Policy == nil || !slices.ContainsFunc(status.Cgroups, exists) {
 		return fmt.Errorf("%s: %w", f.pins, ErrNoPolicy)
 	}
 	earlier := *f

@@ -53,6 +53,8 @@ type reading struct {
 	// last is the number of the last attach; 0 if one is in progress, or the last one
 	// wrote none.
 	last uint64
+	// interrupted is whether an attach was, while it replaced maps.
+	interrupted bool
 	// found is what the last attach found; nil if it was interrupted.
 	found *found
 }

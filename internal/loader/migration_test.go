@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"unsafe"
 
@@ -107,7 +108,11 @@ func TestErrorInMigration(t *testing.T) {
 		h.inFormat(from)
 		to := maps.Earliest + maps.Latest - from
 		h.SetFormat(to)
-		steps := h.failAtEachStep(func() error { return h.attach(withBurst(7), "a", "b") })
+		steps := h.failAtEachStep(func() error { return h.attach(withBurst(7), "a") }, func() {
+			h.SetFormat(from)
+			h.mustAttach(withBurst(7), "a")
+			h.SetFormat(to)
+		})
 		h.mustInclude(steps, "replace map containers", "replace map totals", "copy what is kept", "carry over what was counted")
 		h.format(to)
 		h.keeps("in the end")
@@ -119,7 +124,7 @@ func TestErrorInMigration(t *testing.T) {
 func TestKilledInMigration(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
-	for n := 1; ; n += stride() {
+	for n := 1; ; n += 2 {
 		h.inFormat(maps.Earliest)
 		step := h.killAt(n, "attach", "a")
 		h.keeps("killed at " + step)
@@ -191,4 +196,48 @@ func TestChangeState(t *testing.T) {
 	if containers, _ := h.counters(); containers[h.id("a")].Limit.Burst != 3 {
 		t.Errorf("got %+v", containers[h.id("a")])
 	}
+}
+
+// Whoever reads counters while maps are replaced finds the same counts each time.
+func TestReadersInMigration(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.inFormat(maps.Earliest)
+	done := make(chan struct{})
+	var readers sync.WaitGroup
+	for range 2 {
+		readers.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				state, err := h.State()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				containers, errContainers := state.Containers()
+				totals, errTotals := state.Totals()
+				current := h.IsCurrent(state)
+				state.Close()
+				if err := errors.Join(errContainers, errTotals); err != nil {
+					t.Error(err)
+					return
+				}
+				if got := containers[h.id("a/c")].Counters.SmtpAllowed; current && (got != 4 || totals.SmtpAllowed != 40) {
+					t.Errorf("read %d mails of the container and %d in total, want 4 and 40", got, totals.SmtpAllowed)
+					return
+				}
+			}
+		})
+	}
+	for i := range 6 {
+		h.SetFormat([]maps.Format{maps.Latest, maps.Earliest}[i%2])
+		check(t, h.attach(withBurst(uint32(5+i))))
+	}
+	close(done)
+	readers.Wait()
+	h.keeps("in the end")
 }

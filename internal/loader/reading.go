@@ -33,6 +33,9 @@ func (f *Filter) Status() (*Status, error) {
 	if r.Unknown, err = f.pins.Unknown(); err != nil {
 		return nil, err
 	}
+	if r.interrupted, err = f.interrupted(); err != nil {
+		return nil, err
+	}
 	f.egress.read(r)
 	if len(r.Cgroups) > 0 {
 		r.Unpinned = f.pins.Unpinned()
@@ -52,6 +55,13 @@ func (f *Filter) Status() (*Status, error) {
 		r.Defences = append(r.Defences, Defence{Name: cgroupBoundary, Reason: NoDelegation})
 	}
 	return r.Status, f.findUncovered(r)
+}
+
+// interrupted says whether an attach was interrupted while it replaced maps.
+func (f *Filter) interrupted() (bool, error) {
+	from, err := f.pins.Replaced()
+	maps.CloseAll(from)
+	return len(from) > 0 && !f.pins.Locked(), err
 }
 
 // AddState adds to a status how much room is left for containers, and which containers a

@@ -28,6 +28,9 @@ type recognition struct{ site }
 // attach makes the containers of the targets known, those that exist and those to come, if
 // they are recognised by name.
 func (r recognition) attach(a *attachment) error {
+	if err := r.keepOld(a); err != nil {
+		return err
+	}
 	constants := cgroupsConstants(a.targets, a.policy)
 	if !recognises(a.targets) {
 		return nil
@@ -39,17 +42,47 @@ func (r recognition) attach(a *attachment) error {
 	return r.enrol(a)
 }
 
+// keepOld keeps the programs of maps that are replaced beside those of the new maps, until all
+// programs are exchanged: the others look for containers in the old maps, for long if this
+// process is killed meanwhile.
+func (r recognition) keepOld(a *attachment) error {
+	if a.migration == nil {
+		return nil
+	}
+	for _, name := range cgroupsHooks {
+		if err := a.change.KeepLink(r.pins.Pin(name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// followEarly attaches the other programs before the filter uses new maps, if there are any: who
+// restarts then has its bucket in them.
+func (r recognition) followEarly(a *attachment) error {
+	if a.migration != nil {
+		r.attachOthers(a)
+	}
+	return nil
+}
+
 // follow attaches the other programs, and removes the state of cgroups that are no
 // containers. The filter works without these programs, but then the state of removed
 // containers takes room, and a restarted container has a full bucket.
 func (r recognition) follow(a *attachment) error {
+	if a.migration == nil {
+		r.attachOthers(a)
+	}
+	return r.forgetOthers(a)
+}
+
+func (r recognition) attachOthers(a *attachment) {
 	constants := cgroupsConstants(a.targets, a.policy)
 	for _, name := range cgroupsHooks {
 		if name != bpf.CgroupsProgRecognise || !recognises(a.targets) {
 			a.found.note(name, r.attachHook(name, constants, a))
 		}
 	}
-	return r.forgetOthers(a)
 }
 
 func (r recognition) attachHook(name string, constants map[string]any, a *attachment) error {

@@ -62,7 +62,7 @@ func (f *Filter) IsCurrent(state *maps.State) bool {
 
 // ChangeState calls do with the state of a filter that is attached, to change what holds for
 // containers. No attach replaces the maps meanwhile, which would lose the change. The error
-// can wrap ErrBusy, ErrNotAttached and ErrOtherVersion.
+// can wrap ErrBusy, ErrInterrupted, ErrNotAttached and ErrOtherVersion.
 func (f *Filter) ChangeState(ctx context.Context, do func(*maps.State) error) error {
 	unlock, err := f.pins.LockExisting(ctx)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -77,6 +77,10 @@ func (f *Filter) ChangeState(ctx context.Context, do func(*maps.State) error) er
 		return err
 	}
 	defer state.Close()
+	if state.Replacing() {
+		// The programs in force may use other maps.
+		return fmt.Errorf("%s: %w", f.pins, ErrInterrupted)
+	}
 	return do(state)
 }
 

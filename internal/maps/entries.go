@@ -19,20 +19,21 @@ func decode[V any](value []byte) (v V) {
 // eachEntry calls fn for all entries of a hash map until fn returns an error. It reads many
 // entries at a time. fn must not keep the value.
 func eachEntry[K any](m *ebpf.Map, fn func(key K, value []byte) error) error {
+	return eachRaw(m, func(key, value []byte) error { return fn(decode[K](key), value) })
+}
+
+// eachRaw does so with keys of any type. fn must not keep them either.
+func eachRaw(m *ebpf.Map, fn func(key, value []byte) error) error {
 	// The kernel returns whole hash buckets, and each fits into a chunk of this size.
 	// It never skips an entry because a neighbour is deleted meanwhile.
 	const chunk = 1024
-	size := int(m.ValueSize())
-	var (
-		cursor ebpf.MapBatchCursor
-		keys   = make([]K, chunk)
-		values = reflect.MakeSlice(reflect.SliceOf(reflect.ArrayOf(size, reflect.TypeFor[byte]())), chunk, chunk)
-		bytes  = unsafe.Slice((*byte)(values.UnsafePointer()), chunk*size)
-	)
+	keys, key := arrays(chunk, int(m.KeySize()))
+	values, value := arrays(chunk, int(m.ValueSize()))
+	var cursor ebpf.MapBatchCursor
 	for {
-		n, err := m.BatchLookup(&cursor, keys, values.Interface(), nil)
+		n, err := m.BatchLookup(&cursor, keys, values, nil)
 		for i := range n {
-			if err := fn(keys[i], bytes[i*size:(i+1)*size]); err != nil {
+			if err := fn(key(i), value(i)); err != nil {
 				return err
 			}
 		}
@@ -43,4 +44,11 @@ func eachEntry[K any](m *ebpf.Map, fn func(key K, value []byte) error) error {
 			return fmt.Errorf("read map %v: %w", m, err)
 		}
 	}
+}
+
+// arrays returns a slice of n arrays of bytes, and a function for the bytes of one of them.
+func arrays(n, size int) (slice any, at func(i int) []byte) {
+	s := reflect.MakeSlice(reflect.SliceOf(reflect.ArrayOf(size, reflect.TypeFor[byte]())), n, n)
+	all := unsafe.Slice((*byte)(s.UnsafePointer()), n*size)
+	return s.Interface(), func(i int) []byte { return all[i*size : (i+1)*size] }
 }

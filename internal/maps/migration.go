@@ -23,10 +23,8 @@ type Migration struct {
 	from  map[string]*ebpf.Map
 	to    *State
 	carry *ebpf.Program
-	// copied are the old buckets as they were at the time at, in nanoseconds of
-	// CLOCK_MONOTONIC.
+	// copied are the old buckets as they were when they were copied.
 	copied map[uint64]bpf.EgressBucket
-	at     uint64
 }
 
 // Replaces adds to a State the maps that its own maps have replaced, by name, and which may
@@ -45,6 +43,9 @@ func (s *State) Replaces(from map[string]*ebpf.Map) {
 		}
 	}
 }
+
+// Replacing says whether the State has maps that it is to replace.
+func (s *State) Replacing() bool { return len(s.from) > 0 }
 
 // Same says whether two States have the same maps of containers and totals.
 func (s *State) Same(other *State) bool {
@@ -82,7 +83,7 @@ func newMigration(from map[string]*ebpf.Map, to *State) (*Migration, error) {
 			others[of] = from[name]
 		}
 	}
-	m := &Migration{from: from, to: to}
+	m := &Migration{from: from, to: to, copied: map[uint64]bpf.EgressBucket{}}
 	if err := spec.Variables[bpf.ControlVarCounters].Set(uint32(m.words())); err != nil {
 		return nil, err
 	}
@@ -123,10 +124,8 @@ func (m *Migration) Copy() error {
 		case bpf.EgressMapContainers:
 			err = m.copyContainers(from)
 		case bpf.EgressMapTotals:
-		case bpf.EgressMapRetired:
-			err = copyEntries[bpf.EgressNameKey](from, m.to.byName[name])
 		default:
-			err = copyEntries[uint64](from, m.to.byName[name])
+			err = copyEntries(from, m.to.byName[name])
 		}
 		if err != nil {
 			return err
@@ -136,13 +135,13 @@ func (m *Migration) Copy() error {
 }
 
 func (m *Migration) copyContainers(from *ebpf.Map) error {
-	m.copied, m.at = map[uint64]bpf.EgressBucket{}, monotonic()
+	m.copied = map[uint64]bpf.EgressBucket{}
 	to := m.to.containers
 	return eachEntry(from, func(id uint64, value []byte) error {
 		m.copied[id] = decode[Container](value).Bucket
 		err := to.Update(id, withoutCounters(resized(value, to)), ebpf.UpdateNoExist)
 		if errors.Is(err, ebpf.ErrKeyExist) {
-			// An earlier migration copied this entry, and was interrupted.
+			// It was copied before, or a program of the new maps made it.
 			return m.move(bpf.ControlCargo{Id: id, Bucket: m.copied[id]}, nil)
 		}
 		if errors.Is(err, unix.E2BIG) {
@@ -161,9 +160,9 @@ func withoutCounters(value []byte) []byte {
 }
 
 // copyEntries copies the entries that the map to does not have.
-func copyEntries[K any](from, to *ebpf.Map) error {
-	return eachEntry(from, func(key K, value []byte) error {
-		err := to.Update(&key, resized(value, to), ebpf.UpdateNoExist)
+func copyEntries(from, to *ebpf.Map) error {
+	return eachRaw(from, func(key, value []byte) error {
+		err := to.Update(key, resized(value, to), ebpf.UpdateNoExist)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) && !errors.Is(err, unix.E2BIG) {
 			return fmt.Errorf("write map %v: %w", to, err)
 		}
@@ -204,20 +203,19 @@ func (m *Migration) Carry() error {
 
 func (m *Migration) carryContainers(from *ebpf.Map) error {
 	now := monotonic()
-	err := eachEntry(from, func(id uint64, value []byte) error {
+	return eachEntry(from, func(id uint64, value []byte) error {
 		c := decode[Container](value)
-		tokens := uint32(0)
-		if before, ok := m.copied[id]; ok {
-			tokens = taken(before, c.Bucket, m.at)
+		before, copied := m.copied[id]
+		debt := uint64(0)
+		if copied {
+			debt = debtSince(before, c.Bucket, now)
 		}
-		if tokens == 0 && c.Counters == (Counters{}) {
+		if copied && debt == 0 && c.Counters == (Counters{}) {
 			return nil
 		}
 		m.copied[id] = c.Bucket
-		return m.move(bpf.ControlCargo{Id: id, Tokens: tokens, Bucket: c.Bucket}, &c.Counters)
+		return m.move(bpf.ControlCargo{Id: id, Debt: debt, Bucket: c.Bucket}, &c.Counters)
 	})
-	m.at = now
-	return err
 }
 
 // Undo moves the counts back from the new maps to the old ones, so that the old maps can be
@@ -232,21 +230,25 @@ func (m *Migration) Undo() error {
 		return err
 	}
 	defer back.Close()
-	back.copied, back.at = m.copied, m.at
+	back.copied = m.copied
 	return back.Carry()
 }
 
-// taken returns how many tokens were taken from bucket b since it was as before at the time
-// at.
-func taken(before, b bpf.EgressBucket, at uint64) uint32 {
-	since := at
-	if before.Interval == b.Interval {
-		since = max(at, before.FullAt)
+// debtSince returns for how long the tokens last, in nanoseconds, that were taken from bucket b
+// since it was as before.
+func debtSince(before, b bpf.EgressBucket, now uint64) uint64 {
+	debt := func(b bpf.EgressBucket) uint64 {
+		if b.Count == 0 {
+			return 0
+		}
+		return max(b.FullAt, now) - now
 	}
-	if b.Count == 0 || b.Interval == 0 || b.FullAt <= since {
-		return 0
+	old := debt(before)
+	if before.Interval != b.Interval && before.Interval != 0 {
+		// The bucket has adopted another limit meanwhile: as many tokens are missing.
+		old = uint64(float64(old) / float64(before.Interval) * float64(b.Interval))
 	}
-	return uint32(min((b.FullAt-since)/b.Interval, uint64(b.Burst)))
+	return max(debt(b), old) - old
 }
 
 // move makes the program carry move counters from the old maps to the new ones. counters

@@ -32,7 +32,8 @@ type Change struct {
 	fault  Fault
 	oneWay bool
 	back   []func() error
-	held   []io.Closer
+	// old is what only an undo needs, and held what the change itself does.
+	old, held []io.Closer
 }
 
 // NewChange begins a change that [Change.End] ends.
@@ -70,10 +71,21 @@ func (c *Change) End(err error) error {
 			err = fmt.Errorf("%w; restore what was in force before: %w", err, undo)
 		}
 	}
-	for _, open := range c.held {
+	closeAll(c.old)
+	closeAll(c.held)
+	return err
+}
+
+// Commit ends the time in which the change can be undone: what was replaced ends now.
+func (c *Change) Commit() {
+	closeAll(c.old)
+	c.back, c.old = nil, nil
+}
+
+func closeAll(all []io.Closer) {
+	for _, open := range all {
 		open.Close()
 	}
-	return err
 }
 
 // Program opens a program for an undo to put in force again, and keeps it open; nil if the
@@ -86,7 +98,7 @@ func (c *Change) Program(id ebpf.ProgramID) (*ebpf.Program, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open program %d: %w", id, err)
 	}
-	c.Keep(prog)
+	c.old = append(c.old, prog)
 	return prog, nil
 }
 
@@ -177,7 +189,7 @@ func (c *Change) ReplaceLink(pin string, attach func() (link.Link, error)) error
 		return err
 	}
 	if old != nil {
-		c.Keep(old)
+		c.old = append(c.old, old)
 	}
 	l, err := attach()
 	if err != nil {
@@ -213,7 +225,7 @@ func (c *Change) DropLink(pin string) error {
 		if old == nil {
 			return Remove(pin)
 		}
-		c.Keep(old)
+		c.old = append(c.old, old)
 	}
 	if err := c.Step("unpin %s", filepath.Base(pin)); err != nil {
 		return err

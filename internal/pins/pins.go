@@ -118,7 +118,7 @@ func known(rel string) bool {
 		_, err := strconv.ParseUint(strings.TrimSuffix(digits, "/"), 10, 64)
 		return err == nil && (name == Families || IsNext(name, Families) || slices.Contains(cgroupLinks, name))
 	}
-	return slices.Contains(formerMaps, rel) || slices.Contains(hostLinks, strings.TrimSuffix(rel, nextSuffix))
+	return slices.Contains(formerMaps, rel) || slices.Contains(hostLinks, strings.TrimSuffix(strings.TrimSuffix(rel, nextSuffix), beforeSuffix))
 }
 
 // All returns all pins.

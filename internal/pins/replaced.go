@@ -14,15 +14,19 @@ import (
 	"github.com/egressbpf/egressbpf/internal/maps"
 )
 
-// beforeSuffix marks the pin of a kept map that another map has replaced, until its counts
-// are carried over.
-const beforeSuffix = "-before"
+const (
+	// beforeSuffix is that of a kept map that another one replaces, until everything that was
+	// counted in it is carried over; and of the links that still need it.
+	beforeSuffix = "-before"
+	// swapSuffix is that of a map while it changes places with the one before.
+	swapSuffix = "-swap"
+)
 
 // OfState says whether a pin is that of a map of the state, or of a map that is being
 // replaced.
 func OfState(pin string) bool {
 	name := filepath.Base(pin)
-	for _, suffix := range []string{beforeSuffix, nextSuffix} {
+	for _, suffix := range []string{beforeSuffix, nextSuffix, swapSuffix} {
 		if of, ok := strings.CutSuffix(name, suffix); ok && maps.Kept(of) {
 			return true
 		}
@@ -65,13 +69,18 @@ func (p Path) Repair() (map[string]*ebpf.Map, error) {
 	return p.Replaced()
 }
 
-// repair does this for one map. If the map is not pinned, the one that it replaced gets the
-// pin back, and the map that was to replace it becomes the one with the suffix.
+// repair does that for a map. If the map is not pinned, the map before is pinned again, and the
+// map that should have replaced it counts as the one before.
 func (p Path) repair(name string) error {
 	pin := p.Pin(name)
 	exists := func(path string) bool { _, err := os.Lstat(path); return err == nil }
-	next, before := pin+nextSuffix, pin+beforeSuffix
-	if exists(pin) || !exists(before) {
+	next, before, swap := pin+nextSuffix, pin+beforeSuffix, pin+swapSuffix
+	switch {
+	case exists(swap) && exists(pin):
+		return os.Rename(swap, before)
+	case exists(swap):
+		return os.Rename(swap, pin)
+	case exists(pin) || !exists(before):
 		return Remove(next)
 	}
 	if err := os.Rename(before, pin); err != nil || !exists(next) {
@@ -110,25 +119,65 @@ func (c *Change) ReplaceMap(pin string, old, m *ebpf.Map) error {
 	return nil
 }
 
-// SwapMaps swaps the pins of a map and of the map that it has replaced.
+// SwapMaps exchanges a map that replaced another one for that one.
 func (c *Change) SwapMaps(pin string) error {
-	if err := c.Step("swap maps %s", filepath.Base(pin)); err != nil {
+	name := filepath.Base(pin)
+	before, swap := pin+beforeSuffix, pin+swapSuffix
+	if err := c.Step("swap maps %s", name); err != nil {
 		return err
 	}
-	next, before := pin+nextSuffix, pin+beforeSuffix
-	swap := func() error {
-		if err := os.Rename(pin, next); err != nil {
-			return err
-		}
-		if err := os.Rename(before, pin); err != nil {
-			return err
-		}
-		return os.Rename(next, before)
-	}
-	if err := swap(); err != nil {
+	if err := os.Rename(pin, swap); err != nil {
 		return err
 	}
-	c.Back(swap)
+	err := c.Step("swap maps %s, begun", name)
+	if err == nil {
+		err = os.Rename(before, pin)
+	}
+	if err != nil {
+		return errors.Join(err, os.Rename(swap, pin))
+	}
+	err = c.Step("swap maps %s, half done", name)
+	if err == nil {
+		err = os.Rename(swap, before)
+	}
+	if err != nil {
+		return errors.Join(err, os.Rename(pin, before), os.Rename(swap, pin))
+	}
+	c.Back(func() error {
+		return errors.Join(os.Rename(pin, swap), os.Rename(before, pin), os.Rename(swap, before))
+	})
+	return nil
+}
+
+// KeepLink pins a link a second time, so that it stays in force after another one has replaced
+// it, until UnpinReplaced. It is no error if there is no link, or one is kept already.
+func (c *Change) KeepLink(pin string) error {
+	before := pin + beforeSuffix
+	if _, err := os.Lstat(before); err == nil {
+		return nil
+	}
+	l, err := heldLink(pin)
+	if err != nil || l == nil {
+		return err
+	}
+	defer l.Close()
+	if err := c.Step("keep %s", filepath.Base(pin)); err != nil {
+		return err
+	}
+	if err := l.Pin(before); err != nil {
+		return fmt.Errorf("pin link %s: %w", before, err)
+	}
+	c.Back(func() error { return Remove(before) })
+	return nil
+}
+
+// UnpinKept ends the links that KeepLink has kept.
+func (p Path) UnpinKept() error {
+	for _, name := range hostLinks {
+		if err := Remove(p.Pin(name) + beforeSuffix); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
