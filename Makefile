@@ -58,7 +58,7 @@ bench: build
 test: test-host test-kernels
 
 .PHONY: test-host
-test-host: build test-tools
+test-host: build test-tools compiler
 	$(GO) test -count=1 -timeout 30m -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./...
 
 # The packages whose goroutines share data; needs cgo.
@@ -82,8 +82,7 @@ test-tools:
 
 # Compiles the committed objects: see gen.go. Another compiler produces other objects.
 .PHONY: generate
-generate:
-	@$(INSTALL) clang-19:clang-19 llvm-strip-19:llvm-19 libbpf-dev
+generate: compiler
 	$(GO) generate ./...
 
 .PHONY: lint

@@ -64,14 +64,15 @@ type edit struct{ file, old, new string }
 // kept.
 var nextVersion = []edit{
 	{"bpf/types.h", "\tREASONS,\n", "\tREASON_DISCARD,\n\tREASONS,\n"},
-	{"bpf/maps.h", "/* Containers without an entry there", `struct {
+	{"bpf/maps.h", "} containers SEC(\".maps\");\n", `} containers SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1024);
 	__type(key, __u64);
 	__type(value, __u64);
 } noted SEC(".maps");
-
-/* Containers without an entry there`},
+`},
 	{"bpf/egress.bpf.c", "\t__u32 why = blocked(f);\n\n\tif (why && asked", `	__u32 why = blocked(f);
 
 	if (f->dport == bpf_htons(9) && asked_by_container(c) && *c) {
