@@ -5,7 +5,13 @@
 
 #include "maps.h"
 
-static const struct container new_container;
+/* With room for the entries of later versions, which may be longer: the kernel reads as much as
+ * the map's values have.
+ */
+static const union {
+	struct container c;
+	__u8 room[2048];
+} new_container;
 
 static __always_inline bool is_stateless(__u64 id)
 {

@@ -60,10 +60,12 @@ func (f *Filter) handOver(ctx context.Context) (done bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	ready := state.Format() == maps.Earliest && !state.Replacing()
-	state.Close()
-	if !ready {
+	defer state.Close()
+	if state.Format() != maps.Earliest || state.Replacing() {
 		return false, nil
+	}
+	if err := state.KeepRemoved(); err != nil {
+		return false, err
 	}
 	entries, err := os.ReadDir(string(f.pins))
 	if err != nil {

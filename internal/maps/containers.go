@@ -3,6 +3,7 @@ package maps
 import (
 	"errors"
 	"fmt"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -134,6 +135,26 @@ func remove(m *ebpf.Map, id uint64) error {
 		return fmt.Errorf("write map %v: %w", m, err)
 	}
 	return nil
+}
+
+// KeepRemoved gives an entry to the containers without state, as far as there is room, for
+// versions that know of no other way to tell that a removed cgroup was a container's. The
+// entry holds no token.
+func (s *State) KeepRemoved() error {
+	var removed Container
+	removed.Bucket.Closed = 1
+	entry := resized(unsafe.Slice((*byte)(unsafe.Pointer(&removed)), unsafe.Sizeof(removed)), s.containers)
+	stateless := s.byName[bpf.EgressMapStateless]
+	if stateless == nil {
+		return nil
+	}
+	return eachEntry(stateless, func(id uint64, _ []byte) error {
+		err := s.containers.Update(id, entry, ebpf.UpdateNoExist)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) && !errors.Is(err, unix.E2BIG) {
+			return fmt.Errorf("write map %s: %w", bpf.EgressMapContainers, err)
+		}
+		return nil
+	})
 }
 
 // Recognised says whether the cgroup with an id is known as a container's, with or without

@@ -190,6 +190,14 @@ func (m *Migration) Carry() error {
 			return err
 		}
 	}
+	for name, from := range m.from {
+		if name == bpf.EgressMapContainers || name == bpf.EgressMapTotals {
+			continue
+		}
+		if err := copyEntries(from, m.to.byName[name]); err != nil {
+			return err
+		}
+	}
 	from := m.from[bpf.EgressMapTotals]
 	if from == nil {
 		return nil

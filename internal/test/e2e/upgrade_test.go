@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 	"unsafe"
@@ -247,7 +248,88 @@ func (u *upgrade) keeps(at uintptr, ofContainer, discarded uint64) {
 	}
 }
 
-// So is a later one, which keeps what this one knows nothing of. What that has in the spare
+// A socket that outlives its container is judged as a container's, whichever version is in
+// force, of those before or of this one.
+func TestSocketOutlivesContainerAndVersion(t *testing.T) {
+	earlier := buildEarlier(t)
+	s := newScene(t)
+	t.Cleanup(func() { s.Egressbpf(t, "detach") })
+	slice := filepath.Join(s.policed, "own.slice")
+	outside := s.agent(s.a, filepath.Join(filepath.Dir(s.policed), "outside"))
+	u := &upgrade{scene: s, attach: []string{"attach", "--cgroup", slice}}
+	seen := s.Capture(t)
+	var sockets []*lab.Socket
+	leave := func(n int) {
+		t.Helper()
+		path := filepath.Join(slice, scope(n))
+		agent := s.agent(s.a, path)
+		sockets = append(sockets, agent.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0).Give(outside))
+		agent.End()
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	try := func(when string) {
+		t.Helper()
+		for i, socket := range sockets {
+			if r := socket.Send([]byte("x"), at(lab.Metadata4, 80)); r.Errno == ok {
+				t.Errorf("%s: socket %d may send", when, i)
+			}
+		}
+		if arrived := seen.Settle(t); len(arrived) > 0 {
+			t.Errorf("%s: arrived: %v", when, arrived)
+			seen.Forget()
+		}
+	}
+	u.run(earlier, u.attach...)
+	leave(1)
+	try("of the earlier version")
+	u.run(lab.Binary(t), u.attach...)
+	try("taken over")
+	leave(2)
+	try("of this version")
+	u.run(lab.Binary(t), "detach", "--hand-over")
+	try("handed over")
+	u.run(earlier, u.attach...)
+	try("gone back")
+	u.run(lab.Binary(t), u.attach...)
+	try("taken over again")
+}
+
+// What the host side drops is counted while maps are replaced.
+func TestHostCountsInMigration(t *testing.T) {
+	s := newScene(t)
+	s.attach()
+	beside := s.agent(s.a, filepath.Join(filepath.Dir(s.policed), "beside"))
+	var sent uint64
+	done := make(chan struct{})
+	var loop sync.WaitGroup
+	loop.Go(func() {
+		socket := beside.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			if r := socket.Send([]byte("x"), at(lab.Metadata4, 82)); r.Errno == ok {
+				sent++
+			}
+		}
+	})
+	for range 4 {
+		s.Egressbpf(t, "detach", "--hand-over")
+		s.Egressbpf(t, "attach")
+	}
+	close(done)
+	loop.Wait()
+	if total := s.Stats(t).Total; total.HostSide.Packets != sent || sent == 0 {
+		t.Errorf("%d packets sent, %d counted on the host", sent, total.HostSide.Packets)
+	}
+}
+
+// A later version, too, is taken over from and gone back to. It keeps what this one knows nothing
+// of. What it has in the spare
 // room, and in maps of its own, is there when it comes back.
 func TestLaterVersion(t *testing.T) {
 	for _, tt := range []struct {
@@ -273,6 +355,9 @@ func TestLaterVersion(t *testing.T) {
 					discarded, kept = discarded+1, kept+1
 				}
 				u.keeps(tt.at, kept, discarded)
+				// This version's commands work beside that one.
+				u.run(lab.Binary(t), "limit", "set", u.b.cgroup, "--rate", "7/hour", "--burst", "3")
+				u.run(lab.Binary(t), "stats")
 				u.takeOver(lab.Binary(t))
 				if !tt.stays {
 					kept = 0
