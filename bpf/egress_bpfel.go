@@ -51,7 +51,7 @@ type EgressContainer struct {
 		Period    uint32
 	}
 	Counters EgressCounters
-	Spare    [8]uint64
+	Spare    [1]uint64
 }
 
 type EgressContainerFlag uint32
@@ -68,9 +68,9 @@ type EgressCounters struct {
 	SmtpAllowed    uint64
 	FamiliesDenied uint64
 	HostSide       EgressTraffic
-	MoreDropped    [8]EgressDrops
-	HostDropped    [12]EgressTraffic
-	Spare          [8]uint64
+	MoreDropped    [4]EgressDrops
+	HostDropped    [8]EgressTraffic
+	Spare          [2]uint64
 }
 
 type EgressDevice struct {

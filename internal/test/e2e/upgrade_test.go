@@ -94,9 +94,9 @@ struct {
 // Where the next version keeps what it keeps of a container: in the spare room, or once that
 // is used up, behind it.
 var (
-	inSpareRoom  = edit{"bpf/types.h", "\tstruct counters counters;\n\t__u64 spare[8];\n", "\tstruct counters counters;\n\t__u64 discarded;\n\t__u64 spare[7];\n"}
-	behindIt     = edit{"bpf/types.h", "\tstruct counters counters;\n\t__u64 spare[8];\n", "\tstruct counters counters;\n\t__u64 used[8];\n\t__u64 discarded;\n\t__u64 spare[15];\n"}
-	withNewSizes = edit{"bpf/types.h", "sizeof(struct container) == 712", "sizeof(struct container) == 840"}
+	inSpareRoom  = edit{"bpf/types.h", "\tstruct counters counters;\n\t__u64 spare[1];\n", "\tstruct counters counters;\n\t__u64 discarded;\n"}
+	behindIt     = edit{"bpf/types.h", "\tstruct counters counters;\n\t__u64 spare[1];\n", "\tstruct counters counters;\n\t__u64 used;\n\t__u64 discarded;\n\t__u64 spare[15];\n"}
+	withNewSizes = edit{"bpf/types.h", "sizeof(struct container) == 448", "sizeof(struct container) == 576"}
 )
 
 // buildNext builds the command of a version that is made of this one.
