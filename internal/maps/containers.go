@@ -138,18 +138,20 @@ func remove(m *ebpf.Map, id uint64) error {
 }
 
 // KeepRemoved gives an entry to the containers without state, as far as there is room, for
-// versions that know of no other way to tell that a removed cgroup was a container's. The
-// entry holds no token.
+// versions that know of no other way to tell that a cgroup is a container's. The entry of a
+// removed container holds no token.
 func (s *State) KeepRemoved() error {
-	var removed Container
-	removed.Bucket.Closed = 1
-	entry := resized(unsafe.Slice((*byte)(unsafe.Pointer(&removed)), unsafe.Sizeof(removed)), s.containers)
 	stateless := s.byName[bpf.EgressMapStateless]
 	if stateless == nil {
 		return nil
 	}
-	return eachEntry(stateless, func(id uint64, _ []byte) error {
-		err := s.containers.Update(id, entry, ebpf.UpdateNoExist)
+	return eachEntry(stateless, func(id uint64, why []byte) error {
+		var c Container
+		if decode[bpf.EgressWithoutState](why) == bpf.EgressWithoutStateWAS_REMOVED {
+			c.Bucket.Closed = 1
+		}
+		entry := unsafe.Slice((*byte)(unsafe.Pointer(&c)), unsafe.Sizeof(c))
+		err := s.containers.Update(id, resized(entry, s.containers), ebpf.UpdateNoExist)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) && !errors.Is(err, unix.E2BIG) {
 			return fmt.Errorf("write map %s: %w", bpf.EgressMapContainers, err)
 		}

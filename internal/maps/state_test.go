@@ -245,3 +245,20 @@ func TestMissingMaps(t *testing.T) {
 	check(t, s.Forget(1))
 	want(t, s, map[uint64]maps.Container{})
 }
+
+// Versions that know no other way are told of containers without state by an entry.
+func TestKeepRemoved(t *testing.T) {
+	s := stateIn(t, maps.Earliest)
+	const removed, noRoom, known = 1, 2, 3
+	stateless := s.ByName()[bpf.EgressMapStateless]
+	check(t, stateless.Put(uint64(removed), bpf.EgressWithoutStateWAS_REMOVED))
+	check(t, stateless.Put(uint64(noRoom), bpf.EgressWithoutStateHAS_NO_ROOM))
+	_, err := s.Enrol(known)
+	check(t, err)
+	check(t, s.KeepRemoved())
+	check(t, s.KeepRemoved())
+	got := containers(t, s)
+	if len(got) != 3 || got[removed].Bucket.Closed != 1 || got[noRoom].Bucket.Closed != 0 || got[known].Bucket.Closed != 0 {
+		t.Errorf("got %+v", got)
+	}
+}
