@@ -80,6 +80,11 @@ test-tools:
 	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io $$(internal/test/vmtest/run.sh --packages)
 	@$(INSTALL) docker:docker-cli # not part of docker.io on newer releases
 
+# For generated objects, and for tests that make a later version.
+.PHONY: compiler
+compiler:
+	@$(INSTALL) clang-19:clang-19 llvm-strip-19:llvm-19 libbpf-dev
+
 # Compiles the committed objects: see gen.go. Another compiler produces other objects.
 .PHONY: generate
 generate: compiler
