@@ -207,7 +207,8 @@ int keep(__u64 *ctx)
 		read_name(cgrp, &key);
 		bpf_map_update_elem(&retired, &key, &now, BPF_ANY);
 	}
-	if (!do_without(id, WAS_REMOVED))
+	/* Versions of format 1 have no other way to know whose its sockets are. */
+	if (format >= 2 && !do_without(id, WAS_REMOVED))
 		bpf_map_delete_elem(&containers, &id);
 	return 0;
 }

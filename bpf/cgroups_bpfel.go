@@ -79,6 +79,7 @@ const (
 	CgroupsProgKeep      = "keep"
 	CgroupsProgRecognise = "recognise"
 	CgroupsProgRelease   = "release"
+	CgroupsVarFormat     = "format"
 	CgroupsVarN_scopes   = "n_scopes"
 	CgroupsVarPoliced    = "policed"
 	CgroupsVarScopes     = "scopes"
@@ -151,6 +152,7 @@ type CgroupsMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type CgroupsVariableSpecs struct {
+	Format   *ebpf.VariableSpec `ebpf:"format"`
 	N_scopes *ebpf.VariableSpec `ebpf:"n_scopes"`
 	Policed  *ebpf.VariableSpec `ebpf:"policed"`
 	Scopes   *ebpf.VariableSpec `ebpf:"scopes"`
@@ -207,6 +209,7 @@ func (m *CgroupsMaps) Close() error {
 //
 // It can be passed to LoadCgroupsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type CgroupsVariables struct {
+	Format   *ebpf.Variable `ebpf:"format"`
 	N_scopes *ebpf.Variable `ebpf:"n_scopes"`
 	Policed  *ebpf.Variable `ebpf:"policed"`
 	Scopes   *ebpf.Variable `ebpf:"scopes"`

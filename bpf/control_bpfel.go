@@ -66,6 +66,7 @@ const (
 	ControlProgCarry         = "carry"
 	ControlProgConfigure     = "configure"
 	ControlVarCounters       = "counters"
+	ControlVarFormat         = "format"
 )
 
 // LoadControl returns the embedded CollectionSpec for Control.
@@ -138,6 +139,7 @@ type ControlMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type ControlVariableSpecs struct {
 	Counters *ebpf.VariableSpec `ebpf:"counters"`
+	Format   *ebpf.VariableSpec `ebpf:"format"`
 }
 
 // ControlObjects contains all objects after they have been loaded into the kernel.
@@ -198,6 +200,7 @@ func (m *ControlMaps) Close() error {
 // It can be passed to LoadControlObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ControlVariables struct {
 	Counters *ebpf.Variable `ebpf:"counters"`
+	Format   *ebpf.Variable `ebpf:"format"`
 }
 
 // ControlPrograms contains all programs after they have been loaded into the kernel.

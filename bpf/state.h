@@ -5,6 +5,11 @@
 
 #include "maps.h"
 
+/* The format of the maps that the program was given. The verifier removes code for fields
+ * that these maps do not have.
+ */
+const volatile __u32 format = FORMAT;
+
 /* With room for the entries of later versions, which may be longer: the kernel reads as much as
  * the map's values have.
  */

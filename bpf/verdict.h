@@ -7,11 +7,6 @@
 
 const volatile bool enforce = true;	/* false: count, but refuse nothing */
 
-/* The format of the maps that the program was given. The verifier removes code for fields
- * that these maps do not have.
- */
-const volatile __u32 format = FORMAT;
-
 static __always_inline void count_traffic(struct traffic *t, __u64 bytes)
 {
 	__sync_fetch_and_add(&t->packets, 1);

@@ -202,6 +202,10 @@ func (f *Filter) finish(a *attachment, plan *plan) error {
 	if err := f.pins.RemoveFormer(); err != nil {
 		return err
 	}
+	if len(plan.inner) > 0 {
+		// The cgroups around them are in force, and what is detached now cannot come back.
+		a.change.Commit()
+	}
 	for _, o := range plan.inner {
 		if err := f.egress.detach(a.change, o); err != nil {
 			return err
@@ -233,7 +237,7 @@ func copyAgain(a *attachment) error {
 // attach completes it.
 func (f *Filter) complete(a *attachment) error {
 	if a.migration == nil {
-		return nil
+		return f.pins.UnpinKept()
 	}
 	if err := a.change.Step("carry over what was counted"); err != nil {
 		return err
@@ -243,6 +247,10 @@ func (f *Filter) complete(a *attachment) error {
 		return err
 	}
 	if err := a.migration.Carry(); err != nil {
+		return err
+	}
+	// Carry makes entries for all that the old maps have.
+	if err := f.recognition.forgetOthers(a); err != nil {
 		return err
 	}
 	return f.pins.UnpinReplaced()

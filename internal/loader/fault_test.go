@@ -71,7 +71,7 @@ func stride() int {
 // the filter works without what they do.
 const releaseStep = "pin release"
 
-var softSteps = []string{"pin recognise", "pin keep", releaseStep}
+var softSteps = []string{"pin recognise", "pin keep", releaseStep, "unpin keep", "unpin release"}
 
 func failRelease(f *loader.Filter) {
 	f.SetFault(func(step string) error {

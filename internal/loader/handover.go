@@ -53,6 +53,12 @@ func (f *Filter) handOver(ctx context.Context) (done bool, err error) {
 		return false, err
 	}
 	defer unlock()
+	// A process may have been killed while it renamed the pins.
+	from, err := f.pins.Repair()
+	if err != nil {
+		return false, err
+	}
+	maps.CloseAll(from)
 	state, err := f.State()
 	if errors.Is(err, ErrNotAttached) {
 		return true, nil

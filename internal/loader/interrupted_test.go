@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"unsafe"
@@ -44,7 +45,6 @@ func (h *host) passes(policed, name string) (passed []string) {
 // A container that starts after an attach was killed, which has to replace maps, is policed,
 // whichever step the attach was killed at.
 func TestStartedAfterKillInMigration(t *testing.T) {
-	t.Parallel()
 	h := newHost(t)
 	for n := 1; ; n += 3 {
 		h.mkdir("own.slice")
@@ -78,6 +78,84 @@ func TestStartedAfterKillInMigration(t *testing.T) {
 		if step == "" {
 			return
 		}
+	}
+}
+
+// stepOf returns the number of the first step of an attach that begins like this.
+func (h *host) stepOf(name, begin string) int {
+	h.t.Helper()
+	h.mkdir(name)
+	h.SetFormat(maps.Earliest)
+	h.mustAttach(withBurst(5), name)
+	h.SetFormat(maps.Latest)
+	steps := faultAt(h.Filter, 0, nil)
+	check(h.t, h.attach(withBurst(7)))
+	h.SetFault(nil)
+	h.mustDetach()
+	n := 1 + slices.IndexFunc(*steps, func(step string) bool { return strings.HasPrefix(step, begin) })
+	if n == 0 {
+		h.t.Fatalf("no step %q in %q", begin, *steps)
+	}
+	return n
+}
+
+// A container is policed that starts after an upgrade was killed, and then the hand-over that
+// should have undone it.
+func TestStartedAfterTwoKills(t *testing.T) {
+	h := newHost(t)
+	exchanged := h.stepOf("own.slice", "connect4 of")
+	for n := 1; ; n += 4 {
+		h.mkdir("own.slice")
+		h.SetFormat(maps.Earliest)
+		h.mustAttach(withBurst(5), "own.slice")
+		h.SetFormat(maps.Latest)
+		h.killAt(exchanged, "attach")
+		step := h.killAt(n, "hand over")
+		container := "own.slice/" + docker(1)
+		h.mkdir(container)
+		if passed := h.passes("own.slice", container); len(passed) > 0 {
+			t.Errorf("hand-over killed at %q: %v", step, passed)
+		}
+		h.mustAttach(withBurst(9))
+		if passed := h.passes("own.slice", container); len(passed) > 0 {
+			t.Errorf("hand-over killed at %q, attached: %v", step, passed)
+		}
+		h.rmdir(container)
+		h.mustDetach()
+		if step == "" {
+			return
+		}
+	}
+}
+
+// A container that is started again, more than once, after an attach was killed keeps its bucket
+// and its limit.
+func TestRestartedAfterKill(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	container := "own.slice/" + docker(1)
+	for _, step := range []string{"replace map totals", "egress of", "connect4 of", "carry over"} {
+		n := h.stepOf("own.slice", step)
+		h.mkdir("own.slice")
+		h.SetFormat(maps.Earliest)
+		h.mustAttach(withBurst(5), "own.slice")
+		h.SetFormat(maps.Latest)
+		h.mkdir(container)
+		h.set(container)
+		h.killAt(n, "attach")
+		for i := range 3 {
+			h.rmdir(container)
+			h.mkdir(container)
+			if c, _ := h.inForceFor("own.slice", container); c.Bucket.FullAt != 1<<62 || c.Limit.Burst != 9 {
+				t.Errorf("killed at %q, restarted %d times: limit %+v, bucket %+v", step, i+1, c.Limit, c.Bucket)
+			}
+		}
+		h.mustAttach(withBurst(9))
+		if c, _ := h.inForceFor("own.slice", container); c.Bucket.FullAt != 1<<62 || c.Limit.Burst != 9 || c.Flags != maps.LimitSetByHand {
+			t.Errorf("killed at %q, restarted, attached: limit %+v, flags %b, bucket %+v", step, c.Limit, c.Flags, c.Bucket)
+		}
+		h.rmdir(container)
+		h.mustDetach()
 	}
 }
 

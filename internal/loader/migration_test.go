@@ -71,6 +71,11 @@ func (h *host) format(want maps.Format) {
 	if got := state.Format(); got != want {
 		h.t.Errorf("the maps are of format %d, want %d", got, want)
 	}
+	for _, name := range []string{bpf.EgressMapContainers, bpf.EgressMapTotals, bpf.EgressMapRetired} {
+		if _, err := os.Stat(h.pins + "/" + name); err != nil {
+			h.t.Error(err)
+		}
+	}
 	for _, name := range h.pinned() {
 		if strings.HasSuffix(name, "-before") || strings.HasSuffix(name, "-next") {
 			h.t.Errorf("%s is left", name)
@@ -132,7 +137,7 @@ func TestKilledInMigration(t *testing.T) {
 			t.Errorf("killed at %q: %+v", step, s)
 		}
 		to := maps.Latest
-		if n%2 == 0 {
+		if n%4 == 3 {
 			to = maps.Earliest
 		}
 		h.SetFormat(to)

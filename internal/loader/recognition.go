@@ -80,7 +80,12 @@ func (r recognition) attachOthers(a *attachment) {
 	constants := cgroupsConstants(a.targets, a.policy)
 	for _, name := range cgroupsHooks {
 		if name != bpf.CgroupsProgRecognise || !recognises(a.targets) {
-			a.found.note(name, r.attachHook(name, constants, a))
+			err := r.attachHook(name, constants, a)
+			if err != nil && a.migration != nil {
+				// The program of the old maps stays until these go (keepOld), and no longer.
+				err = errors.Join(err, a.change.DropLink(r.pins.Pin(name)))
+			}
+			a.found.note(name, err)
 		}
 	}
 }

@@ -232,6 +232,12 @@ func (s *stateMap) forAttach(change *pins.Change, from map[string]*ebpf.Map) (*e
 	if err != nil {
 		return nil, err
 	}
+	if use == keepMap && s.name == bpf.EgressMapRetired && from[bpf.EgressMapContainers] != nil && from[s.name] == nil {
+		// Until all programs are replaced, recognise and keep of both maps of containers run.
+		// What one of them takes from this map, or writes, would be missing or wrong for the
+		// other.
+		use = convertMap
+	}
 	if use == convertMap {
 		return s.replace(change, from)
 	}

@@ -103,7 +103,7 @@ func readContainers(m *ebpf.Map) (map[uint64]Container, error) {
 func (s *State) Enrol(id uint64) (bool, error) {
 	err := s.containers.Update(id, make([]byte, s.containers.ValueSize()), ebpf.UpdateNoExist)
 	if errors.Is(err, ebpf.ErrKeyExist) {
-		return false, nil
+		return false, s.hasRoom(id)
 	}
 	if errors.Is(err, unix.E2BIG) {
 		return false, s.doWithout(id, bpf.EgressWithoutStateHAS_NO_ROOM)
@@ -112,6 +112,23 @@ func (s *State) Enrol(id uint64) (bool, error) {
 		return false, fmt.Errorf("write map %s: %w", bpf.EgressMapContainers, err)
 	}
 	return true, remove(s.byName[bpf.EgressMapStateless], id)
+}
+
+// hasRoom corrects what is kept of a container that has an entry: it may have found no room
+// before.
+func (s *State) hasRoom(id uint64) error {
+	stateless := s.byName[bpf.EgressMapStateless]
+	if stateless == nil {
+		return nil
+	}
+	value, err := stateless.LookupBytes(id)
+	if err != nil {
+		return fmt.Errorf("read map %s: %w", bpf.EgressMapStateless, err)
+	}
+	if value == nil || decode[bpf.EgressWithoutState](value) != bpf.EgressWithoutStateHAS_NO_ROOM {
+		return nil
+	}
+	return remove(stateless, id)
 }
 
 // doWithout marks the container with a cgroup id as one without state.
@@ -138,8 +155,8 @@ func remove(m *ebpf.Map, id uint64) error {
 }
 
 // KeepRemoved gives an entry to the containers without state, as far as there is room, for
-// versions that know of no other way to tell that a cgroup is a container's. The entry of a
-// removed container holds no token.
+// versions that know of no other way to tell that a cgroup is a container's. For this version,
+// the entry of a removed container holds no token.
 func (s *State) KeepRemoved() error {
 	stateless := s.byName[bpf.EgressMapStateless]
 	if stateless == nil {

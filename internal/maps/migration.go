@@ -125,7 +125,7 @@ func (m *Migration) Copy() error {
 			err = m.copyContainers(from)
 		case bpf.EgressMapTotals:
 		default:
-			err = copyEntries(from, m.to.byName[name])
+			err = m.copyEntries(name)
 		}
 		if err != nil {
 			return err
@@ -159,10 +159,22 @@ func withoutCounters(value []byte) []byte {
 	return value
 }
 
-// copyEntries copies the entries that the map to does not have.
-func copyEntries(from, to *ebpf.Map) error {
+// copyEntries copies the entries that the new map of a name does not have, or has with more
+// tokens.
+func (m *Migration) copyEntries(name string) error {
+	from, to := m.from[name], m.to.byName[name]
 	return eachRaw(from, func(key, value []byte) error {
-		err := to.Update(key, resized(value, to), ebpf.UpdateNoExist)
+		flags := ebpf.UpdateNoExist
+		if name == bpf.EgressMapRetired {
+			now, err := to.LookupBytes(key)
+			if err != nil {
+				return fmt.Errorf("read map %v: %w", to, err)
+			}
+			if now != nil && decode[bpf.EgressPast](now).Bucket.FullAt < decode[bpf.EgressPast](value).Bucket.FullAt {
+				flags = ebpf.UpdateAny
+			}
+		}
+		err := to.Update(key, resized(value, to), flags)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) && !errors.Is(err, unix.E2BIG) {
 			return fmt.Errorf("write map %v: %w", to, err)
 		}
@@ -190,11 +202,11 @@ func (m *Migration) Carry() error {
 			return err
 		}
 	}
-	for name, from := range m.from {
+	for name := range m.from {
 		if name == bpf.EgressMapContainers || name == bpf.EgressMapTotals {
 			continue
 		}
-		if err := copyEntries(from, m.to.byName[name]); err != nil {
+		if err := m.copyEntries(name); err != nil {
 			return err
 		}
 	}
@@ -265,7 +277,7 @@ func (m *Migration) move(c bpf.ControlCargo, counters *Counters) error {
 	if counters == nil {
 		counters = new(Counters)
 	}
-	// An entry that is missing in either map was removed meanwhile.
+	// If the old map has no entry any more, it was removed meanwhile.
 	if _, err := ask(m.carry, c, *wordsOf(counters)); err != nil {
 		return fmt.Errorf("carry over what was counted for cgroup %d: %w", c.Id, err)
 	}

@@ -262,3 +262,17 @@ func TestKeepRemoved(t *testing.T) {
 		t.Errorf("got %+v", got)
 	}
 }
+
+// A container that has found no room, and has an entry by now, is not counted as one without.
+func TestEnrolHeals(t *testing.T) {
+	s := newState(t)
+	const id = 1
+	_, err := s.Enrol(id)
+	check(t, err)
+	check(t, s.ByName()[bpf.EgressMapStateless].Put(uint64(id), bpf.EgressWithoutStateHAS_NO_ROOM))
+	_, err = s.Enrol(id)
+	check(t, err)
+	if room, err := s.Room(containers(t, s)); err != nil || room.Without != 0 || room.Containers != 1 {
+		t.Errorf("got %+v, %v", room, err)
+	}
+}

@@ -200,19 +200,26 @@ func (c *Change) ReplaceLink(pin string, attach func() (link.Link, error)) error
 		return fmt.Errorf("pin link %s: %w", next, err)
 	}
 	if err := os.Rename(next, pin); err != nil {
-		return err
+		return errors.Join(err, Remove(next))
 	}
 	c.Back(func() error {
-		if err := Remove(pin); err != nil || old == nil {
+		if old == nil {
+			return Remove(pin)
+		}
+		if err := old.Pin(next); err != nil {
 			return err
 		}
-		return old.Pin(pin)
+		return os.Rename(next, pin)
 	})
 	return nil
 }
 
 // DropLink ends a pinned link. It is no error if there is none.
 func (c *Change) DropLink(pin string) error {
+	// A process may have been killed while it replaced the link.
+	if err := Remove(pin + nextSuffix); err != nil {
+		return err
+	}
 	if _, err := os.Lstat(pin); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -17,8 +17,9 @@
 //
 // A link that cannot be updated is replaced by a new link, which is pinned with the suffix
 // -next until it takes the place of the old one. A kept map that is replaced stays pinned
-// with the suffix -before until its counts are carried over. Every change of an attach goes
-// through a [Change], which undoes it after an error.
+// with the suffix -before until its counts are carried over, and so do the links that follow
+// containers in it; -swap is that of a map while it changes places with the one before. Every
+// change of an attach goes through a [Change], which undoes it after an error.
 package pins
 
 import (
@@ -118,7 +119,9 @@ func known(rel string) bool {
 		_, err := strconv.ParseUint(strings.TrimSuffix(digits, "/"), 10, 64)
 		return err == nil && (name == Families || IsNext(name, Families) || slices.Contains(cgroupLinks, name))
 	}
-	return slices.Contains(formerMaps, rel) || slices.Contains(hostLinks, strings.TrimSuffix(strings.TrimSuffix(rel, nextSuffix), beforeSuffix))
+	return slices.Contains(formerMaps, rel) || slices.ContainsFunc(hostLinks, func(name string) bool {
+		return rel == name || rel == name+nextSuffix || slices.Contains(keptPins(name), rel)
+	})
 }
 
 // All returns all pins.

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 
 	"github.com/egressbpf/egressbpf/internal/maps"
 )
@@ -150,18 +151,40 @@ func (c *Change) SwapMaps(pin string) error {
 }
 
 // KeepLink pins a link a second time, so that it stays in force after another one has replaced
-// it, until UnpinReplaced. It is no error if there is no link, or one is kept already.
+// it, until UnpinKept. It is no error if there is no link, or if one is kept whose program has
+// the same containers. Two are kept if an attach was interrupted, and the version before
+// attaches again.
 func (c *Change) KeepLink(pin string) error {
-	before := pin + beforeSuffix
-	if _, err := os.Lstat(before); err == nil {
-		return nil
-	}
 	l, err := heldLink(pin)
 	if err != nil || l == nil {
 		return err
 	}
 	defer l.Close()
-	if err := c.Step("keep %s", filepath.Base(pin)); err != nil {
+	info, err := l.Info()
+	if err != nil {
+		return err
+	}
+	own, err := StateOf(info.Program)
+	if err != nil {
+		return err
+	}
+	for _, before := range keptPins(pin) {
+		kept, err := Info(before)
+		if errors.Is(err, fs.ErrNotExist) {
+			return c.keepAt(before, l)
+		}
+		if err != nil {
+			return fmt.Errorf("open pinned link %s: %w", before, err)
+		}
+		if state, err := StateOf(kept.Program); err != nil || state == own {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *Change) keepAt(before string, l link.Link) error {
+	if err := c.Step("keep %s", filepath.Base(before)); err != nil {
 		return err
 	}
 	if err := l.Pin(before); err != nil {
@@ -171,11 +194,18 @@ func (c *Change) KeepLink(pin string) error {
 	return nil
 }
 
+// keptPins are where KeepLink pins a link.
+func keptPins(pin string) []string {
+	return []string{pin + beforeSuffix, pin + beforeSuffix + beforeSuffix}
+}
+
 // UnpinKept ends the links that KeepLink has kept.
 func (p Path) UnpinKept() error {
 	for _, name := range hostLinks {
-		if err := Remove(p.Pin(name) + beforeSuffix); err != nil {
-			return err
+		for _, pin := range keptPins(p.Pin(name)) {
+			if err := Remove(pin); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -290,6 +290,8 @@ func TestSocketOutlivesContainerAndVersion(t *testing.T) {
 	try("of this version")
 	u.run(lab.Binary(t), "detach", "--hand-over")
 	try("handed over")
+	leave(3)
+	try("of this version, after it was handed over")
 	u.run(earlier, u.attach...)
 	try("gone back")
 	u.run(lab.Binary(t), u.attach...)
