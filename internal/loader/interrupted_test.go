@@ -171,9 +171,9 @@ func (h *host) set(name string) {
 	containers := state.ByName()[bpf.EgressMapContainers]
 	value, err := containers.LookupBytes(id)
 	check(h.t, err)
-	c := (*maps.Container)(unsafe.Pointer(unsafe.SliceData(append(value, make([]byte, unsafe.Sizeof(maps.Container{}))...))))
-	c.Bucket.Burst, c.Bucket.Count, c.Bucket.Interval, c.Bucket.FullAt = 9, 5, 1e9, 1<<62
-	check(h.t, containers.Put(id, unsafe.Slice((*byte)(unsafe.Pointer(c)), len(value))))
+	check(h.t, containers.Put(id, edited(value, func(c *maps.Container) {
+		c.Bucket.Burst, c.Bucket.Count, c.Bucket.Interval, c.Bucket.FullAt = 9, 5, 1e9, 1<<62
+	})))
 }
 
 // inForceFor returns what the egress program in force knows of a container.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -35,18 +36,25 @@ func (h *host) inFormat(format maps.Format) {
 	containers := state.ByName()[bpf.EgressMapContainers]
 	value, err := containers.LookupBytes(h.id("a/c"))
 	check(h.t, err)
-	c := (*maps.Container)(unsafe.Pointer(unsafe.SliceData(append(value, make([]byte, unsafe.Sizeof(maps.Container{}))...))))
-	c.Counters.SmtpAllowed = 4
-	c.Bucket.Burst, c.Bucket.Count, c.Bucket.Interval, c.Bucket.FullAt = 5, 5, 1e9, 1<<62
-	check(h.t, containers.Put(h.id("a/c"), unsafe.Slice((*byte)(unsafe.Pointer(c)), len(value))))
+	check(h.t, containers.Put(h.id("a/c"), edited(value, func(c *maps.Container) {
+		c.Counters.SmtpAllowed = 4
+		c.Bucket.Burst, c.Bucket.Count, c.Bucket.Interval, c.Bucket.FullAt = 5, 5, 1e9, 1<<62
+	})))
 	totals := state.ByName()[bpf.EgressMapTotals]
 	perCPU := make([][]byte, ebpf.MustPossibleCPU())
 	check(h.t, totals.Lookup(uint32(0), &perCPU))
-	sums := (*maps.Sums)(unsafe.Pointer(unsafe.SliceData(append(perCPU[0], make([]byte, unsafe.Sizeof(maps.Sums{}))...))))
-	sums.Counters.SmtpAllowed = 40
-	perCPU[0] = unsafe.Slice((*byte)(unsafe.Pointer(sums)), len(perCPU[0]))
+	perCPU[0] = edited(perCPU[0], func(s *maps.Sums) { s.Counters.SmtpAllowed = 40 })
 	check(h.t, totals.Put(uint32(0), perCPU))
 	h.keeps("in the beginning")
+}
+
+// edited returns a value of a map, of whatever length, after edit has changed its beginning.
+func edited[V any](value []byte, edit func(*V)) []byte {
+	var v V
+	all := unsafe.Slice((*byte)(unsafe.Pointer(&v)), unsafe.Sizeof(v))
+	copy(all, value)
+	edit(&v)
+	return append(slices.Clone(all[:min(len(all), len(value))]), value[min(len(all), len(value)):]...)
 }
 
 // keeps fails the test unless what inFormat has set is there.

@@ -39,34 +39,32 @@ func (r *reading) keptBy(d Defence, doc *document, programs []ebpf.ProgramID) De
 // useOtherMaps says whether one of the programs uses another map of containers than the
 // egress program, because the last attach has replaced the map.
 func (r *reading) useOtherMaps(programs []ebpf.ProgramID) bool {
-	for _, p := range r.policed {
-		egress := p.info[hooks[0].name]
-		if egress == nil {
-			continue
-		}
-		own, err := pins.StateOf(egress.Program)
+	return r.besideFilter(programs, func(id, egress ebpf.ProgramID) bool {
+		own, err := pins.StateOf(egress)
 		if err != nil || own == 0 {
-			continue
+			return false
 		}
-		for _, id := range programs {
-			if other, err := pins.StateOf(id); err == nil && other != 0 && other != own {
-				return true
-			}
-		}
-	}
-	return false
+		other, err := pins.StateOf(id)
+		return err == nil && other != 0 && other != own
+	})
 }
 
 // olderThanFilter says whether one of the programs was loaded before the egress program of
 // a policed cgroup.
 func (r *reading) olderThanFilter(programs []ebpf.ProgramID) bool {
+	return r.besideFilter(programs, older)
+}
+
+// besideFilter says whether something is true of one of the programs and the egress program of
+// a policed cgroup.
+func (r *reading) besideFilter(programs []ebpf.ProgramID, is func(id, egress ebpf.ProgramID) bool) bool {
 	for _, p := range r.policed {
 		egress := p.info[hooks[0].name]
 		if egress == nil {
 			continue
 		}
 		for _, id := range programs {
-			if older(id, egress.Program) {
+			if is(id, egress.Program) {
 				return true
 			}
 		}

@@ -52,12 +52,18 @@ func (f *Filter) withState(do func(*maps.State) error) error {
 
 // IsCurrent says whether no attach has replaced the maps of a state since it was opened.
 func (f *Filter) IsCurrent(state *maps.State) bool {
-	now, err := f.State()
-	if err != nil {
-		return true // there is nothing that would be better
+	for _, name := range []string{bpf.EgressMapContainers, bpf.EgressMapTotals} {
+		now, _, err := f.pins.Map(name)
+		if err != nil || now == nil {
+			return true // there is nothing that would be better
+		}
+		uses := state.Uses(name, now)
+		now.Close()
+		if !uses {
+			return false
+		}
 	}
-	defer now.Close()
-	return now.Same(state)
+	return true
 }
 
 // ChangeState calls do with the state of a filter that is attached, to change what holds for

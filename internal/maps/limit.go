@@ -1,9 +1,12 @@
 package maps
 
 import (
+	"fmt"
 	"math"
 	"math/bits"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -34,6 +37,15 @@ func PolicyLimit(l bpf.EgressLimit) policy.Limit {
 		Rate:  policy.Rate{Count: uint64(l.Count), Period: time.Duration(l.Period) * time.Second},
 		Burst: l.Burst,
 	}
+}
+
+// Now returns CLOCK_MONOTONIC in nanoseconds, as the programs read it.
+func Now() (uint64, error) {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return 0, fmt.Errorf("read the clock: %w", err)
+	}
+	return uint64(now.Nano()), nil
 }
 
 // Tokens returns how many tokens b holds under the limit l at the time now, in nanoseconds

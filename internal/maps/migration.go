@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"time"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -47,10 +46,8 @@ func (s *State) Replaces(from map[string]*ebpf.Map) {
 // Replacing says whether the State has maps that it is to replace.
 func (s *State) Replacing() bool { return len(s.from) > 0 }
 
-// Same says whether two States have the same maps of containers and totals.
-func (s *State) Same(other *State) bool {
-	return sameMap(s.containers, other.containers) && sameMap(s.totals, other.totals)
-}
+// Uses says whether a map is the State's of that name.
+func (s *State) Uses(name string, m *ebpf.Map) bool { return sameMap(s.byName[name], m) }
 
 // sameMap says whether both are the same map of the kernel, or there is none.
 func sameMap(a, b *ebpf.Map) bool {
@@ -222,7 +219,10 @@ func (m *Migration) Carry() error {
 }
 
 func (m *Migration) carryContainers(from *ebpf.Map) error {
-	now := monotonic()
+	now, err := Now()
+	if err != nil {
+		return err
+	}
 	return eachEntry(from, func(id uint64, value []byte) error {
 		c := decode[Container](value)
 		before, copied := m.copied[id]
@@ -282,13 +282,4 @@ func (m *Migration) move(c bpf.ControlCargo, counters *Counters) error {
 		return fmt.Errorf("carry over what was counted for cgroup %d: %w", c.Id, err)
 	}
 	return nil
-}
-
-// monotonic returns CLOCK_MONOTONIC in nanoseconds, as the programs read it.
-func monotonic() uint64 {
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
-		return 0
-	}
-	return uint64(time.Duration(now.Nano()))
 }

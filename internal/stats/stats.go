@@ -12,8 +12,6 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/container"
@@ -169,12 +167,12 @@ func (r *Reader) Read() (*Stats, error) {
 			}
 		}
 	}
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+	now, err := maps.Now()
+	if err != nil {
 		return nil, err
 	}
 	for id, c := range known {
-		row, err := r.row(id, c, def, uint64(now.Nano()))
+		row, err := r.row(id, c, def, now)
 		if err != nil {
 			return nil, err
 		}
