@@ -7,7 +7,10 @@
 #define PACKET_IS_DYNPTR
 #define RULES_LINKAGE __noinline
 
-#include "cgroup.h"
+#include <linux/types.h>
+
+#include <bpf/bpf_core_read.h>
+
 #include "glance.h"
 #include "host.h"
 
@@ -28,6 +31,7 @@ struct {
 	__type(value, __u32);
 } device_names SEC(".maps");
 const volatile bool has_device_names;
+const volatile bool first_of_names[256];	/* by the first byte of such a name; of all, if one is empty */
 
 struct list_head {
 	struct list_head *next;
@@ -52,8 +56,18 @@ struct nf_hook_state {
 	struct net_device *in;
 } __attribute__((preserve_access_index));
 
+struct kernfs_node {
+	__u64 id;
+} __attribute__((preserve_access_index));
+
+struct cgroup {
+	struct kernfs_node *kn;
+	int level;
+	struct cgroup *ancestors[];
+} __attribute__((preserve_access_index));
+
 struct sock_cgroup_data {
-	struct cgroup *cgroup;
+	struct cgroup *cgroup;	/* comes first */
 } __attribute__((preserve_access_index));
 
 struct sock_common {
@@ -67,7 +81,9 @@ struct sock {
 
 struct sk_buff {
 	unsigned int len;
+	unsigned int data_len;	/* of the part that is not linear */
 	struct sock *sk;
+	unsigned char *data;
 	unsigned char *head;
 	unsigned int end;
 } __attribute__((preserve_access_index));
@@ -81,13 +97,48 @@ struct bpf_nf_ctx {
 	struct sk_buff *skb;
 };
 
-extern void *bpf_dynptr_slice(const struct bpf_dynptr *data, __u32 offset, void *copy, __u32 size) __ksym;
+extern void *bpf_rdonly_cast(const void *at, __u32 type) __ksym;
 extern int bpf_dynptr_from_skb(struct __sk_buff *skb, __u64 flags, struct bpf_dynptr *data) __ksym;
+
+/* A type of the kernel (uapi/linux/if_link.h) of which only this matters: it consists of
+ * words of 64 bits.
+ */
+struct rtnl_link_stats64 {
+	__u64 words[1];
+};
+
+/* Memory of the kernel as words, to be read by plain loads. Where there is no memory, these
+ * load 0. Each such load costs as much as ten other instructions.
+ */
+static __always_inline const __u64 *words_at(const void *at)
+{
+	return bpf_rdonly_cast(at, bpf_core_type_id_kernel(struct rtnl_link_stats64));
+}
+
+/* One such load: without this, the compiler makes several of it. */
+static __always_inline __u64 load_word(const __u64 *at)
+{
+	__u64 word = *at;
+
+	asm volatile("" : "+r"(word));
+	return word;
+}
 
 union device_key {
 	char name[IFNAMSIZ];
 	__u64 word[2];
 };
+
+static const union device_key docker0 = { .name = "docker0" }, swarm = { .name = "docker_gwbridge" };
+
+/* Whether a device whose name begins with this word could lead to containers. */
+static __always_inline bool could_lead(__u64 word)
+{
+	const union device_key prefix = { .name = "br-" }, first3 = { .name = "\xff\xff\xff" };
+
+	return word == swarm.word[0] || (word & first3.word[0]) == prefix.word[0] ||
+	       (has_device_names && first_of_names[(__u8)word]);
+}
 
 /* Docker names the bridge of a network br- and 12 hexadecimal digits. Other devices whose
  * names begin with br- may lead out of the host.
@@ -105,17 +156,13 @@ static __always_inline bool docker_network(const union device_key *k)
 	return true;
 }
 
-static __always_inline bool leads_to_containers(struct net_device *in)
+static __always_inline bool leads_to_containers(const struct net_device *in)
 {
-	const union device_key docker0 = { .name = "docker0" }, swarm = { .name = "docker_gwbridge" };
-	union device_key k;
+	const __u64 *words = words_at(in->name);
+	const union device_key k = { .word = { words[0], words[1] } };
 	struct device_name name;
 
-	if (bpf_probe_read_kernel(k.name, sizeof(k.name), in->name))
-		return false;
-	if (k.word[0] == docker0.word[0] || (k.word[0] == swarm.word[0] && k.word[1] == swarm.word[1]))
-		return true;
-	if (docker_network(&k))
+	if (k.word[0] == docker0.word[0] || (k.word[0] == swarm.word[0] && k.word[1] == swarm.word[1]) || docker_network(&k))
 		return true;
 	if (!has_device_names)
 		return false;
@@ -124,17 +171,24 @@ static __always_inline bool leads_to_containers(struct net_device *in)
 	return bpf_map_lookup_elem(&device_names, &name);
 }
 
-static __always_inline struct net_device *adjacent(struct list_head *at)
+static __always_inline bool adjacent_leads(const struct list_head *at)
 {
-	struct netdev_adjacent *a = (void *)at - bpf_core_field_offset(struct netdev_adjacent, list);
+	const void *link = (const void *)at - bpf_core_field_offset(struct netdev_adjacent, list);
+	const struct netdev_adjacent *a = bpf_rdonly_cast(link, bpf_core_type_id_kernel(struct netdev_adjacent));
 
-	return BPF_CORE_READ(a, dev);
+	return leads_to_containers(a->dev);
 }
 
-/* Whether the device's packets come from containers. A bridge passes frames for the groups
- * of IEEE 802.1D (01:80:c2:00:00:0x) up as received by its port, whatever they contain. It
- * passes to a device above it (of a VLAN, or with an address of its own) what is for that
- * device.
+/* Whether no device is above this one or below it. */
+static __always_inline bool alone(const struct net_device *in)
+{
+	return in->adj_list.upper.next == &in->adj_list.upper && in->adj_list.lower.next == &in->adj_list.lower;
+}
+
+/* Whether the packets of a device come from containers. A bridge passes frames for the
+ * groups of IEEE 802.1D (01:80:c2:00:00:0x) up as received by its port, whatever they
+ * contain. It passes to a device above it (of a VLAN, or with an address of its own) what
+ * is for that device.
  *
  * This function and some below are global for the verifier's sake: it checks a global
  * function once, not again on every path that leads there.
@@ -146,17 +200,36 @@ __noinline int from_containers(struct bpf_nf_ctx *ctx)
 
 	if (!in)
 		return false;
-	upper = in->adj_list.upper.next;
-	lower = in->adj_list.lower.next;
 	if (leads_to_containers(in))
 		return true;
-	return (upper != &in->adj_list.upper && leads_to_containers(adjacent(upper))) ||
-	       (lower != &in->adj_list.lower && leads_to_containers(adjacent(lower)));
+	upper = in->adj_list.upper.next;
+	lower = in->adj_list.lower.next;
+	return (upper != &in->adj_list.upper && adjacent_leads(upper)) ||
+	       (lower != &in->adj_list.lower && adjacent_leads(lower));
 }
 
+/* The same, without a call for most devices: docker0, and those that have another name and
+ * no device above or below them.
+ */
+static __always_inline bool leads_here(struct bpf_nf_ctx *ctx, const struct net_device *in)
+{
+	__u64 name = *words_at(in->name);
+
+	return name == docker0.word[0] || ((could_lead(name) || !alone(in)) && from_containers(ctx));
+}
+
+/* The id of the ancestor of a cgroup at a level, or its own at its own level; 0 if it is not
+ * that deep.
+ */
 static __always_inline __u64 above(void *cgrp, __u32 level)
 {
-	return ancestor_id(cgrp, level);
+	const __u64 *ancestor, *node;
+
+	if (level > (__u32)*words_at(cgrp + bpf_core_field_offset(struct cgroup, level)))
+		return 0;
+	ancestor = words_at(cgrp + bpf_core_field_offset(struct cgroup, ancestors) + level * sizeof(*ancestor));
+	node = words_at((void *)*ancestor + bpf_core_field_offset(struct cgroup, kn));
+	return *words_at((void *)*node + bpf_core_field_offset(struct kernfs_node, id));
 }
 
 /* The container whose socket sent the packet; NULL if the socket is no longer known. The
@@ -172,7 +245,7 @@ static __always_inline struct container *sender(struct sk_buff *skb)
 	state = sk->__sk_common.skc_state;
 	if (state == TCP_TIME_WAIT || state == TCP_NEW_SYN_RECV)
 		return NULL;
-	return container_of_sender(above, sk->sk_cgrp_data.cgroup);
+	return container_of_sender(above, (void *)*words_at(&sk->sk_cgrp_data));
 }
 
 static __always_inline __be16 protocol(struct bpf_nf_ctx *ctx)
@@ -207,9 +280,10 @@ static __always_inline int drop(struct bpf_nf_ctx *ctx, enum reason reason)
  */
 static __always_inline __u32 segment_size(struct sk_buff *skb)
 {
-	struct skb_shared_info *shared = (void *)skb->head + skb->end;
+	const struct skb_shared_info *shared =
+		bpf_rdonly_cast(skb->head + skb->end, bpf_core_type_id_kernel(struct skb_shared_info));
 
-	return BPF_CORE_READ(shared, gso_size);
+	return shared->gso_size;
 }
 
 /* Reads the packet at a place within the one of ctx as a flow; 0 if it cannot be judged. */
@@ -300,35 +374,60 @@ static __always_inline enum reason judge(struct bpf_nf_ctx *ctx, __u32 device)
 	return reason;
 }
 
-/* Whether the packet passes at a glance, as most do. */
+/* The headers of a packet, as far as a glance looks at them. */
+union headers {
+	__u64 words[8];
+	__u8 bytes[64];
+};
+
+/* Whether the packet passes at a glance, as most do. The headers of most packets are in the
+ * linear part, which begins with them at this hook.
+ */
 static __always_inline bool plain(struct bpf_nf_ctx *ctx)
 {
-	__u8 copy[sizeof(struct ipv6hdr) + sizeof(struct tcp)] = {};
-	struct bpf_dynptr data;
-	struct packet p = {};
-	__u8 *ip;
+	const __u32 size4 = sizeof(struct iphdr) + sizeof(struct tcp), size6 = sizeof(struct ipv6hdr) + sizeof(struct tcp);
+	struct sk_buff *skb = ctx->skb;
+	const __u64 *words = words_at(skb->data);
+	__u32 len = skb->len, linear = len - skb->data_len;
+	union headers h;
 
-	if (!open_packet(ctx, &data, &p))
-		return false;
-	if (p.protocol == bpf_htons(ETH_P_IP)) {
-		ip = bpf_dynptr_slice(&data, 0, copy, sizeof(struct iphdr) + sizeof(struct tcp));
-		return ip && glance4(ip, ip + sizeof(struct iphdr) + sizeof(struct tcp), p.len) <= DATAGRAM;
+	if (ctx->state->pf == NFPROTO_IPV4) {
+		if (linear < size4)
+			return false;
+		h.words[0] = load_word(&words[0]);
+		h.words[1] = load_word(&words[1]);
+		h.words[2] = load_word(&words[2]);
+		return glance4(h.bytes, h.bytes + size4, len) <= DATAGRAM;
 	}
-	ip = bpf_dynptr_slice(&data, 0, copy, sizeof(copy));
-	return ip && glance6(ip, ip + sizeof(copy), p.len) <= DATAGRAM;
+	if (linear < size6)
+		return false;
+	h.words[0] = load_word(&words[0]);
+	h.words[1] = load_word(&words[1]);
+	h.words[3] = load_word(&words[3]);
+	h.words[5] = load_word(&words[5]);
+	return glance6(h.bytes, h.bytes + size6, len) <= DATAGRAM;
 }
 
-/* NF_INET_PRE_ROUTING */
+/* The verdict on a packet that came in by a device and does not pass at a glance. */
+__noinline int judge_unclear(struct bpf_nf_ctx *ctx, __u32 device)
+{
+	enum reason reason = judge(ctx, device);
+
+	return reason == REASON_NONE ? NF_ACCEPT : drop(ctx, reason);
+}
+
+/* NF_INET_PRE_ROUTING. Short, since it runs for every packet that the host receives. */
 SEC("netfilter")
 int host_forward(struct bpf_nf_ctx *ctx)
 {
 	struct net_device *in = ctx->state->in;
-	enum reason reason;
+	int verdict;
 
-	if (!in || !from_containers(ctx) || plain(ctx))
+	if (!in || !leads_here(ctx, in) || plain(ctx))
 		return NF_ACCEPT;
-	reason = judge(ctx, in->ifindex);
-	return reason == REASON_NONE ? NF_ACCEPT : drop(ctx, reason);
+	verdict = judge_unclear(ctx, in->ifindex);
+	asm volatile("" : "+r"(verdict));
+	return verdict ? NF_ACCEPT : NF_DROP;
 }
 
 /* Adds to all what the datagram whose data is at off may contain. */
@@ -381,7 +480,7 @@ int host_deliver(struct bpf_nf_ctx *ctx)
 	struct flow f = {};
 	__u32 off, size;
 
-	if (!in || !from_containers(ctx))
+	if (!in || !leads_here(ctx, in))
 		return NF_ACCEPT;
 	if (!read_flow(ctx, &f))
 		return drop(ctx, REASON_MALFORMED);

@@ -41,6 +41,7 @@ const (
 	HostProgHostForward   = "host_forward"
 	HostVarDefaultLimit   = "default_limit"
 	HostVarEnforce        = "enforce"
+	HostVarFirstOfNames   = "first_of_names"
 	HostVarFormat         = "format"
 	HostVarHasCoarseClock = "has_coarse_clock"
 	HostVarHasDeviceNames = "has_device_names"
@@ -123,6 +124,7 @@ type HostMapSpecs struct {
 type HostVariableSpecs struct {
 	DefaultLimit   *ebpf.VariableSpec `ebpf:"default_limit"`
 	Enforce        *ebpf.VariableSpec `ebpf:"enforce"`
+	FirstOfNames   *ebpf.VariableSpec `ebpf:"first_of_names"`
 	Format         *ebpf.VariableSpec `ebpf:"format"`
 	HasCoarseClock *ebpf.VariableSpec `ebpf:"has_coarse_clock"`
 	HasDeviceNames *ebpf.VariableSpec `ebpf:"has_device_names"`
@@ -192,6 +194,7 @@ func (m *HostMaps) Close() error {
 type HostVariables struct {
 	DefaultLimit   *ebpf.Variable `ebpf:"default_limit"`
 	Enforce        *ebpf.Variable `ebpf:"enforce"`
+	FirstOfNames   *ebpf.Variable `ebpf:"first_of_names"`
 	Format         *ebpf.Variable `ebpf:"format"`
 	HasCoarseClock *ebpf.Variable `ebpf:"has_coarse_clock"`
 	HasDeviceNames *ebpf.Variable `ebpf:"has_device_names"`

@@ -78,6 +78,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 	defer stopWatching()
 	// Before the attach, which finds the devices that exist.
 	devices := d.devices(watchCtx)
+	d.follow(ctx, devices != nil)
+	defer d.follow(context.WithoutCancel(ctx), false)
 	config, err := d.Load()
 	if err != nil {
 		return err
@@ -193,9 +195,9 @@ func (d *Daemon) serve() error {
 // without.
 func optional(s *loader.Status) (names []string) {
 	for _, h := range s.Hooks {
-		// Hooks at devices come and go with the devices. The defence reports what
-		// is missing.
-		if h.Attached && s.Optional(h) && h.Device == "" {
+		// Hooks at devices come and go with the devices, others with the tunnels. The
+		// defence reports what is missing.
+		if h.Attached && s.Optional(h) && h.Device == "" && !loader.ForTunnels(h) {
 			names = append(names, h.Name)
 		}
 	}
@@ -274,7 +276,7 @@ func (d *Daemon) check(ctx context.Context) {
 	for _, source := range d.Containers.Stale() {
 		d.learn(ctx, container.Event{Source: source, Action: container.Resync})
 	}
-	d.closeTunnels()
+	d.closeTunnels(ctx)
 	if err := d.Filter.ForgetDevices(); err != nil {
 		d.Log.Error("cannot remove the buckets of devices that are gone", "err", err)
 	}

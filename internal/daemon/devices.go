@@ -11,13 +11,17 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// device is a network device that has appeared or was set up. The zero value means that
-// some devices may have been missed.
-type device struct{ name, kind string }
+// device is a network device that has appeared or was set up.
+type device struct {
+	name, kind string
+	// missed means that some devices may have been missed instead, and lost that the
+	// kernel tells of no others.
+	missed, lost bool
+}
 
 // devices returns a channel of bridges as they are made, and of tunnels as they come up,
-// until ctx ends. The periodic check finds other devices, and all devices if the kernel
-// sends no messages.
+// until ctx ends; nil if the kernel sends no messages. The periodic check finds other
+// devices.
 func (d *Daemon) devices(ctx context.Context) <-chan device {
 	updates, err := d.subscribe(ctx)
 	if err != nil {
@@ -40,13 +44,14 @@ func (d *Daemon) devices(ctx context.Context) <-chan device {
 				case "bridge":
 					// All bits are set for a new device.
 					if u.IfInfomsg.Change == ^uint32(0) {
-						tell(device{u.Attrs().Name, "bridge"})
+						tell(device{name: u.Attrs().Name, kind: "bridge"})
 					}
-				case "device", "dummy", "ifb", "ipvlan", "macvlan", "veth", "vlan":
 				default:
 					// A tunnel has its port from the moment that it is
 					// up.
-					tell(device{u.Attrs().Name, u.Type()})
+					if loader.MayBeTunnel(u.Link) {
+						tell(device{name: u.Attrs().Name, kind: u.Type()})
+					}
 				}
 			}
 			// The kernel had more messages than it keeps.
@@ -56,7 +61,7 @@ func (d *Daemon) devices(ctx context.Context) <-chan device {
 				return
 			}
 			updates, err = d.subscribe(ctx)
-			tell(device{})
+			tell(device{missed: true, lost: err != nil})
 		}
 	}()
 	return found
@@ -84,18 +89,32 @@ func (d *Daemon) subscribe(ctx context.Context) (<-chan netlink.LinkUpdate, erro
 // by itself, the last attach could not include this one. A device that may be a tunnel is
 // closed to containers.
 func (d *Daemon) appeared(ctx context.Context, new device) {
-	if new.kind == "" || (new.kind == "bridge" && loader.CoversDevice(d.config.Policy, new.name)) {
+	if new.lost {
+		d.follow(ctx, false)
+	}
+	if new.missed || (new.kind == "bridge" && loader.CoversDevice(d.config.Policy, new.name)) {
 		d.check(ctx)
 	} else if new.kind != "bridge" {
-		d.closeTunnels()
+		d.closeTunnels(ctx)
 	}
 }
 
-func (d *Daemon) closeTunnels() {
+// follow tells the filter whether this daemon watches for tunnels.
+func (d *Daemon) follow(ctx context.Context, follows bool) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := d.Filter.Follow(ctx, follows); err != nil {
+		d.Log.Error("cannot judge packets to tunnels that are made from now on", "err", err)
+	}
+}
+
+func (d *Daemon) closeTunnels(ctx context.Context) {
 	if d.config.Policy.HostSide == policy.Off {
 		return
 	}
-	if err := d.Filter.CloseTunnels(); err != nil {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := d.Filter.CloseTunnels(ctx); err != nil {
 		d.Log.Error("cannot close tunnels to containers", "err", err)
 	}
 }

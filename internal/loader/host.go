@@ -20,7 +20,7 @@ type host struct {
 	tunnels tunnels
 	// netfilter is the strategy for kernels since 6.4, and ingress the one for all
 	// others.
-	netfilter netfilter
+	netfilter *netfilter
 	ingress   *ingress
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -17,7 +18,17 @@ import (
 )
 
 // netfilter is the host side by BPF netfilter programs.
-type netfilter struct{ site }
+type netfilter struct {
+	site
+	tunnels tunnels
+	// follows is whether this process follows the host's tunnels. Without a tunnel
+	// there is nothing to judge in packets to the host itself, and the hook for them
+	// (host_deliver) is left out, since it would cost each packet that the host receives.
+	// A process that does not follow them cannot know what comes: it attaches the hook.
+	follows bool
+	// deliver is the program of a hook that is left out.
+	deliver *ebpf.Program
+}
 
 // hostHook is a place where netfilter runs a program. Its pin has the same name.
 type hostHook struct {
@@ -33,6 +44,14 @@ var hostHooks = []hostHook{
 	{pins.HostDeliver4, bpf.HostProgHostDeliver, link.NetfilterProtoIPv4, link.NetfilterInetLocalIn},
 	{pins.HostDeliver6, bpf.HostProgHostDeliver, link.NetfilterProtoIPv6, link.NetfilterInetLocalIn},
 	{pins.HostAnswer6, bpf.HostProgHostAnswer, link.NetfilterProtoIPv6, link.NetfilterInetLocalOut},
+}
+
+// delivers says whether the hook judges packets to the host itself.
+func (h hostHook) delivers() bool { return h.program == bpf.HostProgHostDeliver }
+
+// ForTunnels says whether a hook of a status is needed only while the host has tunnels.
+func ForTunnels(row Hook) bool {
+	return slices.ContainsFunc(hostHooks, func(h hostHook) bool { return h.name == row.Name && h.delivers() })
 }
 
 // hostPriority runs programs before the kernel reassembles fragments and tracks connections
@@ -71,7 +90,7 @@ func (p *HostPrograms) byName(name string) *ebpf.Program {
 
 // LoadHost loads the programs of the host side for a policy and its devices, and does not
 // attach them. The programs use the maps of state. The error wraps ebpf.ErrNotSupported
-// before 6.4, and if the kernel is locked down. The caller closes the programs.
+// before 6.4. The caller closes the programs.
 func LoadHost(p policy.Policy, state *maps.State) (*HostPrograms, error) {
 	l, err := loadPolicy(p)
 	if err != nil {
@@ -95,6 +114,7 @@ func (l *loaded) hostSide(state *maps.State, targets []*target, devices []policy
 	err = set(spec, map[string]any{
 		bpf.HostVarPoliced:        policedBy(targets),
 		bpf.HostVarHasDeviceNames: len(devices) > 0,
+		bpf.HostVarFirstOfNames:   firstBytes(devices),
 		bpf.HostVarHasCoarseClock: false, // programs of this type cannot use it
 	})
 	if err != nil {
@@ -107,11 +127,6 @@ func (l *loaded) hostSide(state *maps.State, targets []*target, devices []policy
 	}
 	progs := new(HostPrograms)
 	if err := spec.LoadAndAssign(progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
-		if LockedDown() {
-			// These programs read names of devices from the kernel's memory;
-			// the program for kernels before 6.4 does not.
-			err = errors.Join(ErrLockedDown, ebpf.ErrNotSupported)
-		}
 		return nil, fmt.Errorf("load programs of the host side: %w", err)
 	}
 	if err := l.hostDocument(devices).bind(progs.Forward); err != nil {
@@ -119,6 +134,20 @@ func (l *loaded) hostSide(state *maps.State, targets []*target, devices []policy
 		return nil, err
 	}
 	return progs, nil
+}
+
+// firstBytes says of each byte whether the name of a device may begin with it.
+func firstBytes(devices []policy.Device) (first [256]bool) {
+	for _, d := range devices {
+		if name := strings.TrimSuffix(string(d), "*"); name != "" {
+			first[name[0]] = true
+			continue
+		}
+		for i := range first {
+			first[i] = true
+		}
+	}
+	return first
 }
 
 // deviceName returns d as a key of the trie device_names.
@@ -135,7 +164,7 @@ func deviceName(d policy.Device) bpf.HostDeviceName {
 	return key
 }
 
-func (n netfilter) attach(a *attachment, devices []policy.Device) error {
+func (n *netfilter) attach(a *attachment, devices []policy.Device) error {
 	if err := a.change.Step(tryStep + "netfilter"); err != nil {
 		return cannot{err}
 	}
@@ -144,13 +173,101 @@ func (n netfilter) attach(a *attachment, devices []policy.Device) error {
 		return cannot{err}
 	}
 	defer progs.Close()
+	deliver, err := n.mustDeliver()
+	if err != nil {
+		return err
+	}
 	for _, h := range hostHooks {
-		err := a.change.ReplaceLink(n.pins.Pin(h.name), func() (link.Link, error) { return h.link(progs.byName(h.program)) })
+		if h.delivers() && !deliver {
+			err = a.change.DropLink(n.pins.Pin(h.name))
+		} else {
+			err = n.replace(h, progs.byName(h.program), a.change)
+		}
+		if err != nil {
+			return fmt.Errorf("hook %s: %w", h.name, err)
+		}
+	}
+	if deliver {
+		return n.spare(nil, a.change)
+	}
+	return n.spare(progs.Deliver, a.change)
+}
+
+func (n *netfilter) replace(h hostHook, prog *ebpf.Program, change *pins.Change) error {
+	return change.ReplaceLink(n.pins.Pin(h.name), func() (link.Link, error) { return h.link(prog) })
+}
+
+// mustDeliver says whether packets to the host itself have to be judged.
+func (n *netfilter) mustDeliver() (bool, error) {
+	if !n.follows {
+		return true, nil
+	}
+	return n.tunnels.exist()
+}
+
+// spare keeps a copy of the program of a hook that is left out; nil if none is.
+func (n *netfilter) spare(prog *ebpf.Program, change *pins.Change) (err error) {
+	before := n.deliver
+	n.deliver = nil
+	if prog != nil {
+		n.deliver, err = prog.Clone()
+	}
+	if before != nil {
+		change.Keep(before)
+	}
+	change.Back(func() (err error) {
+		if n.deliver != nil {
+			n.deliver.Close()
+		}
+		if n.deliver = nil; before != nil {
+			n.deliver, err = before.Clone()
+		}
+		return err
+	})
+	return err
+}
+
+// judgeDelivered attaches or detaches what judges packets to the host itself, if there are
+// tunnels now or there are none any more.
+func (n *netfilter) judgeDelivered(change *pins.Change) error {
+	must, err := n.mustDeliver()
+	if err != nil {
+		return err
+	}
+	for _, h := range hostHooks {
+		info, err := pins.Info(n.pins.Pin(h.name))
+		attached := err == nil
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		switch {
+		case h.program == bpf.HostProgHostForward && !attached:
+			return nil // no host side, or that of older kernels
+		case !h.delivers() || must == attached:
+			continue
+		case must && n.deliver != nil:
+			err = n.replace(h, n.deliver, change)
+		case !must:
+			err = n.leaveOut(h, info.Program, change)
+		}
 		if err != nil {
 			return fmt.Errorf("hook %s: %w", h.name, err)
 		}
 	}
 	return nil
+}
+
+// leaveOut detaches a hook and keeps its program.
+func (n *netfilter) leaveOut(h hostHook, id ebpf.ProgramID, change *pins.Change) error {
+	prog, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	if err := n.spare(prog, change); err != nil {
+		return err
+	}
+	return change.DropLink(n.pins.Pin(h.name))
 }
 
 // link attaches a program.
@@ -164,8 +281,9 @@ func (h hostHook) link(prog *ebpf.Program) (l link.Link, err error) {
 	return l, err
 }
 
-func (n netfilter) read(r *reading) hostInForce {
+func (n *netfilter) read(r *reading) hostInForce {
 	in := hostInForce{complete: true}
+	leftOut := false
 	for _, h := range hostHooks {
 		row := Hook{Name: h.name}
 		info, err := pins.Info(n.pins.Pin(h.name))
@@ -178,6 +296,10 @@ func (n netfilter) read(r *reading) hostInForce {
 				in.doc = doc
 			}
 		}
+		if h.delivers() && errors.Is(err, fs.ErrNotExist) {
+			leftOut = true
+			continue
+		}
 		if err != nil {
 			in.complete = false
 			if !errors.Is(err, fs.ErrNotExist) {
@@ -187,16 +309,33 @@ func (n netfilter) read(r *reading) hostInForce {
 		}
 		r.Hooks = append(r.Hooks, row)
 	}
+	if leftOut && in.complete && in.doc != nil {
+		in.complete, in.reason = n.nothingToDeliver()
+	}
 	return in
 }
 
-func (n netfilter) whyNot(r *reading) (bool, string) { return false, r.found.why(HostSide) }
+// nothingToDeliver says whether the host side is complete without judging packets to the
+// host itself.
+func (n *netfilter) nothingToDeliver() (complete bool, reason string) {
+	switch exist, err := n.tunnels.exist(); {
+	case err != nil:
+		return false, err.Error()
+	case exist:
+		return false, "this host has tunnels, and what they unpack is not judged: attach again, or run the service"
+	case !n.pins.Served():
+		return true, "tunnels that are made from now on are judged after the next attach, since the service that watches for them does not run"
+	}
+	return true, ""
+}
 
-func (n netfilter) detach(change *pins.Change) error {
+func (n *netfilter) whyNot(r *reading) (bool, string) { return false, r.found.why(HostSide) }
+
+func (n *netfilter) detach(change *pins.Change) error {
 	for _, h := range hostHooks {
 		if err := change.DropLink(n.pins.Pin(h.name)); err != nil {
 			return err
 		}
 	}
-	return nil
+	return n.spare(nil, change)
 }

@@ -109,7 +109,7 @@ func TestReadingMakesNoMap(t *testing.T) {
 			check(t, h.AddState(h.status()))
 			h.counters()
 			check(t, h.ForgetDevices())
-			check(t, h.CloseTunnels())
+			check(t, h.CloseTunnels(t.Context()))
 			after := lastIDs(t, h)
 			if n := after[1] - before[1] - 1; n != 0 {
 				t.Errorf("%d maps were made", n)

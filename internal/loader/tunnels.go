@@ -1,10 +1,12 @@
 package loader
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	gomaps "maps"
+	"net"
 	"os"
 	"slices"
 	"strconv"
@@ -12,6 +14,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/maps"
@@ -90,9 +94,18 @@ func loadTunnels() (*ebpf.Program, error) {
 	return loaded.Program, nil
 }
 
-// CloseTunnels closes the ports of the host's present tunnels to containers, and opens the
-// ports of tunnels that are gone. It is no error if there is no host side.
-func (f *Filter) CloseTunnels() error {
+// Follow says whether this process follows the host's tunnels: whether it calls CloseTunnels
+// as soon as MayBeTunnel is true of a device that came up. Until it ends, it has to say that
+// it no longer does.
+func (f *Filter) Follow(ctx context.Context, follows bool) error {
+	f.host.netfilter.follows = follows
+	return f.judgeDelivered(ctx)
+}
+
+// CloseTunnels closes the ports of the host's present tunnels to containers, opens the ports
+// of tunnels that are gone, and has packets to the host itself judged if there is a tunnel
+// that could unpack them. It is no error if there is no host side.
+func (f *Filter) CloseTunnels(ctx context.Context) error {
 	found, err := f.host.tunnels.find()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -100,7 +113,75 @@ func (f *Filter) CloseTunnels() error {
 	if err != nil {
 		return err
 	}
-	return f.withState(func(state *maps.State) error { return state.SetTunnels(withUsual(found)) })
+	err = f.withState(func(state *maps.State) error { return state.SetTunnels(withUsual(found)) })
+	return errors.Join(err, f.judgeDelivered(ctx))
+}
+
+func (f *Filter) judgeDelivered(ctx context.Context) (err error) {
+	if all, err := f.pins.All(); err != nil || len(all) == 0 {
+		return err
+	}
+	unlock, _, err := f.pins.Lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	change := pins.NewChange(f.fault)
+	defer func() { err = change.End(err) }()
+	return f.host.netfilter.judgeDelivered(change)
+}
+
+// MayBeTunnel says whether a device that is up could unpack IP packets from packets that the
+// host receives: true of every kind that is not known to do nothing of the sort.
+func MayBeTunnel(l netlink.Link) bool {
+	if l.Attrs().Flags&net.FlagUp == 0 {
+		return false // as are those that the kernel makes by itself, such as tunl0
+	}
+	switch l.Type() {
+	case "device", "bond", "bridge", "dummy", "ifb", "ipvlan", "ipvtap", "macvlan", "macvtap", "nlmon", "team", "tuntap", "veth", "vlan", "vrf":
+		return false
+	}
+	return true
+}
+
+// exist says whether something in this network namespace could unpack IP packets from
+// packets that the host receives.
+func (t tunnels) exist() (bool, error) {
+	ports, err := t.find()
+	if errors.Is(err, fs.ErrNotExist) {
+		return true, nil // the kernel does not tell
+	}
+	if err != nil || len(ports) > 0 {
+		return true, err
+	}
+	links, err := links()
+	if err != nil || slices.ContainsFunc(links, MayBeTunnel) {
+		return true, err
+	}
+	return compressed()
+}
+
+// compressed says whether the host unpacks compressed packets (IPComp), for which no device
+// is needed. It does not ask a part of the kernel that is not loaded, since asking would load
+// it: a part that is there has a socket in /proc/net/netlink.
+func compressed() (bool, error) {
+	if _, err := os.Stat("/proc/thread-self/net/pfkey"); err == nil {
+		return true, nil // whoever uses this interface is not asked
+	}
+	sockets, err := os.ReadFile("/proc/thread-self/net/netlink")
+	if err != nil {
+		return true, err
+	}
+	loaded := false
+	for line := range strings.Lines(string(sockets)) {
+		fields := strings.Fields(line)
+		loaded = loaded || len(fields) > 1 && fields[1] == strconv.Itoa(unix.NETLINK_XFRM)
+	}
+	if !loaded {
+		return false, nil
+	}
+	states, err := netlink.XfrmStateList(netlink.FAMILY_ALL)
+	return err != nil || slices.ContainsFunc(states, func(s netlink.XfrmState) bool { return s.Proto == netlink.XFRM_PROTO_COMP }), err
 }
 
 // find returns the UDP ports at which this network namespace unpacks packets. The error

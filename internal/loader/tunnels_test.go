@@ -1,11 +1,14 @@
 package loader_test
 
 import (
+	"errors"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -62,7 +65,7 @@ func TestTunnels(t *testing.T) {
 	if d := h.hostSide(); d.Active || !strings.Contains(d.Reason, "7002") {
 		t.Errorf("host side: %+v, want it to tell of port 7002", d)
 	}
-	check(t, h.CloseTunnels())
+	check(t, h.CloseTunnels(t.Context()))
 	if d := h.hostSide(); !d.Active || !h.closedPorts()[7002] {
 		t.Errorf("host side: %+v, want 7002 closed", d)
 	}
@@ -76,4 +79,100 @@ func TestTunnels(t *testing.T) {
 	if closed := h.closedPorts(); len(closed) > 0 {
 		t.Errorf("closed without a host side: %v", closed)
 	}
+}
+
+// delivers says whether packets to the host itself are judged, by both protocols.
+func (h *host) delivers() bool {
+	h.t.Helper()
+	n := 0
+	for _, row := range h.status().Hooks {
+		if loader.ForTunnels(row) {
+			n++
+		}
+	}
+	if n == 1 {
+		h.t.Error("packets of one protocol are judged")
+	}
+	return n > 0
+}
+
+// TestFollowTunnels judges packets to the host itself while there is a tunnel, and, without a
+// process that follows the tunnels, always.
+func TestFollowTunnels(t *testing.T) {
+	ownNetwork(t)
+	h := newHost(t)
+	p := policy.Default()
+	h.mustAttach(p, "a")
+	if !hasNetfilter(t) {
+		return // that host side judges all packets in one place
+	}
+	ctx := t.Context()
+	wants := func(what string, delivers bool) {
+		t.Helper()
+		if got := h.delivers(); got != delivers {
+			t.Errorf("%s: packets to the host are judged: %v, want %v", what, got, delivers)
+		}
+		if d := h.hostSide(); !d.Active {
+			t.Errorf("%s: host side: %+v, want it active", what, d)
+		}
+	}
+	wants("without a service", true)
+	check(t, h.Follow(ctx, true))
+	wants("a service begins", false)
+	if d := h.hostSide(); !strings.Contains(d.Reason, "does not run") {
+		t.Errorf("nobody serves: got %+v", d)
+	}
+	served, err := h.Serve()
+	check(t, err)
+	defer served.Close()
+	if d := h.hostSide(); d.Reason != "" {
+		t.Errorf("a service follows tunnels: got %+v", d)
+	}
+	p.SMTP.Burst++
+	h.mustAttach(p)
+	wants("it attaches again", false)
+
+	tunnels := []netlink.Link{
+		&netlink.Iptun{LinkAttrs: netlink.LinkAttrs{Name: "ipip1"}, Local: net.IPv4(192, 0, 2, 1), Remote: net.IPv4(192, 0, 2, 2)},
+		&netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "vxlan1"}, VxlanId: 1, Port: 7001},
+	}
+	for _, tunnel := range tunnels {
+		name := tunnel.Attrs().Name
+		if err := netlink.LinkAdd(tunnel); errors.Is(err, unix.EOPNOTSUPP) && tunnel.Type() == "ipip" {
+			continue // this kernel has no such tunnels
+		} else {
+			check(t, err)
+		}
+		check(t, h.CloseTunnels(ctx))
+		wants(name+" is down", false)
+		check(t, netlink.LinkSetUp(tunnel))
+		if d := h.hostSide(); d.Active {
+			t.Errorf("%s came up: %+v, want it not active", name, d)
+		}
+		check(t, h.CloseTunnels(ctx))
+		wants(name+" is up", true)
+		h.mustAttach(p)
+		wants(name+" is up, and an attach", true)
+		check(t, netlink.LinkDel(tunnel))
+		check(t, h.CloseTunnels(ctx))
+		wants(name+" is gone", false)
+	}
+
+	// A failed attach leaves what was in force, and what can come into force.
+	h.failAtEachStep(func() error { return h.attach(policy.Default()) })
+	wants("after failed attaches", false)
+	check(t, netlink.LinkAdd(tunnels[1]))
+	check(t, netlink.LinkSetUp(tunnels[1]))
+	check(t, h.CloseTunnels(ctx))
+	wants("a tunnel after failed attaches", true)
+	check(t, netlink.LinkDel(tunnels[1]))
+	check(t, h.CloseTunnels(ctx))
+	// Another process does not follow tunnels.
+	other := loader.New(h.Pins(), h.root)
+	check(t, other.Attach(ctx, nil, p))
+	wants("another process attaches", true)
+	check(t, h.CloseTunnels(ctx))
+	wants("the service looks", false)
+	check(t, h.Follow(ctx, false))
+	wants("the service ends", true)
 }
