@@ -49,8 +49,9 @@ demo: build
 
 .PHONY: bench
 bench: build
+	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables
 	$(GO) build -o bin/bench ./internal/test/bench
-	$(SUDO) bin/bench
+	$(SUDO) bin/bench run -o bin/results.json
 
 # Packages run one after the other: some compare all BPF objects of the kernel before and
 # after.

@@ -38,6 +38,9 @@ type Cost struct {
 	// Containers is how many containers there are; CPUs how many send.
 	Containers int `json:"containers"`
 	CPUs       int `json:"cpus"`
+	// Prefixes is how many prefixes of each family are blocked; 0 where it is the metadata
+	// service alone.
+	Prefixes int `json:"prefixes,omitempty"`
 	// Unit is that of Samples: "ns", for each operation.
 	Unit string `json:"unit"`
 	// Samples has a value for each round. In a round everything is built anew, and what

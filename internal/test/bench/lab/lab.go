@@ -1,0 +1,62 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+)
+
+// Lab is a host on which a filter is in force.
+type Lab struct {
+	*Network
+	Cgroups *Cgroups
+	Filter  Filter
+
+	site   *Site
+	remove []func() error
+}
+
+// Site is where labs are made.
+type Site struct {
+	Root cgroup.Root
+	// Pins is a directory in a bpf filesystem.
+	Pins string
+	// hooks are the hooks of the whole tool, as it says itself.
+	hooks *hooks
+}
+
+// New makes a lab. The caller closes it.
+func (s *Site) New(f Filter) (_ *Lab, err error) {
+	l := &Lab{Filter: f, site: s}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("%s: %w", f, err), l.Close())
+		}
+	}()
+	if l.Cgroups, err = newCgroups(s.Root, f.Containers); err != nil {
+		return nil, err
+	}
+	l.onClose(l.Cgroups.close)
+	if l.Network, err = newNetwork(); err != nil {
+		return nil, err
+	}
+	l.onClose(l.Network.close)
+	if err := l.docker(); err != nil {
+		return nil, err
+	}
+	return l, f.putInForce(l)
+}
+
+// onClose has Close call fn, before what was given to it earlier.
+func (l *Lab) onClose(fn func() error) { l.remove = append(l.remove, fn) }
+
+// Close removes the filter and the host. No process may be in its cgroups.
+func (l *Lab) Close() error {
+	var errs []error
+	for i := range l.remove {
+		errs = append(errs, l.remove[len(l.remove)-1-i]())
+	}
+	l.remove = nil
+	return errors.Join(errs...)
+}

@@ -1,0 +1,59 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"text/tabwriter"
+
+	"github.com/egressbpf/egressbpf/internal/test/bench/lab"
+	"github.com/egressbpf/egressbpf/internal/test/bench/results"
+	"github.com/egressbpf/egressbpf/internal/test/bench/traffic"
+)
+
+// printCosts prints costs, beside that of no filter.
+func printCosts(w io.Writer, costs []results.Cost) {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	defer tw.Flush()
+	last := ""
+	for _, c := range costs {
+		title := fmt.Sprintf("%s, %d CPU", c.Operation, c.CPUs)
+		if title != last {
+			fmt.Fprintf(tw, "\n%s\tNS\tOVER NONE\tRATIO\n", title)
+			last = title
+		}
+		name := lab.Filter{Name: c.Filter, Containers: c.Containers, Prefixes: c.Prefixes}.String()
+		if c.Missing != "" {
+			fmt.Fprintf(tw, "  %s\tmissing: %s\n", name, c.Missing)
+			continue
+		}
+		ns := traffic.Median(slices.Clone(c.Samples))
+		base := find(costs, func(o results.Cost) bool {
+			return o.Part == c.Part && o.Operation == c.Operation && o.CPUs == c.CPUs && o.Filter == lab.None
+		})
+		if base == nil || len(base.Samples) != len(c.Samples) {
+			fmt.Fprintf(tw, "  %s\t%.1f\n", name, ns)
+			continue
+		}
+		fmt.Fprintf(tw, "  %s\t%.1f\t%+.1f\t%.4f\n", name, ns, compare(c, *base, difference), compare(c, *base, ratio))
+	}
+}
+
+func find(costs []results.Cost, match func(results.Cost) bool) *results.Cost {
+	if i := slices.IndexFunc(costs, match); i >= 0 {
+		return &costs[i]
+	}
+	return nil
+}
+
+func difference(a, b float64) float64 { return a - b }
+func ratio(a, b float64) float64      { return a / b }
+
+// compare compares two costs, round by round, and returns the median.
+func compare(a, b results.Cost, how func(a, b float64) float64) float64 {
+	all := make([]float64, min(len(a.Samples), len(b.Samples)))
+	for i := range all {
+		all[i] = how(a.Samples[i], b.Samples[i])
+	}
+	return traffic.Median(all)
+}

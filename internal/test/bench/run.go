@@ -1,0 +1,134 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"regexp"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/test/bench/lab"
+	"github.com/egressbpf/egressbpf/internal/test/bench/results"
+	"github.com/egressbpf/egressbpf/internal/test/bench/traffic"
+)
+
+// errFailed means that a bound does not hold, or that something else failed that was already
+// reported.
+var errFailed = errors.New("failed")
+
+// runOptions are the flags of run.
+type runOptions struct {
+	quick  bool
+	only   *regexp.Regexp
+	output string
+	rounds int
+	slices int
+}
+
+// run measures, and writes the results to a file.
+func run(args []string) error {
+	var o runOptions
+	flags := flag.NewFlagSet("bench run", flag.ExitOnError)
+	flags.BoolVar(&o.quick, "quick", false, "measure only what has bounds that hold on any machine, in less than a minute")
+	only := flags.String("only", "", "measure only what matches `REGEXP`; names have the form part: operation: filter")
+	flags.StringVar(&o.output, "o", "", "write the results to `FILE`, as JSON")
+	flags.IntVar(&o.rounds, "rounds", 0, "build everything anew `N` times; 0 means as often as usual")
+	flags.IntVar(&o.slices, "slices", 0, "measure each operation `N` times in a round; 0 means as often as usual")
+	flags.Parse(args)
+	var err error
+	if o.only, err = regexp.Compile(*only); err != nil {
+		return err
+	}
+	if os.Getenv(supervised) == "" {
+		return supervise()
+	}
+	return o.run()
+}
+
+func (o *runOptions) run() (err error) {
+	// Workers end with this thread.
+	runtime.LockOSThread()
+	root, err := cgroup.FindRoot()
+	if err != nil {
+		return err
+	}
+	pins, err := lab.MountPins()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unix.Unmount(pins, 0), os.Remove(pins)) }()
+	cpus, err := usableCPUs()
+	if err != nil {
+		return err
+	}
+	r := &results.Results{Machine: machine(), Costs: []results.Cost{}, Limits: []results.Limiter{}}
+	site := &lab.Site{Root: root, Pins: pins}
+	for _, part := range []func(*lab.Site, []int, *results.Results) error{o.traffic} {
+		if err := part(site, cpus, r); err != nil {
+			return err
+		}
+	}
+	printCosts(os.Stdout, r.Costs)
+	if o.output != "" {
+		if err := r.Write(o.output); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// wants says whether to measure something.
+func (o *runOptions) wants(names ...string) bool {
+	return o.only.MatchString(strings.Join(names, ": "))
+}
+
+func (o *runOptions) traffic(site *lab.Site, cpus []int, r *results.Results) error {
+	p := traffic.Plan{Site: site, CPUs: cpus, Filters: lab.Filters(), Rounds: 7, Slices: 21, Slice: 3 * time.Millisecond, Log: progress}
+	p.Wants = func(op traffic.Operation, f lab.Filter) bool {
+		if f.Name == lab.None {
+			// It is what others are compared with.
+			for _, other := range p.Filters {
+				if other.Name != lab.None && p.Wants(op, other) {
+					return true
+				}
+			}
+		}
+		return traffic.Sensible(op, f) && (!o.quick || traffic.Quick(op, f)) && o.wants(traffic.Part, op.Name, f.String())
+	}
+	if o.quick {
+		p.Rounds = 3
+	}
+	if o.rounds > 0 {
+		p.Rounds = o.rounds
+	}
+	if o.slices > 0 {
+		p.Slices = o.slices
+	}
+	costs, err := traffic.Measure(p)
+	r.Costs = append(r.Costs, costs...)
+	return err
+}
+
+func progress(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "%s "+format+"\n", append([]any{time.Now().Format(time.TimeOnly)}, args...)...)
+}
+
+// usableCPUs returns the numbers of two CPUs, or of one if there are no more.
+func usableCPUs() (cpus []int, err error) {
+	var set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &set); err != nil {
+		return nil, err
+	}
+	for i := 0; i < 8*len(set)*8 && len(cpus) < 2; i++ {
+		if set.IsSet(i) {
+			cpus = append(cpus, i)
+		}
+	}
+	return cpus, nil
+}

@@ -1,0 +1,179 @@
+// Package traffic measures what real packets cost with one filter and another in force.
+//
+// Each filter has a host of its own, with a container (package lab). All hosts exist at the
+// same time, and operations are done in slices of a few milliseconds, which go around the
+// hosts in random order: nothing is attached or detached in between, and what disturbs the
+// machine disturbs all of them. A worker in each lab does them, on one CPU, both ends of a
+// connection in one thread: a wake-up on another CPU would cost more than any filter.
+//
+// The cost of a program depends on where the kernel has put it. So everything is made anew in
+// each round, and a round gives one value.
+package traffic
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/egressbpf/egressbpf/internal/test/bench/lab"
+	"github.com/egressbpf/egressbpf/internal/test/bench/results"
+)
+
+// Part is the name of this part of a run.
+const Part = "traffic"
+
+// Plan says what to measure, and for how long.
+type Plan struct {
+	Site    *lab.Site
+	Filters []lab.Filter
+	// Wants chooses operations for a filter.
+	Wants  func(Operation, lab.Filter) bool
+	Rounds int
+	// Slices is how many slices of each operation a round has for each filter.
+	Slices int
+	Slice  time.Duration
+	// CPUs are those to use. Operations that need more are left out.
+	CPUs []int
+	Log  func(format string, args ...any)
+}
+
+// cost is an operation with a filter in force.
+type cost struct {
+	operation Operation
+	filter    int
+	results.Cost
+}
+
+// Measure measures. The calling goroutine must be locked to a thread that lives as long as
+// this program.
+func Measure(p Plan) ([]results.Cost, error) {
+	var costs []*cost
+	for _, op := range Operations() {
+		for i, f := range p.Filters {
+			if op.CPUs > len(p.CPUs) || !p.Wants(op, f) {
+				continue
+			}
+			costs = append(costs, &cost{operation: op, filter: i, Cost: results.Cost{
+				Part: Part, Operation: op.Name, Filter: f.Name, Containers: f.Containers, Prefixes: f.Prefixes,
+				CPUs: op.CPUs, Unit: "ns", Samples: []float64{},
+			}})
+		}
+	}
+	if len(costs) == 0 {
+		return nil, nil
+	}
+	missing := make([]string, len(p.Filters))
+	for round := range p.Rounds {
+		p.Log("traffic: round %d of %d", round+1, p.Rounds)
+		if err := p.round(costs, missing); err != nil {
+			return nil, err
+		}
+	}
+	var all []results.Cost
+	for _, c := range costs {
+		c.Missing = missing[c.filter]
+		all = append(all, c.Cost)
+	}
+	return all, nil
+}
+
+// round makes all labs, measures each cost once, and removes the labs.
+func (p Plan) round(costs []*cost, missing []string) (err error) {
+	labs := make([]*lab.Lab, len(p.Filters))
+	workers := make([]*process, len(p.Filters))
+	defer func() {
+		for i, l := range labs {
+			if workers[i] != nil {
+				err = errors.Join(err, workers[i].end())
+			}
+			if l != nil {
+				err = errors.Join(err, l.Close())
+			}
+		}
+	}()
+	// In random order, so that none is always placed first.
+	for _, i := range rand.Perm(len(p.Filters)) {
+		if missing[i] != "" || !slices.ContainsFunc(costs, func(c *cost) bool { return c.filter == i }) {
+			continue
+		}
+		if labs[i], err = p.Site.New(p.Filters[i]); err != nil {
+			labs[i] = nil
+			if p.Filters[i].Name == lab.None {
+				return err
+			}
+			missing[i] = err.Error()
+			p.Log("traffic: without %s: %v", p.Filters[i], err)
+			continue
+		}
+		var names []string
+		for _, c := range costs {
+			if c.filter == i {
+				names = append(names, c.Operation)
+			}
+		}
+		if workers[i], err = start(labs[i], p.CPUs, names); err != nil {
+			return err
+		}
+	}
+	settle()
+	for _, op := range Operations() {
+		var now []*cost
+		for _, c := range costs {
+			if c.Operation == op.Name && c.CPUs == op.CPUs && workers[c.filter] != nil {
+				now = append(now, c)
+			}
+		}
+		if err := p.slices(now, workers); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// slices does an operation in all labs, in turns.
+func (p Plan) slices(costs []*cost, workers []*process) error {
+	times := make([]int, len(costs))
+	took := make([][]float64, len(costs))
+	for i, c := range costs {
+		n, err := p.calibrate(workers[c.filter], c.operation)
+		if err != nil {
+			return fmt.Errorf("%s: %w", p.Filters[c.filter], err)
+		}
+		times[i] = n
+	}
+	for range p.Slices {
+		for _, i := range rand.Perm(len(costs)) {
+			ns, err := workers[costs[i].filter].do(costs[i].operation, times[i])
+			if err != nil {
+				return fmt.Errorf("%s: %w", p.Filters[costs[i].filter], err)
+			}
+			took[i] = append(took[i], ns)
+		}
+	}
+	for i, c := range costs {
+		c.Samples = append(c.Samples, Median(took[i]))
+	}
+	return nil
+}
+
+// calibrate returns how often the operation can be done in a slice. It empties the buckets,
+// too.
+func (p Plan) calibrate(w *process, op Operation) (int, error) {
+	const first = 50
+	if _, err := w.do(op, first); err != nil {
+		return 0, err
+	}
+	ns, err := w.do(op, first)
+	if err != nil {
+		return 0, err
+	}
+	return max(int(float64(p.Slice.Nanoseconds())/ns), 1), nil
+}
+
+// Median returns the median, and sorts.
+func Median(all []float64) float64 {
+	slices.Sort(all)
+	return all[len(all)/2]
+}
