@@ -7,19 +7,34 @@ import (
 	"text/tabwriter"
 
 	"github.com/egressbpf/egressbpf/internal/test/bench/lab"
+	"github.com/egressbpf/egressbpf/internal/test/bench/programs"
 	"github.com/egressbpf/egressbpf/internal/test/bench/results"
 	"github.com/egressbpf/egressbpf/internal/test/bench/traffic"
 )
 
-// printCosts prints costs, beside that of no filter.
+// baseOf names the filter that a cost is compared with.
+func baseOf(c results.Cost) string {
+	switch {
+	case c.Part == programs.Part:
+		return programs.EmptyProgram
+	case c.Filter == lab.RulesLegacy:
+		return lab.NoneLegacy
+	}
+	return lab.None
+}
+
+// printCosts prints costs, beside those of what they are compared with.
 func printCosts(w io.Writer, costs []results.Cost) {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	defer tw.Flush()
 	last := ""
 	for _, c := range costs {
-		title := fmt.Sprintf("%s, %d CPU", c.Operation, c.CPUs)
+		title := c.Part + ": " + c.Operation
+		if c.CPUs > 1 {
+			title += fmt.Sprintf(", %d CPUs", c.CPUs)
+		}
 		if title != last {
-			fmt.Fprintf(tw, "\n%s\tNS\tOVER NONE\tRATIO\n", title)
+			fmt.Fprintf(tw, "\n%s\tNS\tOVER\tRATIO\n", title)
 			last = title
 		}
 		name := lab.Filter{Name: c.Filter, Containers: c.Containers, Prefixes: c.Prefixes}.String()
@@ -29,7 +44,7 @@ func printCosts(w io.Writer, costs []results.Cost) {
 		}
 		ns := traffic.Median(slices.Clone(c.Samples))
 		base := find(costs, func(o results.Cost) bool {
-			return o.Part == c.Part && o.Operation == c.Operation && o.CPUs == c.CPUs && o.Filter == lab.None
+			return o.Part == c.Part && o.Operation == c.Operation && o.CPUs == c.CPUs && o.Filter == baseOf(c)
 		})
 		if base == nil || len(base.Samples) != len(c.Samples) {
 			fmt.Fprintf(tw, "  %s\t%.1f\n", name, ns)

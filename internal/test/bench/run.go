@@ -14,6 +14,7 @@ import (
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/test/bench/lab"
+	"github.com/egressbpf/egressbpf/internal/test/bench/programs"
 	"github.com/egressbpf/egressbpf/internal/test/bench/results"
 	"github.com/egressbpf/egressbpf/internal/test/bench/traffic"
 )
@@ -69,7 +70,7 @@ func (o *runOptions) run() (err error) {
 	}
 	r := &results.Results{Machine: machine(), Costs: []results.Cost{}, Limits: []results.Limiter{}}
 	site := &lab.Site{Root: root, Pins: pins}
-	for _, part := range []func(*lab.Site, []int, *results.Results) error{o.traffic} {
+	for _, part := range []func(*lab.Site, []int, *results.Results) error{o.programs, o.traffic} {
 		if err := part(site, cpus, r); err != nil {
 			return err
 		}
@@ -86,6 +87,14 @@ func (o *runOptions) run() (err error) {
 // wants says whether to measure something.
 func (o *runOptions) wants(names ...string) bool {
 	return o.only.MatchString(strings.Join(names, ": "))
+}
+
+func (o *runOptions) programs(site *lab.Site, _ []int, r *results.Results) error {
+	p := programs.Plan{Site: site, Loads: 15, Log: progress}
+	p.Wants = func(operation, filter string) bool { return !o.quick && o.wants(programs.Part, operation, filter) }
+	costs, err := programs.Measure(p)
+	r.Costs = append(r.Costs, costs...)
+	return err
 }
 
 func (o *runOptions) traffic(site *lab.Site, cpus []int, r *results.Results) error {

@@ -33,13 +33,13 @@ const cgroupPrefix = "egressbpf-bench-"
 
 var serial atomic.Int64
 
-// newCgroups makes the cgroups, with so many containers.
-func newCgroups(root cgroup.Root, containers int) (_ *Cgroups, err error) {
+// NewCgroups makes cgroups, with so many containers. The caller closes them.
+func NewCgroups(root cgroup.Root, containers int) (_ *Cgroups, err error) {
 	name := fmt.Sprintf("%s%d-%d", cgroupPrefix, os.Getppid(), serial.Add(1))
 	c := &Cgroups{Policed: root.Path("/" + name + ".slice"), Aside: root.Path("/" + name + "-aside.slice")}
 	defer func() {
 		if err != nil {
-			c.close()
+			c.Close()
 		}
 	}()
 	c.Service = filepath.Join(c.Policed, "ssh.service")
@@ -58,7 +58,8 @@ func newCgroups(root cgroup.Root, containers int) (_ *Cgroups, err error) {
 	return c, nil
 }
 
-func (c *Cgroups) close() error {
+// Close removes the cgroups.
+func (c *Cgroups) Close() error {
 	return errors.Join(removeCgroup(c.Policed), removeCgroup(c.Aside))
 }
 

@@ -34,10 +34,10 @@ func (s *Site) New(f Filter) (_ *Lab, err error) {
 			err = errors.Join(fmt.Errorf("%s: %w", f, err), l.Close())
 		}
 	}()
-	if l.Cgroups, err = newCgroups(s.Root, f.Containers); err != nil {
+	if l.Cgroups, err = NewCgroups(s.Root, f.Containers); err != nil {
 		return nil, err
 	}
-	l.onClose(l.Cgroups.close)
+	l.onClose(l.Cgroups.Close)
 	if l.Network, err = newNetwork(); err != nil {
 		return nil, err
 	}

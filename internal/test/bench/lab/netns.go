@@ -20,7 +20,8 @@ type Netns struct{ file *os.File }
 
 const threadNetns = "/proc/thread-self/ns/net"
 
-func newNetns() (n *Netns, err error) {
+// NewNetns makes a namespace.
+func NewNetns() (n *Netns, err error) {
 	n = new(Netns)
 	err = inside(func() (err error) {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {

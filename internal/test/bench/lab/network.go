@@ -33,7 +33,7 @@ func newNetwork() (_ *Network, err error) {
 		}
 	}()
 	for _, ns := range []**Netns{&n.Container, &n.Host, &n.Server} {
-		if *ns, err = newNetns(); err != nil {
+		if *ns, err = NewNetns(); err != nil {
 			return nil, err
 		}
 		err = (*ns).sysctl(map[string]string{
