@@ -39,17 +39,11 @@ func New(prefixes int) (_ *Program, err error) {
 			p.Close()
 		}
 	}()
-	four, err := p.trie(4, prefixes, func(i int) netip.Addr {
-		return netip.AddrFrom4([4]byte{byte(11 + i/5000), byte(i), byte(i >> 8), 1})
-	}, netip.MustParseAddr("169.254.169.254"))
+	four, err := p.trie(4, append([]netip.Addr{netip.MustParseAddr("169.254.169.254")}, Spread4(prefixes-1)...))
 	if err != nil {
 		return nil, err
 	}
-	six, err := p.trie(16, prefixes, func(i int) netip.Addr {
-		addr := netip.MustParseAddr("2001:db8:ffff::").As16()
-		binary.BigEndian.PutUint32(addr[8:], uint32(i))
-		return netip.AddrFrom16(addr)
-	}, netip.MustParseAddr("fd00:ec2::254"))
+	six, err := p.trie(16, append([]netip.Addr{netip.MustParseAddr("fd00:ec2::254")}, Spread6(prefixes-1)...))
 	if err != nil {
 		return nil, err
 	}
@@ -74,25 +68,50 @@ func (p *Program) add(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 	return m, err
 }
 
-// trie makes a map of n addresses.
-func (p *Program) trie(size uint32, n int, addr func(int) netip.Addr, first netip.Addr) (*ebpf.Map, error) {
+// trie makes a map of addresses.
+func (p *Program) trie(size uint32, addrs []netip.Addr) (*ebpf.Map, error) {
 	m, err := p.add(&ebpf.MapSpec{
-		Type: ebpf.LPMTrie, KeySize: 4 + size, ValueSize: 8, MaxEntries: uint32(n), Flags: unix.BPF_F_NO_PREALLOC,
+		Type: ebpf.LPMTrie, KeySize: 4 + size, ValueSize: 8, MaxEntries: uint32(len(addrs)), Flags: unix.BPF_F_NO_PREALLOC,
 	})
 	if err != nil {
 		return nil, err
 	}
-	for i := range n {
-		a := addr(i)
-		if i == 0 {
-			a = first
-		}
+	for _, a := range addrs {
 		key := binary.NativeEndian.AppendUint32(nil, 8*size)
 		if err := m.Put(append(key, a.AsSlice()...), uint64(1)); err != nil {
 			return nil, err
 		}
 	}
 	return m, nil
+}
+
+// golden spreads consecutive numbers evenly (Knuth, The Art of Computer Programming, 6.4).
+const golden = 2654435761
+
+// Spread4 returns n addresses that are spread over the internet, as those of lists of malicious
+// hosts are. None is in 198.51.0.0/16, where the benchmarks send to.
+func Spread4(n int) (all []netip.Addr) {
+	for i := uint32(1); len(all) < n; i++ {
+		v := 1<<24 + (i*golden)%(222<<24)
+		if v>>16 != 198<<8|51 {
+			all = append(all, netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, v))))
+		}
+	}
+	return all
+}
+
+// Spread6 returns n addresses in 2000::/3. None is in 2620::/16 or 2001::/16, where the
+// benchmarks send to.
+func Spread6(n int) (all []netip.Addr) {
+	for i := uint32(1); len(all) < n; i++ {
+		v := 1<<29 + (i*golden)>>3
+		if v>>16 == 0x2620 || v>>16 == 0x2001 {
+			continue
+		}
+		b := binary.BigEndian.AppendUint32(nil, v)
+		all = append(all, netip.AddrFrom16([16]byte(append(b, make([]byte, 12)...))))
+	}
+	return all
 }
 
 // Offsets in struct __sk_buff, and on the stack.

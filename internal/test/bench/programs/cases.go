@@ -1,10 +1,10 @@
 package programs
 
 import (
-	"encoding/binary"
 	"net/netip"
 
 	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/test/bench/deny"
 )
 
 // The names of what is measured.
@@ -62,7 +62,9 @@ func benchmarks() (all []*benchmark) {
 		{operation: "pass tcp6 1500 B", packet: tcp6Large, verdict: 1},
 		{operation: "pass udp6 64 B", packet: udp6, verdict: 1},
 		{operation: "tcp4, 20,000 blocked prefixes", packet: tcp4, verdict: 1, policy: many, prefixes: 10_000},
+		{operation: "tcp4, 20,000 blocked prefixes, one beside", packet: tcp4, verdict: 1, policy: besideBlocked(), prefixes: 10_000},
 		{operation: "tcp6, 20,000 blocked prefixes", packet: tcp6, verdict: 1, policy: many, prefixes: 10_000},
+		{operation: "tcp6, 20,000 blocked prefixes, one beside", packet: tcp6, verdict: 1, policy: besideBlocked(), prefixes: 10_000},
 		{operation: "tcp4, 10,000 containers", packet: tcp4, verdict: 1, containers: containers},
 		{operation: "tcp4 of a service, root policed", packet: tcp4, verdict: 1, sender: service},
 		{operation: "tcp6 of a service, root policed", packet: tcp6, verdict: 1, sender: service},
@@ -100,15 +102,21 @@ func (b benchmark) emptied(load func(*place, *benchmark) (*loaded, error)) *benc
 	return &b
 }
 
-// manyBlocked returns a policy that blocks 10,000 prefixes of each family.
+// manyBlocked returns a policy that blocks 10,000 more prefixes of each family.
 func manyBlocked() policy.Policy {
 	p := policy.Default()
-	for i := range 10_000 {
-		addr := netip.AddrFrom4([4]byte{byte(11 + i/5000), byte(i), byte(i >> 8), 1})
-		p.Block = append(p.Block, policy.Rule{Prefix: netip.PrefixFrom(addr, 32)})
-		six := netip.MustParseAddr("2001:db8::").As16()
-		binary.BigEndian.PutUint32(six[8:], uint32(i))
-		p.Block = append(p.Block, policy.Rule{Prefix: netip.PrefixFrom(netip.AddrFrom16(six), 128)})
+	for _, addr := range append(deny.Spread4(10_000), deny.Spread6(10_000)...) {
+		p.Block = append(p.Block, policy.Rule{Prefix: netip.PrefixFrom(addr, addr.BitLen())})
+	}
+	return p
+}
+
+// besideBlocked returns the same, with prefixes whose beginnings and ends are those of the
+// addresses to which packets go, so that a first look does not tell that these are not blocked.
+func besideBlocked() policy.Policy {
+	p := manyBlocked()
+	for _, text := range []string{"198.51.7.7/32", "11.5.100.1/32", "2620:7::7/128", "2a00:0:7::7/128"} {
+		p.Block = append(p.Block, policy.Rule{Prefix: netip.MustParsePrefix(text)})
 	}
 	return p
 }

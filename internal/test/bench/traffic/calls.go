@@ -22,6 +22,11 @@ func send(fd int, data []byte) error {
 	return err
 }
 
+func sendTo(fd int, data []byte, to address) error {
+	_, err := call(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&data[0])), uintptr(len(data)), 0, uintptr(unsafe.Pointer(&to[0])), uintptr(len(to)))
+	return err
+}
+
 // receive waits for n bytes.
 func receive(fd int, data []byte, n int) error {
 	for n > 0 {

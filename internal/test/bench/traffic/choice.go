@@ -18,7 +18,7 @@ func Sensible(op Operation, f lab.Filter) bool {
 		if f.Prefixes > 1 {
 			return false
 		}
-	case RefusedMail:
+	case RefusedMail, RefusedSYN:
 		if f.Name == lab.IPAddressDeny {
 			return false
 		}
@@ -49,7 +49,7 @@ func Quick(op Operation, f lab.Filter) bool {
 		return false
 	}
 	switch op.Name {
-	case UDP4, RoundTrip4, RefusedConnect, RefusedMail:
+	case UDP4, RoundTrip4, RefusedConnect, RefusedSYN:
 		return true
 	}
 	return false

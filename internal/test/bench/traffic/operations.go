@@ -43,7 +43,8 @@ const (
 	UDPInto                = "udp4 into the host from outside"
 	RoundTripInto          = "round trip tcp4 into the host from outside"
 	RefusedConnect         = "refused connect"
-	RefusedMail            = "refused mail syn"
+	RefusedMail            = "refused mail connect"
+	RefusedSYN             = "refused mail syn"
 )
 
 // Operations returns all operations.
@@ -53,13 +54,15 @@ func Operations() []Operation {
 		{Name: UDP6, from: confined, prepare: udpTo(lab.Sink6)},
 		{Name: RoundTrip4, from: confined, prepare: roundTripTo(lab.Server4)},
 		{Name: RoundTrip6, from: confined, prepare: roundTripTo(lab.Server6)},
-		{Name: Connect4, from: confined, prepare: connectTo(lab.Server4)},
-		{Name: Connect6, from: confined, prepare: connectTo(lab.Server6)},
 		{Name: Bulk4, from: confined, prepare: bulk},
 		{Name: UDPBeside, from: service, prepare: udpBeside},
 		{Name: RoundTripBeside, from: service, prepare: roundTripBeside},
 		{Name: UDPInto, from: service, prepare: udpInto},
 		{Name: RoundTripInto, from: service, prepare: roundTripInto},
+		// These fill the table of connections, so they come last.
+		{Name: Connect4, from: confined, prepare: connectTo(lab.Server4)},
+		{Name: Connect6, from: confined, prepare: connectTo(lab.Server6)},
+		{Name: RefusedSYN, from: confined, Refused: true, prepare: rawSYNs},
 		{Name: RefusedConnect, from: confined, Refused: true, prepare: attempts(lab.Metadata4, 80)},
 		{Name: RefusedMail, from: confined, Refused: true, prepare: attempts(lab.Server4, 25)},
 	}
@@ -68,7 +71,7 @@ func Operations() []Operation {
 	}
 	for _, op := range all {
 		switch op.Name {
-		case UDP4, RefusedConnect, RefusedMail:
+		case UDP4, RefusedConnect, RefusedSYN:
 			op.CPUs = 2
 			all = append(all, op)
 		}
@@ -214,6 +217,22 @@ func connectAndClose(family int, to address, server int) error {
 		return err
 	}
 	return closeSocket(accepted)
+}
+
+// rawSYNs sends SYNs of its own making, each with another port and sequence number.
+func rawSYNs(w *worker) (do, error) {
+	s, err := NewSYNs(w.container, lab.Container4, lab.Server4, 25, uint16(len(w.ready[RefusedSYN])))
+	if err != nil {
+		return nil, err
+	}
+	return func(n int) error {
+		for range n {
+			if err := s.Send(); err != nil && !errors.Is(err, unix.EPERM) {
+				return err
+			}
+		}
+		return nil
+	}, nil
 }
 
 // attempts begins to connect to an address, and gives up at once. Nobody listens there: what
