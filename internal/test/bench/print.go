@@ -54,6 +54,23 @@ func printCosts(w io.Writer, costs []results.Cost) {
 	}
 }
 
+func printLimiters(w io.Writer, all []results.Limiter) {
+	if len(all) == 0 {
+		return
+	}
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	defer tw.Flush()
+	fmt.Fprintln(tw, "\nlimiter\tPER SECOND\tCPUS\tSECONDS\tASKED\tADMITTED\tALLOWED\tRATIO")
+	for _, l := range all {
+		if l.Missing != "" {
+			fmt.Fprintf(tw, "  %s\t%.4g\t%d\tmissing: %s\n", l.Filter, l.PerSecond, l.CPUs, l.Missing)
+			continue
+		}
+		fmt.Fprintf(tw, "  %s\t%.4g\t%d\t%.3f\t%d\t%d\t%.2f\t%.4f\n", l.Filter, l.PerSecond, l.CPUs, l.Seconds, l.Asked, l.Admitted,
+			l.Allowed, float64(l.Admitted)/l.Allowed)
+	}
+}
+
 func find(costs []results.Cost, match func(results.Cost) bool) *results.Cost {
 	if i := slices.IndexFunc(costs, match); i >= 0 {
 		return &costs[i]

@@ -7,13 +7,16 @@ import (
 	"os"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/policy"
 	"github.com/egressbpf/egressbpf/internal/test/bench/lab"
+	"github.com/egressbpf/egressbpf/internal/test/bench/limiter"
 	"github.com/egressbpf/egressbpf/internal/test/bench/programs"
 	"github.com/egressbpf/egressbpf/internal/test/bench/results"
 	"github.com/egressbpf/egressbpf/internal/test/bench/traffic"
@@ -70,12 +73,13 @@ func (o *runOptions) run() (err error) {
 	}
 	r := &results.Results{Machine: machine(), Costs: []results.Cost{}, Limits: []results.Limiter{}}
 	site := &lab.Site{Root: root, Pins: pins}
-	for _, part := range []func(*lab.Site, []int, *results.Results) error{o.programs, o.traffic} {
+	for _, part := range []func(*lab.Site, []int, *results.Results) error{o.programs, o.traffic, o.limiter} {
 		if err := part(site, cpus, r); err != nil {
 			return err
 		}
 	}
 	printCosts(os.Stdout, r.Costs)
+	printLimiters(os.Stdout, r.Limits)
 	if o.output != "" {
 		if err := r.Write(o.output); err != nil {
 			return err
@@ -121,6 +125,23 @@ func (o *runOptions) traffic(site *lab.Site, cpus []int, r *results.Results) err
 	}
 	costs, err := traffic.Measure(p)
 	r.Costs = append(r.Costs, costs...)
+	return err
+}
+
+func (o *runOptions) limiter(site *lab.Site, cpus []int, r *results.Results) (err error) {
+	p := limiter.Plan{Site: site, CPUs: cpus, Flood: 3 * time.Second, Log: progress}
+	for _, f := range lab.Filters() {
+		if f.Containers == 1 && slices.Contains([]string{lab.Egressbpf, lab.Rules, lab.Hashlimit, lab.NftSet}, f.Name) {
+			p.Filters = append(p.Filters, f)
+		}
+	}
+	p.Wants = func(f lab.Filter, rate policy.Rate, cpus int) bool {
+		if o.quick && (f.Name != lab.Egressbpf || rate.Count != 1000) {
+			return false
+		}
+		return o.wants(limiter.Part, rate.String(), f.String())
+	}
+	r.Limits, err = limiter.Measure(p)
 	return err
 }
 

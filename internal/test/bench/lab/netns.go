@@ -83,18 +83,27 @@ func (n *Netns) Close() error { return n.file.Close() }
 
 // Run runs a command with stdin in the namespace.
 func (n *Netns) Run(stdin, name string, args ...string) error {
+	_, err := n.command(stdin, name, args)
+	return err
+}
+
+// Output runs a command in the namespace and returns what it prints.
+func (n *Netns) Output(name string, args ...string) (string, error) {
+	return n.command("", name, args)
+}
+
+func (n *Netns) command(stdin, name string, args []string) (string, error) {
 	path, err := Tool(name)
 	if err != nil {
-		return err
+		return "", err
 	}
+	var out, errs strings.Builder
 	cmd := exec.Command(path, args...)
-	cmd.Stdin = strings.NewReader(stdin)
-	return n.Do(func() error {
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("%s: %w\n%s", strings.Join(append([]string{name}, args...), " "), err, out)
-		}
-		return nil
-	})
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &errs
+	if err := n.Do(cmd.Run); err != nil {
+		return "", fmt.Errorf("%s: %w\n%s", strings.Join(append([]string{name}, args...), " "), err, strings.TrimSpace(errs.String()))
+	}
+	return out.String(), nil
 }
 
 // Tool returns the path of a command. Those of an administrator may be outside $PATH.

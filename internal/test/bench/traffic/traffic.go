@@ -82,11 +82,11 @@ func Measure(p Plan) ([]results.Cost, error) {
 // round makes all labs, measures each cost once, and removes the labs.
 func (p Plan) round(costs []*cost, missing []string) (err error) {
 	labs := make([]*lab.Lab, len(p.Filters))
-	workers := make([]*process, len(p.Filters))
+	workers := make([]*Process, len(p.Filters))
 	defer func() {
 		for i, l := range labs {
 			if workers[i] != nil {
-				err = errors.Join(err, workers[i].end())
+				err = errors.Join(err, workers[i].End())
 			}
 			if l != nil {
 				err = errors.Join(err, l.Close())
@@ -113,7 +113,7 @@ func (p Plan) round(costs []*cost, missing []string) (err error) {
 				names = append(names, c.Operation)
 			}
 		}
-		if workers[i], err = start(labs[i], p.CPUs, names); err != nil {
+		if workers[i], err = Start(labs[i], p.CPUs, names); err != nil {
 			return err
 		}
 	}
@@ -133,7 +133,7 @@ func (p Plan) round(costs []*cost, missing []string) (err error) {
 }
 
 // slices does an operation in all labs, in turns.
-func (p Plan) slices(costs []*cost, workers []*process) error {
+func (p Plan) slices(costs []*cost, workers []*Process) error {
 	times := make([]int, len(costs))
 	took := make([][]float64, len(costs))
 	for i, c := range costs {
@@ -160,7 +160,7 @@ func (p Plan) slices(costs []*cost, workers []*process) error {
 
 // calibrate returns how often the operation can be done in a slice. It empties the buckets,
 // too.
-func (p Plan) calibrate(w *process, op Operation) (int, error) {
+func (p Plan) calibrate(w *Process, op Operation) (int, error) {
 	const first = 50
 	if _, err := w.do(op, first); err != nil {
 		return 0, err

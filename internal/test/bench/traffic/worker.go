@@ -13,6 +13,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -31,15 +32,18 @@ type setup struct {
 	Operations              []string // to prepare
 }
 
-// request asks for an operation.
+// request asks for an operation, or for a flood.
 type request struct {
 	Operation string
 	N, CPUs   int
+	Flood     time.Duration
 }
 
-// answer says how long one operation took, on average.
+// answer says how long one operation took, on average; or what a flood sent.
 type answer struct {
 	Nanoseconds float64
+	Sent        int
+	Took        time.Duration
 	Err         string
 }
 
@@ -80,7 +84,11 @@ func Work() error {
 			return err
 		}
 		a = answer{}
-		a.Nanoseconds, err = w.measure(r)
+		if r.Flood > 0 {
+			a.Sent, a.Took, err = w.flood(r)
+		} else {
+			a.Nanoseconds, err = w.measure(r)
+		}
 	}
 }
 
@@ -134,42 +142,82 @@ func (w *worker) prepare() (err error) {
 
 // measure does an operation n times on each of some CPUs.
 func (w *worker) measure(r request) (float64, error) {
-	var begin atomic.Int32
-	var all sync.WaitGroup
-	took, errs := make([]float64, r.CPUs), make([]error, r.CPUs)
-	one := func(i int) {
+	took := make([]float64, r.CPUs)
+	err := w.onEach(r.CPUs, func(i int, together func()) error {
 		fn := w.ready[r.Operation][i]
 		// What other labs left in the caches does not count.
-		if errs[i] = fn(r.N/8 + 1); errs[i] != nil {
-			begin.Add(int32(r.CPUs))
-			return
+		if err := fn(r.N/8 + 1); err != nil {
+			return err
 		}
-		begin.Add(1)
-		for begin.Load() < int32(r.CPUs) {
-		}
+		together()
 		start := nanoseconds()
-		errs[i] = fn(r.N)
+		err := fn(r.N)
 		took[i] = float64(nanoseconds()-start) / float64(r.N)
-	}
-	for i := 1; i < r.CPUs; i++ {
-		all.Go(func() {
-			// The thread ends with the goroutine.
-			runtime.LockOSThread()
-			if errs[i] = pin(w.CPUs[i]); errs[i] == nil {
-				errs[i] = w.container.Enter()
-			}
-			if errs[i] == nil {
-				one(i)
-			}
-		})
-	}
-	one(0)
-	all.Wait()
+		return err
+	})
 	sum := 0.0
 	for _, ns := range took {
 		sum += ns
 	}
-	return sum / float64(r.CPUs), errors.Join(errs...)
+	return sum / float64(r.CPUs), err
+}
+
+func (w *worker) flood(r request) (sent int, took time.Duration, err error) {
+	senders := make([]*SYNs, r.CPUs)
+	for i := range senders {
+		if senders[i], err = NewSYNs(w.container, lab.Container4, lab.Server4, 25, uint16(i)); err != nil {
+			return 0, 0, err
+		}
+		defer closeSocket(senders[i].fd)
+	}
+	first, last := make([]int64, r.CPUs), make([]int64, r.CPUs)
+	err = w.onEach(r.CPUs, func(i int, together func()) error {
+		together()
+		first[i] = nanoseconds()
+		for last[i] < first[i]+r.Flood.Nanoseconds() {
+			if err := senders[i].Send(); err != nil && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.ENOBUFS) {
+				return err
+			}
+			last[i] = nanoseconds()
+		}
+		return nil
+	})
+	for _, s := range senders {
+		sent += int(s.n)
+	}
+	return sent, time.Duration(slices.Max(last) - slices.Min(first)), err
+}
+
+// onEach does something on each of some CPUs. They begin what follows together() at the same
+// time.
+func (w *worker) onEach(cpus int, fn func(cpu int, together func()) error) error {
+	var here atomic.Int32
+	var all sync.WaitGroup
+	errs := make([]error, cpus)
+	one := func(i int) {
+		errs[i] = fn(i, func() {
+			here.Add(1)
+			for here.Load() < int32(cpus) {
+			}
+		})
+		if errs[i] != nil {
+			here.Add(int32(cpus)) // nobody waits for this one
+		}
+	}
+	for i := 1; i < cpus; i++ {
+		all.Go(func() {
+			// The thread ends with the goroutine.
+			runtime.LockOSThread()
+			if errs[i] = errors.Join(pin(w.CPUs[i]), w.container.Enter()); errs[i] != nil {
+				here.Add(int32(cpus))
+				return
+			}
+			one(i)
+		})
+	}
+	one(0)
+	all.Wait()
+	return errors.Join(errs...)
 }
 
 // pin keeps this thread on a CPU.
