@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -34,9 +35,11 @@ func main() {
 }
 
 func exit(err error) {
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "bench:", err)
-		os.Exit(1)
+	if err == nil {
+		os.Exit(0)
 	}
-	os.Exit(0)
+	if !errors.Is(err, errSaid) {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+	}
+	os.Exit(1)
 }

@@ -46,11 +46,13 @@ func printCosts(w io.Writer, costs []results.Cost) {
 		base := find(costs, func(o results.Cost) bool {
 			return o.Part == c.Part && o.Operation == c.Operation && o.CPUs == c.CPUs && o.Filter == baseOf(c)
 		})
-		if base == nil || len(base.Samples) != len(c.Samples) {
+		over, found := compareAll(minus, &c, base)
+		if !found {
 			fmt.Fprintf(tw, "  %s\t%.1f\n", name, ns)
 			continue
 		}
-		fmt.Fprintf(tw, "  %s\t%.1f\t%+.1f\t%.4f\n", name, ns, compare(c, *base, difference), compare(c, *base, ratio))
+		ratio, _ := compareAll(quotient, &c, base)
+		fmt.Fprintf(tw, "  %s\t%.1f\t%+.1f\t%.4f\n", name, ns, over, ratio)
 	}
 }
 
@@ -76,16 +78,4 @@ func find(costs []results.Cost, match func(results.Cost) bool) *results.Cost {
 		return &costs[i]
 	}
 	return nil
-}
-
-func difference(a, b float64) float64 { return a - b }
-func ratio(a, b float64) float64      { return a / b }
-
-// compare compares two costs, round by round, and returns the median.
-func compare(a, b results.Cost, how func(a, b float64) float64) float64 {
-	all := make([]float64, min(len(a.Samples), len(b.Samples)))
-	for i := range all {
-		all[i] = how(a.Samples[i], b.Samples[i])
-	}
-	return traffic.Median(all)
 }

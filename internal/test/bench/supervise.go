@@ -16,6 +16,9 @@ import (
 // supervised says that this process is the one that supervise has started.
 const supervised = "EGRESSBPF_BENCH_SUPERVISED"
 
+// errSaid means that the process has said what failed.
+var errSaid = errors.New("")
+
 // supervise runs this command again, in a mount namespace of its own. Filters are pinned in
 // that namespace and networks are held by that process, so that all of it ends with the
 // process, whatever ends that. Only the cgroups do not, and are removed here.
@@ -42,7 +45,7 @@ func supervise() (err error) {
 	case err = <-done:
 		var status *exec.ExitError
 		if errors.As(err, &status) && status.ExitCode() == 1 {
-			return errFailed // it has said why
+			return errSaid
 		}
 		return err
 	case s := <-signals:

@@ -8,7 +8,6 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
-	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/loader"
 )
@@ -137,15 +136,4 @@ func NewEmpty(typ ebpf.ProgramType, at ebpf.AttachType) (*ebpf.Program, error) {
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, pass), asm.Return()},
 		License:      "Dual BSD/GPL",
 	})
-}
-
-// MountPins mounts a bpf filesystem in the mount namespace of this process.
-func MountPins() (dir string, err error) {
-	if dir, err = os.MkdirTemp("", "egressbpf-bench"); err != nil {
-		return "", err
-	}
-	if err := unix.Mount("bpf", dir, "bpf", 0, "mode=0700"); err != nil {
-		return "", errors.Join(fmt.Errorf("mount a bpf filesystem: %w", err), os.Remove(dir))
-	}
-	return dir, nil
 }

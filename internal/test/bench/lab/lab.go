@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 )
 
@@ -20,10 +22,24 @@ type Lab struct {
 // Site is where labs are made.
 type Site struct {
 	Root cgroup.Root
-	// Pins is a directory in a bpf filesystem.
-	Pins string
 	// hooks are the hooks of the whole tool, as it says itself.
 	hooks *hooks
+}
+
+// pins is where filters are pinned.
+const pins = "/sys/fs/bpf"
+
+// NewSite mounts a bpf filesystem over that of the machine. This process has to be in a mount
+// namespace of its own.
+func NewSite() (*Site, error) {
+	root, err := cgroup.FindRoot()
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Mount("bpf", pins, "bpf", 0, "mode=0700"); err != nil {
+		return nil, fmt.Errorf("mount a bpf filesystem at %s: %w", pins, err)
+	}
+	return &Site{Root: root}, nil
 }
 
 // New makes a lab. The caller closes it.

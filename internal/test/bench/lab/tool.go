@@ -25,7 +25,7 @@ func (l *Lab) attachTool(policed string, host policy.Switch) error {
 	// every kernel can refuse them.
 	p.Families, p.HostSide = policy.AnyFamily, host
 	p.SMTP.Rate, p.SMTP.Burst = l.Filter.limit().Rate, l.Filter.limit().Burst
-	f := loader.New(filepath.Join(l.site.Pins, strings.TrimSuffix(filepath.Base(l.Cgroups.Policed), ".slice")), l.site.Root)
+	f := loader.New(filepath.Join(pins, strings.TrimSuffix(filepath.Base(l.Cgroups.Policed), ".slice")), l.site.Root)
 	l.onClose(func() error {
 		err := l.Host.Do(func() error { return f.Detach(context.Background(), nil) })
 		if errors.Is(err, loader.ErrNotAttached) {

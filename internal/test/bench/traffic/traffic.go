@@ -29,8 +29,10 @@ type Plan struct {
 	Site    *lab.Site
 	Filters []lab.Filter
 	// Wants chooses operations for a filter.
-	Wants  func(Operation, lab.Filter) bool
-	Rounds int
+	Wants func(Operation, lab.Filter) bool
+	// Replicas is how many labs a filter has. The mean of them counts.
+	Replicas func(lab.Filter) int
+	Rounds   int
 	// Slices is how many slices of each operation a round has for each filter.
 	Slices int
 	Slice  time.Duration
@@ -79,41 +81,48 @@ func Measure(p Plan) ([]results.Cost, error) {
 	return all, nil
 }
 
+// host is a lab with its worker.
+type host struct {
+	filter int
+	lab    *lab.Lab
+	*Process
+}
+
 // round makes all labs, measures each cost once, and removes the labs.
 func (p Plan) round(costs []*cost, missing []string) (err error) {
-	labs := make([]*lab.Lab, len(p.Filters))
-	workers := make([]*Process, len(p.Filters))
+	var hosts []*host
 	defer func() {
-		for i, l := range labs {
-			if workers[i] != nil {
-				err = errors.Join(err, workers[i].End())
+		for _, h := range hosts {
+			if h.Process != nil {
+				err = errors.Join(err, h.End())
 			}
-			if l != nil {
-				err = errors.Join(err, l.Close())
-			}
+			err = errors.Join(err, h.lab.Close())
 		}
 	}()
 	// In random order, so that none is always placed first.
-	for _, i := range rand.Perm(len(p.Filters)) {
-		if missing[i] != "" || !slices.ContainsFunc(costs, func(c *cost) bool { return c.filter == i }) {
-			continue
-		}
-		if labs[i], err = p.Site.New(p.Filters[i]); err != nil {
-			labs[i] = nil
-			if p.Filters[i].Name == lab.None {
-				return err
-			}
-			missing[i] = err.Error()
-			p.Log("traffic: without %s: %v", p.Filters[i], err)
-			continue
-		}
+	for _, i := range p.order() {
 		var names []string
 		for _, c := range costs {
 			if c.filter == i {
 				names = append(names, c.Operation)
 			}
 		}
-		if workers[i], err = Start(labs[i], p.CPUs, names); err != nil {
+		if len(names) == 0 || missing[i] != "" {
+			continue
+		}
+		l, err := p.Site.New(p.Filters[i])
+		if err != nil && p.Filters[i].Name != lab.None {
+			// This machine cannot have it.
+			missing[i] = err.Error()
+			p.Log("traffic: without %v", err)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		h := &host{filter: i, lab: l}
+		hosts = append(hosts, h)
+		if h.Process, err = Start(l, p.CPUs, names); err != nil {
 			return err
 		}
 	}
@@ -121,39 +130,68 @@ func (p Plan) round(costs []*cost, missing []string) (err error) {
 	for _, op := range Operations() {
 		var now []*cost
 		for _, c := range costs {
-			if c.Operation == op.Name && c.CPUs == op.CPUs && workers[c.filter] != nil {
+			if c.Operation == op.Name && c.CPUs == op.CPUs && missing[c.filter] == "" {
 				now = append(now, c)
 			}
 		}
-		if err := p.slices(now, workers); err != nil {
+		if err := p.slices(now, hosts); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// order returns the number of each filter, as often as it has labs, in random order.
+func (p Plan) order() (order []int) {
+	for i, f := range p.Filters {
+		order = append(order, slices.Repeat([]int{i}, p.Replicas(f))...)
+	}
+	rand.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
+	return order
+}
+
+// turn is an operation in a lab.
+type turn struct {
+	*cost
+	*host
+	n    int // in a slice
+	took []float64
+}
+
 // slices does an operation in all labs, in turns.
-func (p Plan) slices(costs []*cost, workers []*Process) error {
-	times := make([]int, len(costs))
-	took := make([][]float64, len(costs))
-	for i, c := range costs {
-		n, err := p.calibrate(workers[c.filter], c.operation)
-		if err != nil {
-			return fmt.Errorf("%s: %w", p.Filters[c.filter], err)
+func (p Plan) slices(costs []*cost, hosts []*host) error {
+	var turns []*turn
+	for _, c := range costs {
+		for _, h := range hosts {
+			if h.filter != c.filter {
+				continue
+			}
+			n, err := p.calibrate(h.Process, c.operation)
+			if err != nil {
+				return fmt.Errorf("%s: %w", h.lab.Filter, err)
+			}
+			turns = append(turns, &turn{cost: c, host: h, n: n})
 		}
-		times[i] = n
 	}
 	for range p.Slices {
-		for _, i := range rand.Perm(len(costs)) {
-			ns, err := workers[costs[i].filter].do(costs[i].operation, times[i])
+		for _, i := range rand.Perm(len(turns)) {
+			t := turns[i]
+			ns, err := t.do(t.operation, t.n)
 			if err != nil {
-				return fmt.Errorf("%s: %w", p.Filters[costs[i].filter], err)
+				return fmt.Errorf("%s: %w", t.lab.Filter, err)
 			}
-			took[i] = append(took[i], ns)
+			t.took = append(t.took, ns)
 		}
 	}
-	for i, c := range costs {
-		c.Samples = append(c.Samples, Median(took[i]))
+	for _, c := range costs {
+		sum, n := 0.0, 0
+		for _, t := range turns {
+			if t.cost == c {
+				sum += Median(t.took)
+				n++
+			}
+		}
+		c.Samples = append(c.Samples, sum/float64(n))
 	}
 	return nil
 }
