@@ -6,6 +6,7 @@
  */
 #define RULES_LINKAGE __noinline
 
+#include "glance.h"
 #include "host.h"
 
 #include <bpf/bpf_helpers.h>
@@ -25,7 +26,7 @@ const volatile __u32 link_header;
 struct scratch {
 	struct flow flow;
 	struct inners inners;
-	/* As open_packet() found them. */
+	/* As open_packet() found them; len is 0 if it found no IP packet. */
 	__u32 base;
 	__u32 len;
 	__be16 protocol;
@@ -88,10 +89,9 @@ static __always_inline __u64 above(void *skb, __u32 level)
 
 __noinline int refuse_packet(struct __sk_buff *skb, __u32 reason)
 {
-	struct packet p = {};
-	__u32 len = open_packet(skb, &p) ? p.len : skb->len;
+	struct scratch *s = scratch();
 
-	return refuse(container_of_sender(above, skb), HOOK_HOST, reason, len);
+	return refuse(container_of_sender(above, skb), HOOK_HOST, reason, s && s->len ? s->len : skb->len);
 }
 
 static __always_inline int drop(struct __sk_buff *skb, enum reason reason)
@@ -118,11 +118,16 @@ __noinline int read_flow(struct __sk_buff *skb)
 	struct scratch *s = scratch();
 	struct packet p = {};
 
-	if (!s || !open_packet(skb, &p) || !parse_at(skb, p.base, p.len, 0, p.protocol))
+	if (!s)
+		return 0;
+	s->len = 0;
+	if (!open_packet(skb, &p))
 		return 0;
 	s->base = p.base;
 	s->len = p.len;
 	s->protocol = p.protocol;
+	if (!parse_at(skb, p.base, p.len, 0, p.protocol))
+		return 0;
 	s->fragment = s->flow.fragment;
 	s->end = 0;
 	return 1;
@@ -274,6 +279,25 @@ __noinline int judge_datagram(struct __sk_buff *skb, __u32 off)
 	return s->inners.deep || (s->inners.cut && s->fragment) ? REASON_MALFORMED : REASON_NONE;
 }
 
+/* Whether a datagram that was recognised at a glance goes to no tunnel, and holds no packet
+ * that a tunnel could unpack.
+ */
+__noinline int holds_nothing(struct __sk_buff *skb)
+{
+	__u32 ports = skb->protocol == bpf_htons(ETH_P_IP) ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
+	struct scratch *s = scratch();
+	struct packet p = { .data = skb, .base = link_header, .len = skb->len - link_header, .protocol = skb->protocol };
+	__be16 port;
+
+	if (!s || load(&p, ports + sizeof(port), &port, sizeof(port)) || tunnel_port(port))
+		return 0;
+	s->base = p.base;
+	s->len = p.len;
+	s->protocol = p.protocol;
+	look_into(skb, s, ports + UDP_HEADER);
+	return !s->inners.n && !s->inners.deep;
+}
+
 /* Why a packet to the host itself may not pass, because of what the host would unpack from
  * it.
  */
@@ -318,12 +342,28 @@ static __always_inline bool could_smuggle(struct __sk_buff *skb)
 	return skb->gso_size || s->inners.n || s->inners.deep || (s->inners.cut && s->fragment);
 }
 
+/* Most packets pass at a glance. A datagram does if nothing in it could be unpacked. */
+static __always_inline bool plain(struct __sk_buff *skb)
+{
+	const void *ip = (void *)(long)skb->data + link_header, *end = (void *)(long)skb->data_end;
+	__u32 len = skb->len - link_header;
+	enum glance g = UNCLEAR;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		g = glance4(ip, end, len);
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		g = glance6(ip, end, len);
+	return g == PLAIN || (g == DATAGRAM && !skb->gso_size && holds_nothing(skb));
+}
+
 SEC("tc")
 int host_ingress(struct __sk_buff *skb)
 {
 	enum reason reason;
 
 	if (skb->protocol == bpf_htons(ETH_P_ARP))
+		return TC_ACT_UNSPEC;
+	if (plain(skb))
 		return TC_ACT_UNSPEC;
 	if (!read_flow(skb))
 		return drop(skb, REASON_MALFORMED);
