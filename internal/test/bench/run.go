@@ -47,6 +47,9 @@ func run(args []string) error {
 	if o.only, err = regexp.Compile(*only); err != nil {
 		return err
 	}
+	if os.Geteuid() != 0 {
+		return errors.New("needs root")
+	}
 	if os.Getenv(supervised) == "" {
 		return supervise()
 	}
@@ -106,7 +109,7 @@ func replicas(f lab.Filter) int {
 }
 
 func (o *runOptions) traffic(site *lab.Site, cpus []int, r *results.Results) error {
-	p := traffic.Plan{Site: site, CPUs: cpus, Filters: lab.Filters(), Replicas: replicas, Rounds: 7, Slices: 21, Slice: 3 * time.Millisecond, Log: progress}
+	p := traffic.Plan{Site: site, CPUs: cpus, Filters: lab.Filters(), Replicas: replicas, Rounds: 13, Slices: 11, Slice: 3 * time.Millisecond, Log: progress}
 	p.Wants = func(op traffic.Operation, f lab.Filter) bool {
 		if f.Name == lab.None {
 			// It is what others are compared with.
@@ -119,7 +122,7 @@ func (o *runOptions) traffic(site *lab.Site, cpus []int, r *results.Results) err
 		return traffic.Sensible(op, f) && (!o.quick || traffic.Quick(op, f)) && o.wants(traffic.Part, op.Name, f.String())
 	}
 	if o.quick {
-		p.Rounds = 3
+		p.Rounds = 5
 	}
 	if o.rounds > 0 {
 		p.Rounds = o.rounds

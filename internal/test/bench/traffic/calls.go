@@ -1,6 +1,7 @@
 package traffic
 
 import (
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -9,8 +10,7 @@ import (
 // System calls without a word to the scheduler of Go, which costs more than some of what is
 // measured, and differs from call to call.
 
-func call(trap, a, b, c, d, e, f uintptr) (int, error) {
-	r, _, errno := unix.RawSyscall6(trap, a, b, c, d, e, f)
+func result(r, _ uintptr, errno syscall.Errno) (int, error) {
 	if errno != 0 {
 		return 0, errno
 	}
@@ -18,19 +18,19 @@ func call(trap, a, b, c, d, e, f uintptr) (int, error) {
 }
 
 func send(fd int, data []byte) error {
-	_, err := call(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&data[0])), uintptr(len(data)), unix.MSG_NOSIGNAL, 0, 0)
+	_, err := result(unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&data[0])), uintptr(len(data)), unix.MSG_NOSIGNAL, 0, 0))
 	return err
 }
 
 func sendTo(fd int, data []byte, to address) error {
-	_, err := call(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&data[0])), uintptr(len(data)), 0, uintptr(unsafe.Pointer(&to[0])), uintptr(len(to)))
+	_, err := result(unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&data[0])), uintptr(len(data)), 0, uintptr(unsafe.Pointer(&to[0])), uintptr(len(to))))
 	return err
 }
 
 // receive waits for n bytes.
 func receive(fd int, data []byte, n int) error {
 	for n > 0 {
-		got, err := call(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&data[0])), uintptr(min(n, len(data))), 0, 0, 0)
+		got, err := result(unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&data[0])), uintptr(min(n, len(data))), 0, 0, 0))
 		if err != nil {
 			return err
 		}
@@ -43,20 +43,20 @@ func receive(fd int, data []byte, n int) error {
 }
 
 func socket(family, typ int) (int, error) {
-	return call(unix.SYS_SOCKET, uintptr(family), uintptr(typ|unix.SOCK_CLOEXEC), 0, 0, 0, 0)
+	return result(unix.RawSyscall6(unix.SYS_SOCKET, uintptr(family), uintptr(typ|unix.SOCK_CLOEXEC), 0, 0, 0, 0))
 }
 
 func connect(fd int, to address) error {
-	_, err := call(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&to[0])), uintptr(len(to)), 0, 0, 0)
+	_, err := result(unix.RawSyscall6(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&to[0])), uintptr(len(to)), 0, 0, 0))
 	return err
 }
 
 func accept(fd int) (int, error) {
-	return call(unix.SYS_ACCEPT4, uintptr(fd), 0, 0, unix.SOCK_CLOEXEC, 0, 0)
+	return result(unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), 0, 0, unix.SOCK_CLOEXEC, 0, 0))
 }
 
 func closeSocket(fd int) error {
-	_, err := call(unix.SYS_CLOSE, uintptr(fd), 0, 0, 0, 0, 0)
+	_, err := result(unix.RawSyscall6(unix.SYS_CLOSE, uintptr(fd), 0, 0, 0, 0, 0))
 	return err
 }
 
