@@ -189,7 +189,7 @@ func (h Host) programs(r *Report, state *maps.State) {
 			return
 		}
 		prog.Close()
-		r.add("host_side", OK, "the kernel accepts its program, which judges the bridges that exist at attach (as before 6.4, and where the kernel is locked down)")
+		r.add("host_side", OK, "the kernel accepts its program, which judges the bridges that exist at attach, as before 6.4")
 	case err != nil:
 		r.add("host_side", Warn, "%s", firstLine(err))
 	default:

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -17,8 +18,8 @@ import (
 )
 
 // serve starts the service and waits until the filter is in force. The service ends with
-// the test.
-func (s *scene) serve() {
+// the test, or when stop is called.
+func (s *scene) serve() (stop func()) {
 	s.t.Helper()
 	service := exec.Command(lab.Binary(s.t), "run", "--cgroup", s.policed, "--docker-host", "unix:///nowhere")
 	stderr, err := service.StderrPipe()
@@ -30,18 +31,22 @@ func (s *scene) serve() {
 		s.t.Fatal(err)
 	}
 	lines := bufio.NewScanner(stderr)
-	s.t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		if err := service.Process.Signal(unix.SIGTERM); err != nil {
 			s.t.Error(err)
 		}
 		if err := service.Wait(); err != nil {
 			s.t.Error(err)
 		}
+	})
+	s.t.Cleanup(func() {
+		stop()
 		s.Egressbpf(s.t, "detach")
 	})
 	for lines.Scan() && !strings.Contains(lines.Text(), "in force") {
 	}
 	go io.Copy(io.Discard, stderr)
+	return stop
 }
 
 // soon waits for a condition that no event announces. It takes a moment, except under
@@ -57,10 +62,24 @@ func soon(t *testing.T, what string, ok func() bool) {
 }
 
 // TestNewTunnel makes a tunnel while the service runs. Soon after that the tunnel is closed
-// to all packets of containers.
+// to all packets of containers. Without a tunnel, packets to the host meet no program of
+// their own, unless nobody watches for tunnels.
 func TestNewTunnel(t *testing.T) {
 	s := newScene(t)
-	s.serve()
+	stop := s.serve()
+	delivered := func() (all, any bool) { // whether such programs are attached
+		status, _ := s.Status(t)
+		attached := func(name string) bool {
+			return slices.ContainsFunc(status.Hooks, func(h loader.Hook) bool { return h.Name == name && h.Attached })
+		}
+		if !attached("host_forward4") {
+			return true, false // before 6.4
+		}
+		return attached("host_deliver4") && attached("host_deliver6"), attached("host_deliver4") || attached("host_deliver6")
+	}
+	if _, any := delivered(); any {
+		t.Error("packets to a host without tunnels are judged")
+	}
 	const port = 7999
 	arrives := func() bool {
 		if err := s.a.SendUDP(at(lab.Gateway4, port), []byte("innocent")); err != nil {
@@ -77,9 +96,17 @@ func TestNewTunnel(t *testing.T) {
 	}
 	s.Host.IP(t, fmt.Sprintf("link add v0 type vxlan id 7 dstport %d", port), "link set v0 up")
 	soon(t, "the tunnel's port is closed", func() bool { return !arrives() })
+	if all, _ := delivered(); !all {
+		t.Error("packets to a host with a tunnel are not all judged")
+	}
 	s.Host.IP(t, "link del v0")
 	s.Host.IP(t, fmt.Sprintf("link add v1 type vxlan id 8 dstport %d", port+1), "link set v1 up")
 	soon(t, "the port is open again", arrives)
+	s.Host.IP(t, "link del v1")
+	stop()
+	if all, _ := delivered(); !all {
+		t.Error("nobody watches for tunnels, and packets to the host are not all judged")
+	}
 }
 
 // TestNewBridge makes bridges as Docker does, while the service runs. Soon after that their

@@ -34,6 +34,10 @@ func (l *Lab) attachTool(policed string, host policy.Switch) error {
 		return err
 	})
 	return l.Host.Do(func() error {
+		// As if the service ran.
+		if err := f.Follow(context.Background(), true); err != nil {
+			return err
+		}
 		if err := f.Attach(context.Background(), []string{policed}, p); err != nil {
 			return err
 		}
