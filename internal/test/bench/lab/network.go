@@ -14,7 +14,9 @@ var (
 	Host6      = netip.MustParseAddr("2001:db8:1::1")
 	Server4    = netip.MustParseAddr("192.0.2.2")
 	Server6    = netip.MustParseAddr("2001:db8:1::2")
-	// The server discards what is for these, when it looks for their route.
+	// The server discards what is for these as soon as it comes: it arrives with the address
+	// of another device. A route to nowhere would cost more and vary: for IPv4, the kernel
+	// makes an entry for each such packet.
 	Sink4 = netip.MustParseAddr("198.51.100.9")
 	Sink6 = netip.MustParseAddr("2001:db8:5::9")
 	// Metadata4 and Metadata6 are the server's.
@@ -68,6 +70,7 @@ func (n *Network) connect() error {
 		container = "02:00:00:00:17:02"
 		uplink    = "02:00:00:00:02:01"
 		server    = "02:00:00:00:02:02"
+		nobody    = "02:00:00:00:02:03"
 	)
 	steps := []struct {
 		ns    *Netns
@@ -105,26 +108,26 @@ addr add 169.254.169.254/32 dev lo
 addr add fd00:ec2::254/128 dev lo nodad
 neigh replace 192.0.2.1 lladdr %[1]s dev eth0 nud permanent
 neigh replace 2001:db8:1::1 lladdr %[1]s dev eth0 nud permanent
-route add blackhole 198.51.100.0/24
-route add blackhole 2001:db8:5::/64
 `, uplink)},
 		{n.Host, fmt.Sprintf(`
 neigh replace 172.17.0.2 lladdr %[1]s dev docker0 nud permanent
 neigh replace fd4d:1::2 lladdr %[1]s dev docker0 nud permanent
 neigh replace 192.0.2.2 lladdr %[2]s dev eth0 nud permanent
 neigh replace 2001:db8:1::2 lladdr %[2]s dev eth0 nud permanent
+neigh replace 192.0.2.3 lladdr %[3]s dev eth0 nud permanent
+neigh replace 2001:db8:1::3 lladdr %[3]s dev eth0 nud permanent
+route add 198.51.100.0/24 via 192.0.2.3
+route add 2001:db8:5::/64 via 2001:db8:1::3
 route add default via 192.0.2.2
 route add default via 2001:db8:1::2
-`, container, server)},
+`, container, server, nobody)},
 	}
 	for _, s := range steps {
 		if err := s.ns.Run(s.batch, "ip", "-batch", "-"); err != nil {
 			return err
 		}
 	}
-	// Blackhole routes forward nothing, but the kernel discards at once only what it would
-	// forward.
-	return n.Server.sysctl(map[string]string{"ipv4/ip_forward": "1", "ipv6/conf/all/forwarding": "1"})
+	return nil
 }
 
 func (n *Network) close() error {
