@@ -54,6 +54,7 @@ const (
 	WithoutHost      = "egressbpf without host side"
 	HostAlone        = "host side alone"
 	Egressbpf        = "egressbpf"
+	ByTrafficControl = "egressbpf, host side by traffic control"
 	Rules            = "iptables-nft rules"
 	RulesLegacy      = "iptables-legacy rules"
 	RulesByContainer = "per-container rules"
@@ -72,6 +73,7 @@ func Filters() []Filter {
 		{Name: WithoutHost, attach: (*Lab).withoutHost},
 		{Name: HostAlone, attach: (*Lab).hostAlone},
 		{Name: Egressbpf, attach: (*Lab).egressbpf},
+		{Name: ByTrafficControl, attach: (*Lab).byTrafficControl},
 		{Name: Rules, attach: (*Lab).rules},
 		{Name: RulesLegacy, legacy: true, attach: (*Lab).rules},
 		{Name: Hashlimit, attach: (*Lab).hashlimit},

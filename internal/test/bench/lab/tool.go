@@ -4,10 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"path/filepath"
 	"strings"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
 	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
@@ -18,6 +23,43 @@ func (l *Lab) withoutHost() error { return l.attachTool(l.Cgroups.Policed, polic
 
 // hostAlone polices a cgroup that sends nothing.
 func (l *Lab) hostAlone() error { return l.attachTool(l.Cgroups.Aside, policy.On) }
+
+// byTrafficControl is the whole tool with the host side of older kernels, whose place is the
+// bridge: the way not taken where there are netfilter programs.
+func (l *Lab) byTrafficControl() error {
+	if err := l.withoutHost(); err != nil {
+		return err
+	}
+	state, err := maps.CreateState()
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	rel, err := l.site.Root.Rel(l.Cgroups.Policed)
+	if err != nil {
+		return err
+	}
+	id, err := l.site.Root.ID(rel)
+	if err != nil {
+		return err
+	}
+	prog, err := loader.LoadHostIngress(policy.Default(), state, rel, id)
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	return l.Host.Do(func() error {
+		bridge, err := net.InterfaceByName("docker0")
+		if err != nil {
+			return err
+		}
+		at, err := link.AttachTCX(link.TCXOptions{Interface: bridge.Index, Program: prog, Attach: ebpf.AttachTCXIngress})
+		if err == nil {
+			l.onClose(at.Close)
+		}
+		return err
+	})
+}
 
 func (l *Lab) attachTool(policed string, host policy.Switch) error {
 	p := policy.Default()
