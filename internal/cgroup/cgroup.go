@@ -42,9 +42,9 @@ func FindRoot() (Root, error) {
 	if err != nil {
 		return "", err
 	}
-	for m := range mounts(string(mountinfo)) {
+	for m := range mounts(string(mountinfo), "cgroup2") {
 		// A later mount may hide an earlier one.
-		if m.fstype == "cgroup2" && m.root == "/" && OnCgroup2(m.point) {
+		if m.root == "/" && OnCgroup2(m.point) {
 			return Root(m.point), nil
 		}
 	}
@@ -60,8 +60,8 @@ func NetV1() (bool, error) {
 }
 
 func netV1(mountinfo string) bool {
-	for m := range mounts(mountinfo) {
-		if m.fstype == "cgroup" && (slices.Contains(m.super, "net_cls") || slices.Contains(m.super, "net_prio")) {
+	for m := range mounts(mountinfo, "cgroup") {
+		if slices.Contains(m.super, "net_cls") || slices.Contains(m.super, "net_prio") {
 			return true
 		}
 	}
@@ -71,22 +71,25 @@ func netV1(mountinfo string) bool {
 // mount is a line of mountinfo, proc(5).
 type mount struct {
 	root, point string
-	fstype      string
 	// options are those of the mount, super those of the filesystem.
 	options, super []string
 }
 
-// mounts returns the readable lines of a mountinfo, which have this form:
+// mounts returns the readable lines of a mountinfo that are about a type of filesystem. The
+// lines have this form:
 // 36 35 98:0 ROOT MOUNTPOINT OPTIONS [TAGS]... - TYPE SOURCE SUPER.
-func mounts(mountinfo string) iter.Seq[mount] {
+func mounts(mountinfo, fstype string) iter.Seq[mount] {
 	return func(yield func(mount) bool) {
 		for line := range strings.Lines(mountinfo) {
 			head, tail, _ := strings.Cut(line, " - ")
+			if !strings.HasPrefix(tail, fstype+" ") {
+				continue
+			}
 			own, of := strings.Fields(head), strings.Fields(tail)
 			if len(own) < 6 || len(of) < 3 {
 				continue
 			}
-			m := mount{root: own[3], point: unescape(own[4]), fstype: of[0], options: strings.Split(own[5], ","), super: strings.Split(of[2], ",")}
+			m := mount{root: own[3], point: unescape(own[4]), options: strings.Split(own[5], ","), super: strings.Split(of[2], ",")}
 			if !yield(m) {
 				return
 			}
@@ -102,8 +105,8 @@ func (r Root) Delegates() (bool, error) {
 }
 
 func delegates(mountinfo, point string) bool {
-	for m := range mounts(mountinfo) {
-		if m.fstype == "cgroup2" && m.point == point {
+	for m := range mounts(mountinfo, "cgroup2") {
+		if m.point == point {
 			return slices.Contains(m.super, "nsdelegate")
 		}
 	}
@@ -218,26 +221,31 @@ func (r Root) Open(rel string) (*os.File, uint64, error) {
 
 // ID returns the id of the cgroup rel.
 func (r Root) ID(rel string) (uint64, error) {
-	f, id, err := r.Open(rel)
-	if err != nil {
-		return 0, err
+	var st unix.Stat_t
+	path := r.Path(rel)
+	if err := unix.Lstat(path, &st); err != nil {
+		return 0, &fs.PathError{Op: "stat", Path: path, Err: err}
 	}
-	return id, f.Close()
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return 0, &fs.PathError{Op: "stat", Path: path, Err: unix.ENOTDIR}
+	}
+	return st.Ino, nil
 }
 
 // Find returns the cgroup with an id, as Rel does. The error wraps fs.ErrNotExist if the
 // cgroup's directory is gone.
 func (r Root) Find(id uint64) (string, error) {
-	mount, err := os.Open(string(r))
+	// Not an os.File, since the runtime would watch it for events.
+	mount, err := unix.Open(string(r), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return "", err
+		return "", &fs.PathError{Op: "open", Path: string(r), Err: err}
 	}
-	defer mount.Close()
+	defer unix.Close(mount)
 
 	// FILEID_KERNFS (include/linux/exportfs.h).
 	const kernfs = 0xfe
 	handle := unix.NewFileHandle(kernfs, binary.NativeEndian.AppendUint64(nil, id))
-	fd, err := unix.OpenByHandleAt(int(mount.Fd()), handle, unix.O_PATH|unix.O_CLOEXEC)
+	fd, err := unix.OpenByHandleAt(mount, handle, unix.O_PATH|unix.O_CLOEXEC)
 	if errors.Is(err, unix.ESTALE) || errors.Is(err, unix.ENOENT) {
 		return "", fmt.Errorf("cgroup with id %d: %w", id, fs.ErrNotExist)
 	}
@@ -245,49 +253,17 @@ func (r Root) Find(id uint64) (string, error) {
 		return "", fmt.Errorf("cgroup with id %d: %w", id, err)
 	}
 	defer unix.Close(fd)
-	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+	path, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
 	if err != nil {
 		return "", err
 	}
-	return r.Rel(path)
-}
-
-// walk calls fn for the directories of all cgroups at or below path until fn returns an
-// error; fs.SkipDir leaves out the cgroups below. It is no error if cgroups come and go
-// meanwhile.
-func walk(path string, fn func(path string) error) error {
-	return filepath.WalkDir(path, func(path string, d fs.DirEntry, err error) error {
-		switch {
-		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV):
-			return nil
-		case err != nil:
-			return err
-		case !d.IsDir():
-			return nil
-		}
-		return fn(path)
-	})
-}
-
-// Outermost returns the cgroups below rel for which is returns true, except those below
-// another one of them.
-func (r Root) Outermost(rel string, is func(rel string) bool) ([]string, error) {
-	var found []string
-	err := walk(r.Path(rel), func(path string) error {
-		below := strings.TrimPrefix(path, strings.TrimRight(string(r), "/"))
-		if below == "" || below == rel || !is(below) {
-			return nil
-		}
-		found = append(found, below)
-		return fs.SkipDir
-	})
-	return found, err
-}
-
-// populated says whether a process is in a cgroup or below it.
-func (r Root) populated(rel string) bool {
-	events, err := os.ReadFile(filepath.Join(r.Path(rel), "cgroup.events"))
-	return err == nil && strings.Contains(string(events), "populated 1")
+	if former, ok := strings.CutSuffix(path, " (deleted)"); ok && unix.Access(path, unix.F_OK) != nil {
+		return "", fmt.Errorf("cgroup with id %d, %s: %w", id, former, fs.ErrNotExist)
+	}
+	if rel, ok := r.below(path); ok {
+		return rel, nil
+	}
+	return r.Rel(path) // r goes through a symbolic link
 }
 
 // OfProcess returns the cgroup of a process, as [Root.Rel] does. The error wraps
@@ -307,29 +283,6 @@ func OfProcess(pid int) (string, error) {
 		}
 	}
 	return "", ErrNoCgroup2
-}
-
-// Processes calls fn for each process in the cgroup rel or below it. Processes that come
-// and go meanwhile may be missed, or may have ended.
-func (r Root) Processes(rel string, fn func(pid int)) error {
-	return r.untilProcess(rel, func(pid int) bool { fn(pid); return false })
-}
-
-// untilProcess is Processes, but ends when fn returns true.
-func (r Root) untilProcess(rel string, fn func(pid int) bool) error {
-	return walk(r.Path(rel), func(path string) error {
-		// A threaded cgroup has no processes of its own (EOPNOTSUPP).
-		pids, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
-		if err != nil {
-			return nil
-		}
-		for field := range strings.FieldsSeq(string(pids)) {
-			if pid, err := strconv.Atoi(field); err == nil && pid > 0 && fn(pid) {
-				return fs.SkipAll
-			}
-		}
-		return nil
-	})
 }
 
 // Exposure is what a container can see or write of the host's hierarchy beyond its own
@@ -353,8 +306,8 @@ func (r Root) Exposure(rel string) (e Exposure, err error) {
 	if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/cgroup", pid)); err == nil {
 		e.Namespace = ns == initialNamespace
 	}
-	if mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid)); err == nil {
-		e.Writable = wholeTreeWritable(string(mounts))
+	if mounts, err := read(fmt.Sprintf("/proc/%d/mountinfo", pid)); err == nil {
+		e.Writable = wholeTreeWritable(mounts)
 	}
 	return e, nil
 }
@@ -362,8 +315,8 @@ func (r Root) Exposure(rel string) (e Exposure, err error) {
 // wholeTreeWritable says whether a mountinfo, as the host reads it, mounts the root of the
 // hierarchy writable.
 func wholeTreeWritable(mountinfo string) bool {
-	for m := range mounts(mountinfo) {
-		if m.fstype == "cgroup2" && m.root == "/" && slices.Contains(m.options, "rw") && slices.Contains(m.super, "rw") {
+	for m := range mounts(mountinfo, "cgroup2") {
+		if m.root == "/" && slices.Contains(m.options, "rw") && slices.Contains(m.super, "rw") {
 			return true
 		}
 	}

@@ -2,6 +2,7 @@ package cgroup_test
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"math"
 	"os"
@@ -307,6 +308,67 @@ func TestContainerID(t *testing.T) {
 	}
 }
 
+func TestOutermostContainer(t *testing.T) {
+	for rel, want := range map[string]string{
+		"/docker/" + hex:                 "/docker/" + hex,
+		"/docker/" + hex + "/init.scope": "/docker/" + hex,
+		"/a.slice/docker-" + hex + ".scope/b/crio-" + hex + ".scope": "/a.slice/docker-" + hex + ".scope",
+		"/" + hex + "/" + hex: "/" + hex,
+		"/docker/" + hex[1:]:  "",
+		"/docker":             "",
+		"/":                   "",
+		"":                    "",
+	} {
+		if got := cgroup.OutermostContainer(rel); got != want {
+			t.Errorf("%q: got %q, want %q", rel, got, want)
+		}
+	}
+}
+
+// A directory is looked at only if there are others in it.
+func TestOutermost(t *testing.T) {
+	root := testenv.Root(t)
+	top := testenv.Cgroup(t)
+	base, err := root.Rel(top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]bool{}
+	add := func(rel string, is bool) {
+		testenv.Child(t, top, rel)
+		if is {
+			want[base+"/"+rel] = true
+		}
+	}
+	add("a", false)
+	add("a/is", true)
+	add("a/is/is", false)
+	add("a/b", false)
+	add("a/b/c", false)
+	add("a/b/c/is", true)
+	add("is", true)
+	add("many", false)
+	for n := range 300 { // more than are read at once
+		add(fmt.Sprintf("many/%s-%03d", hex, n), false)
+	}
+	add("many/is", true)
+	found, err := root.Outermost(base, func(rel string) bool { return filepath.Base(rel) == "is" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(found) != len(want) || !slices.IsSortedFunc(found, func(a, b cgroup.Cgroup) int { return strings.Compare(a.Rel, b.Rel) }) {
+		t.Errorf("got %v, want %v", found, want)
+	}
+	for _, c := range found {
+		if id, err := root.ID(c.Rel); err != nil || id != c.ID || !want[c.Rel] {
+			t.Errorf("got %+v, want id %d, %v", c, id, err)
+		}
+	}
+	if found, err := root.Outermost(base+"/gone", func(string) bool { return true }); err != nil || len(found) > 0 {
+		t.Errorf("got %v, %v below a cgroup that does not exist", found, err)
+	}
+}
+
 func TestContainers(t *testing.T) {
 	// Others would take them for Docker's.
 	unlock, err := testenv.LockHost()
@@ -315,24 +377,28 @@ func TestContainers(t *testing.T) {
 	}
 	defer unlock()
 	root := testenv.Root(t)
-	path := testenv.Cgroup(t)
+	top := testenv.Cgroup(t)
 	// Other tests may have containers too.
-	ours := func() []string {
+	ours := func() (paths []string) {
 		t.Helper()
 		all, _, err := root.Containers()
 		if err != nil {
 			t.Fatal(err)
 		}
-		return slices.DeleteFunc(all, func(rel string) bool { return !cgroup.Within(root.Path(rel), path) })
+		for _, c := range all {
+			if id, err := root.ID(c.Rel); err != nil && !errors.Is(err, fs.ErrNotExist) || err == nil && id != c.ID {
+				t.Errorf("id of %s: got %d, want %d, %v", c.Rel, c.ID, id, err)
+			}
+			if path := root.Path(c.Rel); cgroup.Within(path, top) {
+				paths = append(paths, path)
+			}
+		}
+		return paths
 	}
 	want := func(paths ...string) {
 		t.Helper()
 		testenv.Eventually(t, "containers "+strings.Join(paths, " "), func() bool {
-			got := ours()
-			for i, rel := range got {
-				got[i] = root.Path(rel)
-			}
-			return slices.Equal(got, paths)
+			return slices.Equal(ours(), paths)
 		})
 	}
 	start := func(path string) (stop func()) {
@@ -346,16 +412,16 @@ func TestContainers(t *testing.T) {
 			_ = cmd.Wait()
 		}
 	}
-	cgroupfs := testenv.Child(t, path, hex)
+	cgroupfs := testenv.Child(t, top, hex)
 	nested := testenv.Child(t, cgroupfs, strings.Repeat("a", 64))
-	slice := testenv.Child(t, path, "system.slice")
+	slice := testenv.Child(t, top, "system.slice")
 	systemd := testenv.Child(t, slice, "docker-"+hex+".scope")
 	service := testenv.Child(t, slice, "mail.service")
-	testenv.Child(t, path, strings.Repeat("f", 64)) // stays empty
+	testenv.Child(t, top, strings.Repeat("f", 64)) // stays empty
 	want()
 
 	defer start(service)()
-	defer start(path)()
+	defer start(top)()
 	want()
 	stop := start(systemd)
 	defer start(nested)()
@@ -435,7 +501,7 @@ func TestSystemContainers(t *testing.T) {
 		}
 		return rel
 	}
-	if !slices.Contains(all, rel(inner)) {
+	if !slices.ContainsFunc(all, func(c cgroup.Cgroup) bool { return c.Rel == rel(inner) }) {
 		t.Errorf("%s is not among %v", inner, all)
 	}
 	systems = slices.DeleteFunc(systems, func(s cgroup.System) bool { return !cgroup.Within(root.Path(s.Cgroup), path) })

@@ -36,6 +36,17 @@ func ContainerID(rel string) string {
 	return name[begin:]
 }
 
+// OutermostContainer returns the first cgroup on the way to rel that was made for a container;
+// "" if there is none.
+func OutermostContainer(rel string) string {
+	for end := 1; end <= len(rel); end++ {
+		if (end == len(rel) || rel[end] == '/') && ContainerID(rel[:end]) != "" {
+			return rel[:end]
+		}
+	}
+	return ""
+}
+
 // System is a container that is run like a machine, by an engine that gives it no id.
 type System struct {
 	Engine string `json:"engine"`
@@ -72,7 +83,7 @@ func systemOf(rel string) (System, bool) {
 
 // Containers returns the cgroups of all running containers, which it knows by name, and the
 // running containers that are run like machines, which may hold other containers.
-func (r Root) Containers() ([]string, []System, error) {
+func (r Root) Containers() ([]Cgroup, []System, error) {
 	var systems []System
 	all, err := r.Outermost("/", func(rel string) bool {
 		if s, ok := systemOf(rel); ok {
@@ -80,7 +91,7 @@ func (r Root) Containers() ([]string, []System, error) {
 		}
 		return ContainerID(rel) != ""
 	})
-	all = slices.DeleteFunc(all, func(rel string) bool { return !r.populated(rel) })
+	all = slices.DeleteFunc(all, func(c Cgroup) bool { return !r.populated(c.Rel) })
 	systems = slices.DeleteFunc(systems, func(s System) bool { return !r.populated(s.Cgroup) })
 	return all, systems, err
 }

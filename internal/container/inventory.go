@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"slices"
 	"sync"
 
@@ -152,27 +151,47 @@ func (v *Inventory) Name(id string) string {
 }
 
 // Running returns the containers that have a cgroup with a container's name, with what the
-// sources told about them. It goes on after an error; the errors are joined.
+// sources told about them.
 func (v *Inventory) Running(root cgroup.Root) (all []Container, err error) {
 	found, err := root.Outermost("/", func(rel string) bool { return cgroup.ContainerID(rel) != "" })
 	if err != nil {
 		return nil, fmt.Errorf("look for containers: %w", err)
 	}
-	var errs []error
-	for _, rel := range found {
-		id, err := root.ID(rel)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // it is gone
-		}
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		is := identity(rel, id)
-		c, _ := v.Find(is.ID)
-		is.Name = c.Name
-		c.Identity = is
-		all = append(all, c)
+	for _, at := range found {
+		all = append(all, v.container(at))
 	}
-	return all, errors.Join(errs...)
+	return all, nil
+}
+
+// Locate returns the running container with an id, as Running does, and finds its cgroup by
+// the process that its source has named. ok is false if there is no such process in a cgroup
+// of that container: then only Running can tell where the container is.
+func (v *Inventory) Locate(root cgroup.Root, id string) (c Container, ok bool) {
+	told, _ := v.Find(id)
+	if told.Pid == 0 {
+		return c, false
+	}
+	rel, err := cgroup.OfProcess(told.Pid)
+	if err != nil {
+		return c, false
+	}
+	// The name of the cgroup tells whether the source is right.
+	rel = cgroup.OutermostContainer(rel)
+	if cgroup.ContainerID(rel) != id {
+		return c, false
+	}
+	at, err := root.ID(rel)
+	if err != nil {
+		return c, false
+	}
+	return v.container(cgroup.Cgroup{Rel: rel, ID: at}), true
+}
+
+// container returns the container in a cgroup, with what a source told about it.
+func (v *Inventory) container(at cgroup.Cgroup) Container {
+	is := identity(at.Rel, at.ID)
+	c, _ := v.Find(is.ID)
+	is.Name = c.Name
+	c.Identity = is
+	return c
 }

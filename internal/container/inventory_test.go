@@ -217,6 +217,49 @@ func TestRunning(t *testing.T) {
 	}
 }
 
+// The cgroup of a container is found by its process, if the cgroup's name says that too.
+func TestLocate(t *testing.T) {
+	root, base := testenv.Root(t), testenv.Cgroup(t)
+	outer := testenv.Child(t, base, "docker-"+id(1)+".scope")
+	inner := testenv.Child(t, outer, "docker-"+id(2)+".scope")
+	cmd := testenv.Command(t, inner, "sleep", "infinity")
+	check(t, cmd.Start())
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	e := newEngine("a", id(1), id(2))
+	v := NewInventory(e)
+	locate := func(id string, pid int) (Container, bool) {
+		t.Helper()
+		c := e.running[id]
+		c.Pid = pid
+		e.running[id] = c
+		_, err := v.Update(t.Context(), Event{Source: e, Action: Changed, ID: id})
+		check(t, err)
+		return v.Locate(root, id)
+	}
+	want, err := root.ID(strings.TrimPrefix(outer, string(root)))
+	check(t, err)
+	c, ok := locate(id(1), cmd.Process.Pid)
+	if !ok || root.Path(c.Cgroup) != outer || c.CgroupID != want || c.ID != id(1) || c.Name != "a-0001" || c.Source != "a" {
+		t.Errorf("got %+v, %v", c, ok)
+	}
+	for what, of := range map[string]struct {
+		id  string
+		pid int
+	}{
+		"nested":          {id(2), cmd.Process.Pid},
+		"another process": {id(1), os.Getpid()},
+		"no such process": {id(1), 1<<22 + 1},
+		"no process":      {id(1), 0},
+	} {
+		if c, ok := locate(of.id, of.pid); ok {
+			t.Errorf("%s: got %+v", what, c)
+		}
+	}
+	if c, ok := v.Locate(root, id(3)); ok {
+		t.Errorf("got %+v of a container that no source knows", c)
+	}
+}
+
 // Of containers whose cgroups have other names only their sources know, if they are asked.
 func TestAddUncovered(t *testing.T) {
 	filter := loader.New(testenv.PinPath(t), testenv.Root(t))

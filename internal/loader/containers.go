@@ -29,6 +29,16 @@ func (s site) containersIn(policed string, p policy.Policy) ([]string, error) {
 	if !p.Recognises(policed) {
 		return []string{policed}, nil
 	}
+	found, err := s.recognised(policed, p)
+	rels := make([]string, len(found))
+	for i, c := range found {
+		rels[i] = c.Rel
+	}
+	return rels, err
+}
+
+// recognised returns the cgroups below a policed cgroup that are containers by their names.
+func (s site) recognised(policed string, p policy.Policy) ([]cgroup.Cgroup, error) {
 	found, err := s.root.Outermost(policed, p.IsContainer)
 	if err != nil {
 		return nil, fmt.Errorf("look for containers below %s: %w", s.root.Path(policed), err)
@@ -42,15 +52,15 @@ func (r recognition) enrol(a *attachment) error {
 		if !t.recognises {
 			continue
 		}
-		found, err := r.containersIn(t.rel, a.policy)
+		found, err := r.recognised(t.rel, a.policy)
 		if err != nil {
 			return err
 		}
-		for _, rel := range found {
-			if cgroup.Level(rel)-cgroup.Level(t.rel) > maxDepth {
+		for _, c := range found {
+			if cgroup.Level(c.Rel)-cgroup.Level(t.rel) > maxDepth {
 				continue // status reports it
 			}
-			if err := r.enrolContainer(rel, a); err != nil {
+			if err := r.enrolContainer(c, a); err != nil {
 				return err
 			}
 		}
@@ -58,23 +68,16 @@ func (r recognition) enrol(a *attachment) error {
 	return nil
 }
 
-func (r recognition) enrolContainer(rel string, a *attachment) error {
-	id, err := r.root.ID(rel)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	added, err := a.state.Enrol(id)
+func (r recognition) enrolContainer(c cgroup.Cgroup, a *attachment) error {
+	added, err := a.state.Enrol(c.ID)
 	if err != nil || !added {
 		return err
 	}
-	if now, err := r.root.ID(rel); err != nil || now != id {
+	if now, err := r.root.ID(c.Rel); err != nil || now != c.ID {
 		// It was removed, perhaps before there was an entry to delete.
-		return a.state.Forget(id)
+		return a.state.Forget(c.ID)
 	}
-	a.change.Back(func() error { return a.state.Forget(id) })
+	a.change.Back(func() error { return a.state.Forget(c.ID) })
 	return nil
 }
 

@@ -11,32 +11,20 @@ import (
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
 // Status reads back what is in force. The error can wrap ErrOtherVersion. It is no error if
 // nothing is attached.
 func (f *Filter) Status() (*Status, error) {
-	if err := f.pins.Check(); err != nil {
-		return nil, err
-	}
-	all, last, err := f.settled()
+	r, err := f.read()
 	if err != nil {
 		return nil, err
 	}
-	defer closeAll(all)
-	r := &reading{policed: all, last: last, found: foundBy(all), Status: &Status{
-		Cgroups:   []string{},
-		Hooks:     []Hook{},
-		Defences:  []Defence{},
-		Uncovered: []Uncovered{},
-	}}
+	defer closeAll(r.policed)
 	if r.Unknown, err = f.pins.Unknown(); err != nil {
 		return nil, err
 	}
-	if r.interrupted, err = f.interrupted(); err != nil {
-		return nil, err
-	}
-	f.egress.read(r)
 	if len(r.Cgroups) > 0 {
 		r.Unpinned = f.pins.Unpinned()
 		for _, l := range []layer{f.recognition, f.families, f.host} {
@@ -55,6 +43,41 @@ func (f *Filter) Status() (*Status, error) {
 		r.Defences = append(r.Defences, Defence{Name: cgroupBoundary, Reason: NoDelegation})
 	}
 	return r.Status, f.findUncovered(r)
+}
+
+// Policed returns the paths of the policed cgroups and the policy of the first, as Status does;
+// nil if there is none. It does not look at containers, of which there may be thousands.
+func (f *Filter) Policed() (cgroups []string, p *policy.Policy, err error) {
+	r, err := f.read()
+	if err != nil {
+		return nil, nil, err
+	}
+	closeAll(r.policed)
+	return r.Cgroups, r.Policy, nil
+}
+
+// read begins to read back what is in force, with the policed cgroups and their hooks. The
+// caller closes the policed cgroups.
+func (f *Filter) read() (*reading, error) {
+	if err := f.pins.Check(); err != nil {
+		return nil, err
+	}
+	all, last, err := f.settled()
+	if err != nil {
+		return nil, err
+	}
+	r := &reading{policed: all, last: last, found: foundBy(all), Status: &Status{
+		Cgroups:   []string{},
+		Hooks:     []Hook{},
+		Defences:  []Defence{},
+		Uncovered: []Uncovered{},
+	}}
+	if r.interrupted, err = f.interrupted(); err != nil {
+		closeAll(all)
+		return nil, err
+	}
+	f.egress.read(r)
+	return r, nil
 }
 
 // interrupted says whether an attach was interrupted while it replaced maps.
@@ -107,13 +130,13 @@ func (f *Filter) addState(s *Status, state *maps.State) error {
 // AddExposed adds the containers that see or can write more of the host's cgroups than
 // their own. It looks at one process of each container.
 func (f *Filter) AddExposed(s *Status) error {
-	for _, rel := range s.running {
-		e, err := f.root.Exposure(rel)
+	for _, c := range s.running {
+		e, err := f.root.Exposure(c.Rel)
 		if err != nil {
-			return fmt.Errorf("look at the container in %s: %w", rel, err)
+			return fmt.Errorf("look at the container in %s: %w", c.Rel, err)
 		}
 		if e != (cgroup.Exposure{}) {
-			s.Exposed = append(s.Exposed, Exposed{Uncovered{ID: cgroup.ContainerID(rel), Cgroup: rel}, e})
+			s.Exposed = append(s.Exposed, Exposed{Uncovered{ID: cgroup.ContainerID(c.Rel), Cgroup: c.Rel}, e})
 		}
 	}
 	if len(s.Exposed) > 0 && !slices.ContainsFunc(s.Defences, func(d Defence) bool { return d.Name == cgroupBoundary }) {

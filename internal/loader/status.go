@@ -60,7 +60,7 @@ type Status struct {
 	Unpinned []string `json:"-"`
 
 	// running are the cgroups with names of containers in which a process runs.
-	running []string
+	running []cgroup.Cgroup
 }
 
 // Hook is a place in the kernel where a program of the filter should run.

@@ -19,16 +19,16 @@ func (f *Filter) findUncovered(r *reading) error {
 	if err != nil {
 		return fmt.Errorf("look for containers: %w", err)
 	}
-	r.Named = map[string]bool{}
+	r.Named = make(map[string]bool, len(containers))
 	r.running = containers
 	var found []Uncovered
-	for _, rel := range containers {
-		id := cgroup.ContainerID(rel)
+	for _, c := range containers {
+		id := cgroup.ContainerID(c.Rel)
 		r.Named[id] = true
-		if leftOut(r.Policy, rel) {
+		if leftOut(r.Policy, c.Rel) {
 			continue
 		}
-		found = append(found, Uncovered{ID: id, Cgroup: rel})
+		found = append(found, Uncovered{ID: id, Cgroup: c.Rel})
 	}
 	if err := f.addUncovered(r.Status, r.policed, found); err != nil {
 		return err

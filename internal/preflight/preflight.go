@@ -302,12 +302,12 @@ func (h Host) covered(r *Report) {
 		return
 	}
 	var missed, exposed []string
-	for _, rel := range running {
-		if e, err := h.Root.Exposure(rel); err == nil && e != (cgroup.Exposure{}) {
-			exposed = append(exposed, strconv.Quote(rel))
+	for _, c := range running {
+		if e, err := h.Root.Exposure(c.Rel); err == nil && e != (cgroup.Exposure{}) {
+			exposed = append(exposed, strconv.Quote(c.Rel))
 		}
-		if !h.polices(rel) {
-			missed = append(missed, strconv.Quote(rel))
+		if !h.polices(c.Rel) {
+			missed = append(missed, strconv.Quote(c.Rel))
 		}
 	}
 	if len(missed) > 0 {

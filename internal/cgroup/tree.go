@@ -1,0 +1,178 @@
+package cgroup
+
+import (
+	"encoding/binary"
+	"errors"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Cgroup is a cgroup that was found.
+type Cgroup struct {
+	// Rel is its path, as [Root.Rel] returns it.
+	Rel string
+	ID  uint64
+}
+
+// below returns the path of a cgroup from the root if its directory has the path of the mount
+// at the beginning.
+func (r Root) below(path string) (rel string, ok bool) {
+	rel, ok = strings.CutPrefix(path, strings.TrimRight(string(r), "/"))
+	if rel == "" {
+		return "/", ok
+	}
+	return rel, ok && rel[0] == '/'
+}
+
+// Outermost returns the cgroups below rel for which is returns true, except those below
+// another one of them. They are in order of their paths.
+func (r Root) Outermost(rel string, is func(rel string) bool) ([]Cgroup, error) {
+	var found []Cgroup
+	err := r.walk(rel, func(c Cgroup) error {
+		if c.Rel == rel || !is(c.Rel) {
+			return nil
+		}
+		found = append(found, c)
+		return fs.SkipDir
+	})
+	return found, err
+}
+
+// Processes calls fn for each process in the cgroup rel or below it. Processes that come
+// and go meanwhile may be missed, or may have ended.
+func (r Root) Processes(rel string, fn func(pid int)) error {
+	return r.untilProcess(rel, func(pid int) bool { fn(pid); return false })
+}
+
+// untilProcess is Processes, but ends when fn returns true.
+func (r Root) untilProcess(rel string, fn func(pid int) bool) error {
+	return r.walk(rel, func(c Cgroup) error {
+		// A threaded cgroup has no processes of its own (EOPNOTSUPP).
+		pids, err := read(filepath.Join(r.Path(c.Rel), "cgroup.procs"))
+		if err != nil {
+			return nil
+		}
+		for field := range strings.FieldsSeq(pids) {
+			if pid, err := strconv.Atoi(field); err == nil && pid > 0 && fn(pid) {
+				return fs.SkipAll
+			}
+		}
+		return nil
+	})
+}
+
+// populated says whether a process is in a cgroup or below it.
+func (r Root) populated(rel string) bool {
+	events, err := read(filepath.Join(r.Path(rel), "cgroup.events"))
+	return err == nil && strings.Contains(events, "populated 1")
+}
+
+// walk calls fn for the cgroup rel and all cgroups below it, until fn returns an error.
+// fs.SkipDir leaves out the cgroups below, and fs.SkipAll ends the walk without an error. It
+// is no error if cgroups come and go meanwhile.
+//
+// A host can have thousands of cgroups, and each has dozens of files. So walk asks nothing
+// about the files, and does not open a directory without directories.
+func (r Root) walk(rel string, fn func(Cgroup) error) error {
+	id, err := r.ID(rel)
+	if isGone(err) {
+		return nil
+	}
+	if err == nil {
+		err = r.walkFrom(Cgroup{rel, id}, fn)
+	}
+	if err == fs.SkipAll {
+		return nil
+	}
+	return err
+}
+
+func (r Root) walkFrom(c Cgroup, fn func(Cgroup) error) error {
+	if err := fn(c); err != nil {
+		if err == fs.SkipDir {
+			return nil
+		}
+		return err
+	}
+	children, err := r.children(c.Rel)
+	if err != nil && !isGone(err) {
+		return err
+	}
+	for _, child := range children {
+		if err := r.walkFrom(child, fn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// isGone says whether an error means that a cgroup was removed.
+func isGone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) }
+
+// children returns the cgroups in the directory of another one, in order of their names.
+func (r Root) children(rel string) (found []Cgroup, err error) {
+	path := r.Path(rel)
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return nil, &fs.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if st.Nlink == 2 {
+		return nil, nil // kernfs_refresh_inode() counts the directories in it
+	}
+	dir, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(dir)
+	begin := strings.TrimRight(rel, "/") + "/"
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := unix.Getdents(dir, buf)
+		if err != nil {
+			return nil, &fs.PathError{Op: "read", Path: path, Err: err}
+		}
+		if n == 0 {
+			break
+		}
+		// struct linux_dirent64 (include/linux/dirent.h). The inode number of a cgroup is
+		// its id.
+		for entries := buf[:n]; len(entries) > 0; {
+			length := binary.NativeEndian.Uint16(entries[16:])
+			name := unix.ByteSliceToString(entries[19:length])
+			if entries[18] == unix.DT_DIR && name != "." && name != ".." {
+				found = append(found, Cgroup{begin + name, binary.NativeEndian.Uint64(entries)})
+			}
+			entries = entries[length:]
+		}
+	}
+	slices.SortFunc(found, func(a, b Cgroup) int { return strings.Compare(a.Rel, b.Rel) })
+	return found, nil
+}
+
+// read returns what is in a file of the kernel. os.ReadFile would have the runtime watch the
+// file for events, which costs as much as reading it.
+func read(path string) (string, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	text := make([]byte, 0, 512)
+	for {
+		n, err := unix.Read(fd, text[len(text):cap(text)])
+		if err != nil {
+			return "", &fs.PathError{Op: "read", Path: path, Err: err}
+		}
+		if n == 0 {
+			return string(text), nil
+		}
+		if text = text[:len(text)+n]; len(text) == cap(text) {
+			text = slices.Grow(text, len(text))
+		}
+	}
+}
