@@ -147,21 +147,22 @@ func (r *Reader) Close() error { return r.state.Close() }
 // Read returns the present counters. Containers for which nothing was counted have a row
 // too.
 func (r *Reader) Read() (*Stats, error) {
-	status, err := r.filter.Status()
+	policed, p, err := r.filter.Policed()
 	if err != nil {
 		return nil, err
 	}
-	s := &Stats{Mode: status.Mode, Cgroups: status.Cgroups, Containers: []Container{}}
+	s := &Stats{Cgroups: policed, Containers: []Container{}}
 	known, sum, err := r.counters()
 	if err != nil {
 		return nil, err
 	}
 	s.Total = total(sum)
 	var def *policy.Limit
-	if p := status.Policy; p != nil {
+	if p != nil {
+		s.Mode = p.Mode
 		limit := p.SMTP.Limit()
 		def = &limit
-		for _, path := range status.Cgroups {
+		for _, path := range policed {
 			if err := r.addIdle(known, path, p); err != nil {
 				return nil, err
 			}
