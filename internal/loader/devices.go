@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"cmp"
 	"fmt"
 	gomaps "maps"
 	"os"
@@ -24,54 +25,57 @@ func coversDevice(devices []policy.Device, name string) bool {
 	return dockerDevice.MatchString(name) || slices.ContainsFunc(devices, func(d policy.Device) bool { return d.Matches(name) })
 }
 
-// findDevices returns the devices of this network namespace through which containers of the
-// policed cgroups reach the host: the other ends of their veths, or the bridges of these.
-func (s site) findDevices(targets []*target, p policy.Policy) ([]string, error) {
-	var rels []string
-	for _, t := range targets {
-		found, err := s.containersIn(t.rel, p)
-		if err != nil {
-			return nil, err
-		}
-		rels = append(rels, found...)
-	}
-	ids := map[int]bool{}
-	seen := map[string]bool{}
-	for _, rel := range rels {
-		err := s.root.Processes(rel, func(pid int) {
-			ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid))
-			if err != nil || seen[ns] {
-				return // it has ended
-			}
-			seen[ns] = true
-			if id, err := netlink.GetNetNsIdByPid(pid); err == nil && id >= 0 {
-				ids[id] = true
-			}
-		})
-		if err != nil {
-			return nil, err
-		}
-	}
-	if len(ids) == 0 {
-		return nil, nil
-	}
+// findDevices returns the devices of this network namespace that the host side does not judge
+// with these devices, and through which containers of the policed cgroups reach the host: the
+// other ends of their veths, or the bridges of these. It looks at processes only if there are
+// veths that may be a container's, since on most hosts Docker's bridges have them all.
+func (s site) findDevices(targets []*target, p policy.Policy, judged []policy.Device) ([]string, error) {
 	links, err := links()
 	if err != nil {
 		return nil, err
 	}
-	names, found := map[int]string{}, map[string]bool{}
+	names := map[int]string{}
 	for _, l := range links {
 		names[l.Attrs().Index] = l.Attrs().Name
 	}
+	// byNetwork are the devices to which veths of another network namespace lead, by the
+	// number that the kernel gives to that namespace in this one.
+	byNetwork := map[int][]string{}
 	for _, l := range links {
 		a := l.Attrs()
-		if l.Type() != "veth" || !ids[a.NetNsID] {
+		if l.Type() != "veth" || a.NetNsID < 0 {
 			continue
 		}
-		if master, ok := names[a.MasterIndex]; ok {
-			found[master] = true
-		} else {
-			found[a.Name] = true
+		name := cmp.Or(names[a.MasterIndex], a.Name)
+		if !coversDevice(judged, name) {
+			byNetwork[a.NetNsID] = append(byNetwork[a.NetNsID], name)
+		}
+	}
+	if len(byNetwork) == 0 {
+		return nil, nil
+	}
+	found, seen := map[string]bool{}, map[string]bool{}
+	for _, t := range targets {
+		rels, err := s.containersIn(t.rel, p)
+		if err != nil {
+			return nil, err
+		}
+		for _, rel := range rels {
+			err := s.root.Processes(rel, func(pid int) {
+				ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid))
+				if err != nil || seen[ns] {
+					return // it has ended
+				}
+				seen[ns] = true
+				if id, err := netlink.GetNetNsIdByPid(pid); err == nil {
+					for _, name := range byNetwork[id] {
+						found[name] = true
+					}
+				}
+			})
+			if err != nil {
+				return nil, err
+			}
 		}
 	}
 	return slices.Sorted(gomaps.Keys(found)), nil

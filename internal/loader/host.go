@@ -76,7 +76,7 @@ func (h host) attach(a *attachment) error {
 // attachAny attaches the first strategy that this kernel supports. If it supports none, the
 // filter works without the host side, and what an earlier attach has put in force stays.
 func (h host) attachAny(a *attachment) error {
-	names, err := h.findDevices(a.targets, a.policy)
+	names, err := h.findDevices(a.targets, a.policy, a.policy.HostDevices)
 	if err != nil {
 		return err
 	}
@@ -85,9 +85,7 @@ func (h host) attachAny(a *attachment) error {
 	}
 	devices := slices.Clone(a.policy.HostDevices)
 	for _, name := range names {
-		if d := policy.Device(name); !coversDevice(devices, name) {
-			devices = append(devices, d)
-		}
+		devices = append(devices, policy.Device(name))
 	}
 	if err := a.change.Step(tryStep + HostSide); err != nil {
 		a.found.note(HostSide, err)
@@ -200,12 +198,12 @@ func (h host) findUnjudged(d *Defence, r *reading, doc *document) {
 			targets = append(targets, &target{rel: p.rel})
 		}
 	}
-	names, err := h.findDevices(targets, doc.Policy)
+	names, err := h.findDevices(targets, doc.Policy, doc.Devices)
 	if err != nil {
 		d.Active, d.Reason = false, err.Error()
 	}
 	for _, name := range names {
-		if d.Active && !coversDevice(doc.Devices, name) {
+		if d.Active {
 			d.Active = false
 			r.Unjudged = append(r.Unjudged, name)
 			d.Reason = fmt.Sprintf("containers reach the host through %s, which is not judged: attach again, or name it with --host-devices", strconv.Quote(name))
