@@ -284,23 +284,25 @@ func TestHandOverAfterKill(t *testing.T) {
 }
 
 // A limit that is set after an attach was killed is in force at once and stays, or is refused.
+// Whoever sets it has had the maps open since before.
 func TestLimitSetAfterKill(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
+	control := h.Control()
+	t.Cleanup(func() { check(t, control.Close()) })
 	for n := 1; ; n += 3 {
 		h.SetFormat(maps.Earliest)
 		h.mustAttach(withBurst(5), "a")
 		h.SetFormat(maps.Latest)
 		h.mkdir("a/c")
-		state, err := h.State()
-		check(t, err)
-		check(t, state.Configure(h.id("a/c"), maps.Change{Mask: maps.MayReachMetadata, Flags: maps.MayReachMetadata}))
-		check(t, state.Close())
+		check(t, control.Change(t.Context(), func(s *maps.State) error {
+			return s.Configure(h.id("a/c"), maps.Change{Mask: maps.MayReachMetadata, Flags: maps.MayReachMetadata})
+		}))
 		step := h.killAt(n, "attach")
 		set := func() error {
-			return h.ChangeState(t.Context(), func(s *maps.State) error { return s.SetLimit(h.id("a/c"), policy.Limit{Burst: 77}) })
+			return control.Change(t.Context(), func(s *maps.State) error { return s.SetLimit(h.id("a/c"), policy.Limit{Burst: 77}) })
 		}
-		err = set()
+		err := set()
 		if errors.Is(err, loader.ErrInterrupted) {
 			h.mustAttach(withBurst(7))
 			err = set()

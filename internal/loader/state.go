@@ -70,6 +70,36 @@ func (f *Filter) IsCurrent(state *maps.State) bool {
 // containers. No attach replaces the maps meanwhile, which would lose the change. The error
 // can wrap ErrBusy, ErrInterrupted, ErrNotAttached and ErrOtherVersion.
 func (f *Filter) ChangeState(ctx context.Context, do func(*maps.State) error) error {
+	c := f.Control()
+	defer c.Close()
+	return c.Change(ctx, do)
+}
+
+// Control changes the state again and again, as ChangeState does. It keeps the state open in
+// between, until somebody has replaced a map of it.
+type Control struct {
+	filter *Filter
+	state  *maps.State // nil unless it is open
+	// stamp is that of the pins when the state was opened.
+	stamp string
+}
+
+// Control returns a Control of the filter, which opens nothing yet. The caller closes it.
+func (f *Filter) Control() *Control { return &Control{filter: f} }
+
+// Close closes what is open. The Control can still be used.
+func (c *Control) Close() error {
+	if c.state == nil {
+		return nil
+	}
+	state := c.state
+	c.state = nil
+	return state.Close()
+}
+
+// Change is ChangeState.
+func (c *Control) Change(ctx context.Context, do func(*maps.State) error) error {
+	f := c.filter
 	unlock, err := f.pins.LockExisting(ctx)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%w (no pins at %s)", ErrNotAttached, f.pins)
@@ -78,16 +108,31 @@ func (f *Filter) ChangeState(ctx context.Context, do func(*maps.State) error) er
 		return err
 	}
 	defer unlock()
-	state, err := f.State()
-	if err != nil {
+	if err := c.open(); err != nil {
 		return err
 	}
-	defer state.Close()
-	if state.Replacing() {
+	if c.state.Replacing() {
 		// The programs in force may use other maps.
 		return fmt.Errorf("%s: %w", f.pins, ErrInterrupted)
 	}
-	return do(state)
+	return do(c.state)
+}
+
+// open opens the state, unless the one that is open is still in force. The lock must be held.
+func (c *Control) open() error {
+	stamp, err := c.filter.pins.Stamp()
+	if err != nil {
+		return err
+	}
+	if c.state != nil && stamp == c.stamp {
+		return nil
+	}
+	if err := c.Close(); err != nil {
+		return err
+	}
+	c.state, err = c.filter.State()
+	c.stamp = stamp
+	return err
 }
 
 // openState opens the maps of the state for an attach, and creates and pins those that are

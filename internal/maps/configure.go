@@ -72,18 +72,19 @@ func FamiliesOf(flags Flag) policy.Families {
 
 // Configure changes the flags and the limit of the container with a cgroup id, from its
 // next packet on. A program makes the change: the system call would write the whole entry,
-// and undo what is counted meanwhile.
+// and undo what is counted meanwhile. The State keeps the program.
 func (s *State) Configure(id uint64, c Change) error {
-	prog, err := LoadProgram(bpf.ControlProgConfigure, s)
-	if err != nil {
-		return err
+	if s.configure == nil {
+		var err error
+		if s.configure, err = LoadProgram(bpf.ControlProgConfigure, s); err != nil {
+			return err
+		}
 	}
-	defer prog.Close()
 	r := bpf.ControlRequest{Id: id, Mask: uint32(c.Mask), Flags: uint32(c.Flags), KeepLimit: 1, Unless: uint32(c.Unless)}
 	if c.Limit != nil {
 		r.KeepLimit, r.Limit = 0, LimitOf(*c.Limit)
 	}
-	done, err := ask(prog, r)
+	done, err := ask(s.configure, r)
 	if err != nil {
 		return fmt.Errorf("configure the container with cgroup %d: %w", id, err)
 	}

@@ -44,6 +44,16 @@ func (s *State) Containers() (map[uint64]Container, error) {
 	return found, err
 }
 
+// Container returns the container with a cgroup id, and whether it has state. Of a State whose
+// maps are being replaced, Containers tells more.
+func (s *State) Container(id uint64) (c Container, ok bool, err error) {
+	value, err := s.containers.LookupBytes(id)
+	if err != nil {
+		return c, false, fmt.Errorf("look for the container with cgroup %d: %w", id, err)
+	}
+	return decode[Container](value), value != nil, nil
+}
+
 // Totals returns the sums over all containers since the first attach, including containers
 // that are gone.
 func (s *State) Totals() (Counters, error) {

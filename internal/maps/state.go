@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"sync"
 
 	"github.com/cilium/ebpf"
 
@@ -20,6 +21,8 @@ type State struct {
 	// from are the maps that maps of the State have replaced, as long as they hold
 	// counts.
 	from map[string]*ebpf.Map
+	// configure is the program of Configure; nil until it is first needed.
+	configure *ebpf.Program
 }
 
 // StateNames returns the names of the State's maps, which are also the names of their pins.
@@ -51,9 +54,9 @@ func NewState(byName map[string]*ebpf.Map) *State {
 // CPU, out of reach of all other CPUs (LOCAL_FREE_TARGET in kernel/bpf/bpf_lru_list.c).
 const perCPU = 128
 
-// StateSpec returns the specs of the State's maps in a format, for this machine: with many
-// CPUs, an LRU map has to be larger.
-func StateSpec(format Format) (map[string]*ebpf.MapSpec, error) {
+// latestSpec are the specs of the State's maps in the latest format. Reading them from the
+// object takes longer than opening the maps.
+var latestSpec = sync.OnceValues(func() (map[string]*ebpf.MapSpec, error) {
 	spec, err := bpf.LoadEgress()
 	if err != nil {
 		return nil, err
@@ -68,6 +71,21 @@ func StateSpec(format Format) (map[string]*ebpf.MapSpec, error) {
 		if specs[name].Type == ebpf.LRUHash {
 			specs[name].MaxEntries = max(specs[name].MaxEntries, uint32(2*perCPU*cpus))
 		}
+	}
+	return specs, nil
+})
+
+// StateSpec returns the specs of the State's maps in a format, for this machine: with many
+// CPUs, an LRU map has to be larger.
+func StateSpec(format Format) (map[string]*ebpf.MapSpec, error) {
+	latest, err := latestSpec()
+	if err != nil {
+		return nil, err
+	}
+	specs := map[string]*ebpf.MapSpec{}
+	for name, spec := range latest {
+		own := *spec // whose fields change; what they point to does not
+		specs[name] = &own
 	}
 	return specs, format.apply(specs)
 }
@@ -122,7 +140,7 @@ func (s *State) ByName() map[string]*ebpf.Map {
 
 // Close closes the maps. The kernel keeps them while they are pinned or used.
 func (s *State) Close() error {
-	return errors.Join(CloseAll(s.byName), CloseAll(s.from))
+	return errors.Join(s.configure.Close(), CloseAll(s.byName), CloseAll(s.from))
 }
 
 // CloseAll closes maps. The kernel keeps them while they are pinned or used.

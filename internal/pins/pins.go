@@ -32,6 +32,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/maps"
 )
@@ -136,6 +138,28 @@ func (p Path) All() (pins []string, err error) {
 		return err
 	})
 	return pins, err
+}
+
+// Stamp changes whenever something is pinned at the pin path itself, or a pin there is renamed
+// or removed. So maps of the state that were opened since are still the same if Stamp is.
+func (p Path) Stamp() (string, error) {
+	var b strings.Builder
+	var dir unix.Stat_t
+	if err := unix.Stat(string(p), &dir); err != nil {
+		return "", &fs.PathError{Op: "stat", Path: string(p), Err: err}
+	}
+	fmt.Fprintln(&b, dir.Dev, dir.Ino)
+	entries, err := os.ReadDir(string(p))
+	if err != nil {
+		return "", err
+	}
+	for _, entry := range entries {
+		// A bpf filesystem gives each pin another number.
+		var pin unix.Stat_t
+		err := unix.Lstat(p.Pin(entry.Name()), &pin)
+		fmt.Fprintln(&b, entry.Name(), pin.Ino, err)
+	}
+	return b.String(), nil
 }
 
 // Links returns all pins except those of maps of the state.
