@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -27,6 +28,10 @@ const patience = 20 * time.Second
 // coveragePatience is how long the daemon looks for containers that are not covered.
 // Containers that start meanwhile wait for their rules.
 const coveragePatience = 2 * time.Second
+
+// soon is how long the daemon waits before it looks through all cgroups for a container that
+// has started. Others may start meanwhile, and until then they get the defaults.
+const soon = 100 * time.Millisecond
 
 // checkEvery is how often the daemon checks that the filter is as it should be, and
 // lookEvery how often it looks for a changed config file.
@@ -54,6 +59,12 @@ type Daemon struct {
 	Reload <-chan os.Signal
 
 	config policy.Config
+	// control changes what holds for containers.
+	control *loader.Control
+	// due is when the rules are to be applied to all containers again; nil if nothing asks
+	// for that. behind is whether they could not be applied to all last time.
+	due    <-chan time.Time
+	behind bool
 	revoke bool // rules have changed: containers that no source knows lose what earlier rules gave them
 	// optional are the hooks and defences that the last attach put in force although
 	// the filter works without them. Which these are depends on the kernel.
@@ -66,13 +77,15 @@ type Daemon struct {
 	// short is whether little room for containers was left at the last look.
 	short bool
 	// uncovered are the ids of the containers that were not covered at the last look.
-	uncovered []string
+	uncovered map[string]bool
 }
 
 // Run puts the filter in force and follows the containers until ctx ends, which is no
 // error. An error means that the filter could not be put in force; what was in force before
 // stays.
 func (d *Daemon) Run(ctx context.Context) error {
+	d.control = d.Filter.Control()
+	defer d.control.Close()
 	file := newWatched(d.File)
 	watchCtx, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
@@ -125,6 +138,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 			return nil
 		case e := <-events:
 			d.event(ctx, e)
+		case <-d.due:
+			d.apply(ctx)
 		case new := <-devices:
 			d.appeared(ctx, new)
 		case <-d.Reload:
@@ -224,10 +239,22 @@ func (d *Daemon) reload(ctx context.Context) {
 	d.apply(ctx)
 }
 
-// event takes in an event of a source, and applies the rules if they may be due.
+// event takes in an event of a source, and applies the rules if they may be due. For an event
+// about a container it looks at that container alone.
 func (d *Daemon) event(ctx context.Context, e container.Event) {
-	if d.learn(ctx, e) {
+	if !d.learn(ctx, e) {
+		return
+	}
+	if e.Action != container.Changed {
 		d.apply(ctx)
+		return
+	}
+	c, ok := d.Containers.Locate(d.Root, e.ID)
+	if ok {
+		ok = d.applyTo(ctx, c)
+	}
+	if (!ok || d.behind) && d.due == nil {
+		d.due = time.After(soon)
 	}
 }
 
@@ -252,16 +279,15 @@ func (d *Daemon) learn(ctx context.Context, e container.Event) bool {
 	return changed
 }
 
-// apply brings the containers to the rules.
+// apply brings all containers to the rules.
 func (d *Daemon) apply(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
+	d.due = nil
 	changed := 0
-	err := d.Filter.ChangeState(ctx, func(state *maps.State) (err error) {
+	err := d.change(ctx, func(state *maps.State) (err error) {
 		changed, err = rules.Apply(d.Root, state, d.config.Containers, d.Containers, d.revoke)
 		return err
 	})
-	if err != nil {
+	if d.behind = err != nil; err != nil {
 		d.Log.Error("rules not applied to all containers", "err", err)
 		return
 	}
@@ -269,6 +295,27 @@ func (d *Daemon) apply(ctx context.Context) {
 	if changed > 0 {
 		d.Log.Info("rules applied", "containers", changed)
 	}
+}
+
+// applyTo brings a container to the rules, and says whether it could.
+func (d *Daemon) applyTo(ctx context.Context, c container.Container) bool {
+	changed := false
+	err := d.change(ctx, func(state *maps.State) (err error) {
+		changed, err = rules.ApplyTo(d.Root, state, d.config.Containers, c)
+		return err
+	})
+	if err != nil {
+		d.Log.Error("rules not applied to a container", "id", c.ID, "err", err)
+	} else if changed {
+		d.Log.Info("rules applied", "container", cmp.Or(c.Name, c.ID))
+	}
+	return err == nil
+}
+
+func (d *Daemon) change(ctx context.Context, do func(*maps.State) error) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	return d.control.Change(ctx, do)
 }
 
 // check repairs what others have broken, and reports what is wrong.
@@ -290,14 +337,19 @@ func (d *Daemon) check(ctx context.Context) {
 		return
 	}
 	d.room(s)
-	if missing := d.missing(s); len(missing) > 0 {
+	missing := d.missing(s)
+	if len(missing) > 0 {
 		d.Log.Warn("attaching again", "missing", missing)
 		if err := d.attach(ctx, d.config); err != nil {
 			d.Log.Error("cannot attach again", "err", err)
 		}
 	}
 	d.apply(ctx)
-	d.Notify(d.statusText(ctx))
+	if len(missing) > 0 {
+		d.Notify(d.statusText(ctx))
+	} else {
+		d.Notify(d.textOf(ctx, s))
+	}
 }
 
 // missing returns what another attach should put in force again.
@@ -352,18 +404,29 @@ func (d *Daemon) room(s *loader.Status) {
 
 // statusText returns the line that systemctl status shows.
 func (d *Daemon) statusText(ctx context.Context) string {
-	s, err := d.status(ctx)
+	s, err := d.Filter.Status()
 	if err != nil {
 		return "STATUS=" + err.Error()
+	}
+	return d.textOf(ctx, s)
+}
+
+// textOf returns that line for a status, to which it adds the uncovered containers that only
+// their source knows to be containers.
+func (d *Daemon) textOf(ctx context.Context, s *loader.Status) string {
+	ctx, cancel := context.WithTimeout(ctx, coveragePatience)
+	defer cancel()
+	if err := d.Containers.AddUncovered(ctx, d.Filter, s); err != nil {
+		d.Log.Warn("cannot check whether all containers are covered", "err", err)
 	}
 	text := "not enforcing"
 	if s.Enforcing {
 		text = "enforcing"
 	}
-	var uncovered []string
+	uncovered := map[string]bool{}
 	for _, u := range s.Uncovered {
-		uncovered = append(uncovered, u.ID)
-		if !slices.Contains(d.uncovered, u.ID) {
+		uncovered[u.ID] = true
+		if !d.uncovered[u.ID] {
 			d.Log.Warn("container not covered", "id", u.ID, "name", u.Name, "cgroup", u.Cgroup)
 		}
 	}
@@ -371,19 +434,4 @@ func (d *Daemon) statusText(ctx context.Context) string {
 		text += fmt.Sprintf(", containers not covered: %d", len(uncovered))
 	}
 	return "STATUS=" + text
-}
-
-// status returns what the kernel has, together with the uncovered containers that only
-// their source knows to be containers.
-func (d *Daemon) status(ctx context.Context) (*loader.Status, error) {
-	s, err := d.Filter.Status()
-	if err != nil {
-		return s, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, coveragePatience)
-	defer cancel()
-	if err := d.Containers.AddUncovered(ctx, d.Filter, s); err != nil {
-		d.Log.Warn("cannot check whether all containers are covered", "err", err)
-	}
-	return s, nil
 }

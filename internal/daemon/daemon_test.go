@@ -3,13 +3,10 @@ package daemon_test
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -25,145 +22,23 @@ import (
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/test/fakedocker"
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
-func check(t *testing.T, err error) {
+func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
 }
 
-// engine answers as Docker's daemon does.
-type engine struct {
-	t      *testing.T
-	socket string
-	server *http.Server
-
-	mu         sync.Mutex
-	containers map[string]map[string]any // as /containers/json shows them
-	pids       map[string]int
-	listeners  map[chan []byte]bool
-	mute       bool // it answers no question about containers
-	broken     bool // nor one about a single one
-}
-
-func newEngine(t *testing.T) *engine {
-	e := &engine{
-		t: t, socket: filepath.Join(t.TempDir(), "s"),
-		containers: map[string]map[string]any{}, pids: map[string]int{}, listeners: map[chan []byte]bool{},
-	}
-	e.start()
-	t.Cleanup(e.stop)
+// newEngine returns a daemon of Docker that listens until the test ends.
+func newEngine(t *testing.T) *fakedocker.Daemon {
+	e := fakedocker.New(filepath.Join(t.TempDir(), "s"))
+	check(t, e.Start())
+	t.Cleanup(func() { _ = e.Stop() })
 	return e
-}
-
-func (e *engine) start() {
-	e.t.Helper()
-	l, err := net.Listen("unix", e.socket)
-	check(e.t, err)
-	mux := http.NewServeMux()
-	mux.HandleFunc("/_ping", func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Api-Version", "1.47") })
-	mux.HandleFunc("/", e.answer)
-	e.server = &http.Server{Handler: mux}
-	go e.server.Serve(l)
-}
-
-func (e *engine) stop() { _ = e.server.Close() }
-
-func (e *engine) answer(w http.ResponseWriter, r *http.Request) {
-	e.mu.Lock()
-	mute := e.mute
-	e.mu.Unlock()
-	if mute {
-		<-r.Context().Done()
-		return
-	}
-	_, path, _ := strings.Cut(r.URL.Path[1:], "/") // the version goes before it
-	if path == "events" {
-		e.stream(w, r)
-		return
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	w.Header().Set("Content-Type", "application/json")
-	if path == "containers/json" {
-		all := []map[string]any{}
-		for _, c := range e.containers {
-			all = append(all, c)
-		}
-		_ = json.NewEncoder(w).Encode(all)
-		return
-	}
-	id := strings.TrimSuffix(strings.TrimPrefix(path, "containers/"), "/json")
-	c, ok := e.containers[id]
-	if e.broken {
-		http.Error(w, `{"message":"busy"}`, http.StatusInternalServerError)
-		return
-	}
-	if !ok {
-		http.Error(w, `{"message":"No such container"}`, http.StatusNotFound)
-		return
-	}
-	_ = json.NewEncoder(w).Encode(map[string]any{
-		"Id": id, "Name": c["Names"].([]string)[0], "State": map[string]any{"Running": true, "Pid": e.pids[id]},
-		"Config":     map[string]any{"Image": c["Image"], "Labels": c["Labels"]},
-		"HostConfig": map[string]any{},
-	})
-}
-
-func (e *engine) stream(w http.ResponseWriter, r *http.Request) {
-	events := make(chan []byte, 20000)
-	e.mu.Lock()
-	e.listeners[events] = true
-	e.mu.Unlock()
-	defer func() {
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		delete(e.listeners, events)
-	}()
-	w.WriteHeader(http.StatusOK)
-	w.(http.Flusher).Flush()
-	for {
-		select {
-		case <-r.Context().Done():
-			return
-		case event := <-events:
-			_, _ = w.Write(event)
-			w.(http.Flusher).Flush()
-		}
-	}
-}
-
-func (e *engine) tell(action, id string) {
-	text, err := json.Marshal(map[string]any{
-		"Type": "container", "Action": action, "Actor": map[string]any{"ID": id, "Attributes": map[string]string{"name": "n"}},
-		"scope": "local", "time": time.Now().Unix(), "timeNano": time.Now().UnixNano(),
-	})
-	check(e.t, err)
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for l := range e.listeners {
-		l <- append(text, '\n')
-	}
-}
-
-// process says which process a container is.
-func (e *engine) process(id string, pid int) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.pids[id] = pid
-}
-
-// run makes a container known, and tells of an action.
-func (e *engine) run(action, id, name string, labels map[string]string) {
-	e.mu.Lock()
-	e.containers[id] = map[string]any{
-		"Id": id, "Names": []string{"/" + name}, "Image": "image", "Labels": labels, "State": "running",
-	}
-	e.mu.Unlock()
-	e.tell(action, id)
 }
 
 // lines are what a daemon has logged.
@@ -188,7 +63,7 @@ func (l *lines) String() string {
 type service struct {
 	*daemon.Daemon
 	t      *testing.T
-	engine *engine
+	engine *fakedocker.Daemon
 	slice  string // the policed cgroup
 	config string
 	log    lines
@@ -212,7 +87,7 @@ func newService(t *testing.T, config string) *service {
 	root := testenv.Root(t)
 	filter := loader.New(testenv.PinPath(t), root)
 	t.Cleanup(func() { check(t, filter.Detach(context.Background(), nil)) })
-	docker, err := container.OpenDocker("unix://" + s.engine.socket)
+	docker, err := container.OpenDocker("unix://" + s.engine.Socket)
 	check(t, err)
 	s.Daemon = &daemon.Daemon{
 		Filter: filter, Root: root, Containers: container.NewInventory(docker), File: s.config, Reload: s.reload,
@@ -280,11 +155,14 @@ func (s *service) write(config string) {
 	check(s.t, os.Rename(s.config+".new", s.config))
 }
 
-// container makes the cgroup of a container.
+// container makes the cgroup of a container, with a process in it.
 func (s *service) container(n int) {
 	s.t.Helper()
 	path := testenv.Child(s.t, s.slice, "docker-"+id(n)+".scope")
-	s.t.Cleanup(func() { _ = os.Remove(path) })
+	cmd := testenv.Command(s.t, path, "sleep", "infinity")
+	check(s.t, cmd.Start())
+	s.t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	s.engine.SetProcess(id(n), cmd.Process.Pid)
 }
 
 // entry is what the kernel has of a container.
@@ -318,7 +196,7 @@ const rulesText = `containers:
 func (s *service) startBesideMailer() {
 	s.t.Helper()
 	s.container(1)
-	s.engine.run("start", id(1), "mailer-1", nil)
+	s.engine.Run("start", id(1), "mailer-1", nil)
 	s.start()
 	s.eventually("the rule of a container from before", func() bool { return s.burst(1) == 30 })
 }
@@ -331,15 +209,15 @@ func TestRules(t *testing.T) {
 	if s.mayReachMetadata(2) {
 		t.Error("a container that Docker has not told of may reach the metadata service")
 	}
-	s.engine.run("start", id(2), "agent", map[string]string{"metadata": "yes"})
+	s.engine.Run("start", id(2), "agent", map[string]string{"metadata": "yes"})
 	s.eventually("the rule of a new container", func() bool { return s.mayReachMetadata(2) })
 	if s.mayReachMetadata(1) || s.burst(2) != 0 {
 		t.Errorf("rules for others hold: %+v, %+v", s.entry(1), s.entry(2))
 	}
 
-	s.engine.run("rename", id(1), "web", nil)
+	s.engine.Run("rename", id(1), "web", nil)
 	s.eventually("no rule after a new name", func() bool { return s.burst(1) == 0 })
-	s.engine.run("rename", id(1), "mailer-2", nil)
+	s.engine.Run("rename", id(1), "mailer-2", nil)
 	s.eventually("a rule after a new name", func() bool { return s.burst(1) == 30 })
 
 	state, err := s.Filter.State()
@@ -351,7 +229,7 @@ func TestRules(t *testing.T) {
 	check(t, err)
 	check(t, state.SetLimit(cgroupID, policy.Limit{Burst: 7}))
 	s.container(3)
-	s.engine.run("start", id(3), "mailer-3", nil)
+	s.engine.Run("start", id(3), "mailer-3", nil)
 	s.eventually("the rule of one more", func() bool { return s.burst(3) == 30 })
 	if got := s.burst(1); got != 7 {
 		t.Errorf("burst %d of a limit that was set by hand, want 7", got)
@@ -379,7 +257,7 @@ func TestRules(t *testing.T) {
 func TestBadConfig(t *testing.T) {
 	s := newService(t, "block: [192.0.2.1]\n"+rulesText)
 	s.container(1)
-	s.engine.run("start", id(1), "agent", map[string]string{"metadata": "yes"})
+	s.engine.Run("start", id(1), "agent", map[string]string{"metadata": "yes"})
 	s.start()
 	s.eventually("the rule", func() bool { return s.mayReachMetadata(1) })
 	before, err := s.Filter.Status()
@@ -419,14 +297,14 @@ func program(s *loader.Status) uint32 {
 func TestDockerDown(t *testing.T) {
 	s := newService(t, rulesText)
 	s.container(1)
-	s.engine.run("start", id(1), "agent", map[string]string{"metadata": "yes"})
+	s.engine.Run("start", id(1), "agent", map[string]string{"metadata": "yes"})
 	s.start()
 	s.eventually("the rule", func() bool { return s.mayReachMetadata(1) })
 
-	s.engine.stop()
+	check(t, s.engine.Stop())
 	s.eventually("Docker is missed", func() bool { return strings.Contains(s.log.String(), "Docker does not answer") })
 	s.container(2)
-	s.engine.run("start", id(2), "agent-2", map[string]string{"metadata": "yes"})
+	s.engine.Run("start", id(2), "agent-2", map[string]string{"metadata": "yes"})
 	if !s.mayReachMetadata(1) || s.mayReachMetadata(2) {
 		t.Errorf("without Docker: %+v, %+v", s.entry(1), s.entry(2))
 	}
@@ -442,7 +320,7 @@ func TestDockerDown(t *testing.T) {
 	s.write("containers:\n  - label: metadata=other\n    metadata: allow\n")
 	s.eventually("nothing is open by other rules", func() bool { return !s.mayReachMetadata(1) })
 	s.write(rulesText)
-	s.engine.start()
+	check(t, s.engine.Start())
 	s.eventually("the rules with Docker", func() bool { return s.mayReachMetadata(1) && s.mayReachMetadata(2) })
 }
 
@@ -450,21 +328,15 @@ func TestDockerDown(t *testing.T) {
 func TestFlood(t *testing.T) {
 	s := newService(t, rulesText)
 	s.start()
-	s.eventually("Docker listens", func() bool {
-		s.engine.mu.Lock()
-		defer s.engine.mu.Unlock()
-		return len(s.engine.listeners) > 0
-	})
+	s.eventually("Docker is followed", s.engine.Followed)
 	for n := range 10000 {
-		s.engine.tell("start", id(1000+n))
+		s.engine.Tell("start", id(1000+n))
 	}
 	s.container(1)
-	s.engine.run("start", id(1), "agent", map[string]string{"metadata": "yes"})
+	s.engine.Run("start", id(1), "agent", map[string]string{"metadata": "yes"})
 	s.eventually("the rule after a flood of events", func() bool { return s.mayReachMetadata(1) })
-	s.engine.mu.Lock()
-	s.engine.mute = true
-	s.engine.mu.Unlock()
-	s.engine.tell("rename", id(1))
+	s.engine.SetMute(true)
+	s.engine.Tell("rename", id(1))
 	s.stop() // at once
 }
 
@@ -473,14 +345,44 @@ func TestFlood(t *testing.T) {
 func TestMissedStart(t *testing.T) {
 	s := newService(t, rulesText)
 	s.startBesideMailer()
-	s.engine.mu.Lock()
-	s.engine.broken = true
-	s.engine.mu.Unlock()
+	s.engine.SetBroken(true)
 	s.container(2)
-	s.engine.run("start", id(2), "mailer-2", nil)
+	s.engine.Run("start", id(2), "mailer-2", nil)
 	s.eventually("the rule", func() bool { return s.burst(2) == 30 })
 	if !strings.Contains(s.log.String(), "cannot look up a container") {
 		t.Errorf("nothing was missed:\n%s", s.log.String())
+	}
+}
+
+// A container gets its rule although this host does not show the process that Docker names,
+// as in another namespace, or shows another one.
+func TestUnknownProcess(t *testing.T) {
+	s := newService(t, rulesText)
+	// No check finds the containers.
+	t.Cleanup(daemon.SetPace(time.Hour))
+	s.startBesideMailer()
+	for n, pid := range map[int]int{2: 1<<22 + 1, 3: os.Getpid(), 4: 0} {
+		s.container(n)
+		s.engine.SetProcess(id(n), pid)
+		s.engine.Run("start", id(n), fmt.Sprint("mailer-", n), nil)
+		s.eventually(fmt.Sprint("the rule of container ", n), func() bool { return s.burst(n) == 30 })
+	}
+}
+
+// Another command replaces the maps of the state between two starts.
+func TestReplacedMaps(t *testing.T) {
+	s := newService(t, rulesText)
+	t.Cleanup(daemon.SetPace(time.Hour))
+	s.startBesideMailer()
+	config, err := s.Load()
+	check(t, err)
+	other := loader.New(s.Filter.Pins(), s.Root)
+	for n := 2; n < 5; n++ {
+		check(t, other.Detach(t.Context(), nil))
+		check(t, other.Attach(t.Context(), config.Cgroups, config.Policy))
+		s.container(n)
+		s.engine.Run("start", id(n), fmt.Sprint("mailer-", n), nil)
+		s.eventually("the rule in the new maps", func() bool { return s.burst(n) == 30 })
 	}
 }
 
@@ -488,8 +390,8 @@ func TestMissedStart(t *testing.T) {
 func TestUncovered(t *testing.T) {
 	s := newService(t, "")
 	s.start()
-	s.engine.process(id(1), os.Getpid())
-	s.engine.run("start", id(1), "lost", nil)
+	s.engine.SetProcess(id(1), os.Getpid())
+	s.engine.Run("start", id(1), "lost", nil)
 	s.eventually("a container that is not covered", func() bool {
 		return strings.Contains(s.log.String(), "msg=\"container not covered\" id="+id(1)+" name=lost")
 	})

@@ -18,36 +18,57 @@ import (
 // It goes on after an error; the errors are joined.
 func Apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, containers *container.Inventory, revoke bool) (changed int, err error) {
 	running, err := containers.Running(root)
-	errs := []error{err}
+	if err != nil {
+		return 0, err
+	}
 	known, err := state.Containers()
 	if err != nil {
-		return 0, errors.Join(append(errs, err)...)
+		return 0, err
 	}
+	var errs []error
 	for _, c := range running {
-		told := c.Source != ""
-		if !told && !revoke {
+		if c.Source == "" && !revoke {
 			continue
 		}
 		before, existed := known[c.CgroupID]
-		var rule policy.ContainerRule
-		if told {
-			rule = policy.RuleFor(rules, c.Subject())
+		done, err := apply(root, state, rules, c, before, existed)
+		if done {
+			changed++
 		}
-		change, needed := changeFor(before, rule)
-		if !needed {
-			continue
-		}
-		if err := state.Configure(c.CgroupID, change); err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		changed++
-		if now, err := root.ID(c.Cgroup); !existed && (err != nil || now != c.CgroupID) {
-			// The container ended before there was an entry to forget.
-			errs = append(errs, state.Forget(c.CgroupID))
-		}
+		errs = append(errs, err)
 	}
 	return changed, errors.Join(errs...)
+}
+
+// ApplyTo is Apply for a single container, which a source knows. It says whether it changed the
+// container. What it costs does not depend on how many other containers there are.
+func ApplyTo(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, c container.Container) (changed bool, err error) {
+	before, existed, err := state.Container(c.CgroupID)
+	if err != nil {
+		return false, err
+	}
+	return apply(root, state, rules, c, before, existed)
+}
+
+// apply gives a container what the first matching rule says. before is its entry, if it has
+// existed.
+func apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, c container.Container, before maps.Container, existed bool) (changed bool, err error) {
+	var rule policy.ContainerRule
+	if c.Source != "" {
+		rule = policy.RuleFor(rules, c.Subject())
+	}
+	change, needed := changeFor(before, rule)
+	if !needed {
+		return false, nil
+	}
+	if err := state.Configure(c.CgroupID, change); err != nil {
+		return false, err
+	}
+	if now, err := root.ID(c.Cgroup); !existed && (err != nil || now != c.CgroupID) {
+		// The container ended before there was an entry to forget.
+		return true, state.Forget(c.CgroupID)
+	}
+	return true, nil
 }
 
 // changeFor returns the change that gives a container what a rule says, and whether a
