@@ -459,7 +459,8 @@ static __always_inline bool own_listener(struct bpf_sock_addr *ctx, const struct
 static __always_inline enum reason judge_attempt(struct bpf_sock_addr *ctx, const struct flow *f,
 						 struct container **c)
 {
-	__u32 why = blocked(f);
+	/* The source is not known yet. */
+	__u32 why = near_suspect(&f->dst) && suspect(&f->dst) ? blocked(f) : 0;
 
 	if (why && asked_by_container(c) && !permits(*c, why))
 		return REASON_BLOCKED;
@@ -483,8 +484,10 @@ static __always_inline int attempt(struct bpf_sock_addr *ctx, struct flow *f)
 	struct container *c = NULL;
 	enum reason reason;
 
-	/* What the socket has paid for was another connection. */
-	if (ctx->protocol == IPPROTO_TCP && ctx->sk)
+	/* What the socket has paid for was another connection. Most have paid for none, and to
+	 * look costs less than to delete.
+	 */
+	if (ctx->protocol == IPPROTO_TCP && ctx->sk && bpf_sk_storage_get(&tickets, ctx->sk, NULL, 0))
 		bpf_sk_storage_delete(&tickets, ctx->sk);
 	f->dport = ctx->user_port;
 	f->proto = ctx->protocol == PROTO_MPTCP ? IPPROTO_TCP : ctx->protocol;

@@ -206,6 +206,13 @@ const (
 	EgressRuleFlagRULE_METADATA     EgressRuleFlag = 16
 )
 
+type EgressSketch struct {
+	_     structs.HostLayout
+	Addr4 [256]bool
+	Addr6 [256]bool
+	Mail  [256]bool
+}
+
 type EgressSums struct {
 	_        structs.HostLayout
 	Counters EgressCounters
@@ -274,6 +281,7 @@ const (
 	EgressVarHasSetRetval    = "has_set_retval"
 	EgressVarOverLimitReject = "over_limit_reject"
 	EgressVarPoliced         = "policed"
+	EgressVarSketch          = "sketch"
 	EgressVarSmtpPorts       = "smtp_ports"
 	EgressVarSuspects4       = "suspects4"
 	EgressVarSuspects6       = "suspects6"
@@ -359,6 +367,7 @@ type EgressVariableSpecs struct {
 	HasSetRetval    *ebpf.VariableSpec `ebpf:"has_set_retval"`
 	OverLimitReject *ebpf.VariableSpec `ebpf:"over_limit_reject"`
 	Policed         *ebpf.VariableSpec `ebpf:"policed"`
+	Sketch          *ebpf.VariableSpec `ebpf:"sketch"`
 	SmtpPorts       *ebpf.VariableSpec `ebpf:"smtp_ports"`
 	Suspects4       *ebpf.VariableSpec `ebpf:"suspects4"`
 	Suspects6       *ebpf.VariableSpec `ebpf:"suspects6"`
@@ -428,6 +437,7 @@ type EgressVariables struct {
 	HasSetRetval    *ebpf.Variable `ebpf:"has_set_retval"`
 	OverLimitReject *ebpf.Variable `ebpf:"over_limit_reject"`
 	Policed         *ebpf.Variable `ebpf:"policed"`
+	Sketch          *ebpf.Variable `ebpf:"sketch"`
 	SmtpPorts       *ebpf.Variable `ebpf:"smtp_ports"`
 	Suspects4       *ebpf.Variable `ebpf:"suspects4"`
 	Suspects6       *ebpf.Variable `ebpf:"suspects6"`

@@ -19,6 +19,8 @@ static __always_inline enum glance glance_transport(__u8 proto, const struct tcp
 		return DATAGRAM;
 	if (proto != IPPROTO_TCP || (const void *)(tcp + 1) > end)
 		return UNCLEAR;
+	if (!((__u8)sketch.mail[fold(tcp->dport)] | (__u8)sketch.mail[fold(tcp->sport)]))
+		return PLAIN;
 	if (!((__u8)smtp_ports[tcp->dport] | (__u8)smtp_ports[tcp->sport]))
 		return PLAIN;
 	return smtp_ports[tcp->sport] ? UNCLEAR : MAIL;

@@ -47,6 +47,7 @@ const (
 	HostVarHasDeviceNames = "has_device_names"
 	HostVarHasExempt      = "has_exempt"
 	HostVarPoliced        = "policed"
+	HostVarSketch         = "sketch"
 	HostVarSmtpPorts      = "smtp_ports"
 	HostVarSuspects4      = "suspects4"
 	HostVarSuspects6      = "suspects6"
@@ -130,6 +131,7 @@ type HostVariableSpecs struct {
 	HasDeviceNames *ebpf.VariableSpec `ebpf:"has_device_names"`
 	HasExempt      *ebpf.VariableSpec `ebpf:"has_exempt"`
 	Policed        *ebpf.VariableSpec `ebpf:"policed"`
+	Sketch         *ebpf.VariableSpec `ebpf:"sketch"`
 	SmtpPorts      *ebpf.VariableSpec `ebpf:"smtp_ports"`
 	Suspects4      *ebpf.VariableSpec `ebpf:"suspects4"`
 	Suspects6      *ebpf.VariableSpec `ebpf:"suspects6"`
@@ -200,6 +202,7 @@ type HostVariables struct {
 	HasDeviceNames *ebpf.Variable `ebpf:"has_device_names"`
 	HasExempt      *ebpf.Variable `ebpf:"has_exempt"`
 	Policed        *ebpf.Variable `ebpf:"policed"`
+	Sketch         *ebpf.Variable `ebpf:"sketch"`
 	SmtpPorts      *ebpf.Variable `ebpf:"smtp_ports"`
 	Suspects4      *ebpf.Variable `ebpf:"suspects4"`
 	Suspects6      *ebpf.Variable `ebpf:"suspects6"`

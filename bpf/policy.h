@@ -46,4 +46,23 @@ const volatile struct suspects suspects6;
 /* By port, in network byte order. */
 const volatile bool smtp_ports[WORDS];
 
+/* The sets above by eight bits (fold()) of a port or of the first 16 bits of an address. Most
+ * packets read only these few lines of memory, which stay in the CPU's cache. The tables above
+ * are too large for that.
+ */
+struct sketch {
+	bool addr4[256];
+	bool addr6[256];
+	bool mail[256];
+};
+const volatile struct sketch sketch;
+
+/* The two bytes exclusive or: this keeps apart what belongs to the usual networks (10.0.0.0/8,
+ * 172.17.0.0/16, 192.168.0.0/16, 2000::/3) and the usual metadata services.
+ */
+static __always_inline __u8 fold(__u16 word)
+{
+	return word ^ word >> 8;
+}
+
 #endif

@@ -20,19 +20,24 @@ static __always_inline bool suspect6(const union address *a)
 /* One check for both addresses of a packet: for most packets, a single branch. */
 static __always_inline bool either_suspect4(__be32 a, __be32 b)
 {
-	return ((__u8)suspects4.first[(__u16)a] | (__u8)suspects4.first[(__u16)b]) &&
-	       (suspect4(a) || suspect4(b));
+	return ((__u8)sketch.addr4[fold(a)] | (__u8)sketch.addr4[fold(b)]) && (suspect4(a) || suspect4(b));
 }
 
 static __always_inline bool either_suspect6(const union address *a, const union address *b)
 {
-	return ((__u8)suspects6.first[a->be16[0]] | (__u8)suspects6.first[b->be16[0]]) &&
+	return ((__u8)sketch.addr6[fold(a->be16[0])] | (__u8)sketch.addr6[fold(b->be16[0])]) &&
 	       (suspect6(a) || suspect6(b));
 }
 
 static __always_inline bool suspect(const union address *a)
 {
 	return mapped4(a) ? suspect4(a->be32[3]) : suspect6(a);
+}
+
+/* False for most addresses that are not suspect. */
+static __always_inline bool near_suspect(const union address *a)
+{
+	return mapped4(a) ? sketch.addr4[fold(a->be16[6])] : sketch.addr6[fold(a->be16[0])];
 }
 
 static __always_inline __u32 port_flags(__u32 group, __u8 proto, __be16 port)

@@ -37,6 +37,7 @@ const (
 	TcVarHasExempt      = "has_exempt"
 	TcVarLinkHeader     = "link_header"
 	TcVarPoliced        = "policed"
+	TcVarSketch         = "sketch"
 	TcVarSmtpPorts      = "smtp_ports"
 	TcVarSuspects4      = "suspects4"
 	TcVarSuspects6      = "suspects6"
@@ -117,6 +118,7 @@ type TcVariableSpecs struct {
 	HasExempt      *ebpf.VariableSpec `ebpf:"has_exempt"`
 	LinkHeader     *ebpf.VariableSpec `ebpf:"link_header"`
 	Policed        *ebpf.VariableSpec `ebpf:"policed"`
+	Sketch         *ebpf.VariableSpec `ebpf:"sketch"`
 	SmtpPorts      *ebpf.VariableSpec `ebpf:"smtp_ports"`
 	Suspects4      *ebpf.VariableSpec `ebpf:"suspects4"`
 	Suspects6      *ebpf.VariableSpec `ebpf:"suspects6"`
@@ -186,6 +188,7 @@ type TcVariables struct {
 	HasExempt      *ebpf.Variable `ebpf:"has_exempt"`
 	LinkHeader     *ebpf.Variable `ebpf:"link_header"`
 	Policed        *ebpf.Variable `ebpf:"policed"`
+	Sketch         *ebpf.Variable `ebpf:"sketch"`
 	SmtpPorts      *ebpf.Variable `ebpf:"smtp_ports"`
 	Suspects4      *ebpf.Variable `ebpf:"suspects4"`
 	Suspects6      *ebpf.Variable `ebpf:"suspects6"`

@@ -196,6 +196,7 @@ func (l *loaded) share(spec *ebpf.CollectionSpec, state *maps.State) (map[string
 		bpf.EgressVarSuspects4:      l.rules.Suspects4,
 		bpf.EgressVarSuspects6:      l.rules.Suspects6,
 		bpf.EgressVarSmtpPorts:      smtpPorts,
+		bpf.EgressVarSketch:         maps.SketchOf(&l.rules.Suspects4, &l.rules.Suspects6, &smtpPorts),
 	})
 	if err != nil {
 		return nil, err

@@ -28,6 +28,26 @@ func (w *Words) setRange(first, last uint16) {
 	}
 }
 
+// Fold is a set of the values of Words, by the exclusive or of their bytes.
+type Fold [1 << 8]bool
+
+func (w *Words) fold() (f Fold) {
+	for v, set := range w {
+		if set {
+			f[uint8(v)^uint8(v>>8)] = true
+		}
+	}
+	return f
+}
+
+// Sketch is a small table that is read before Suspects and the mail ports.
+type Sketch struct{ Addr4, Addr6, Mail Fold }
+
+// SketchOf returns the sketch of these sets.
+func SketchOf(suspects4, suspects6 *Suspects, mail *Words) Sketch {
+	return Sketch{suspects4.First.fold(), suspects6.First.fold(), mail.fold()}
+}
+
 // Suspects are the first and the second 16 bits of addresses. An address is in no prefix
 // that was added if one of them is not set for it.
 type Suspects struct{ First, Second Words }

@@ -343,8 +343,12 @@ func set(w *maps.Words, address []byte) bool {
 	return w[binary.NativeEndian.Uint16(address)]
 }
 
+// suspected says whether both tables that are read in turn suspect an address, the smaller one
+// as the programs read it.
 func suspected(s *maps.Suspects, address []byte) bool {
-	return set(&s.First, address) && set(&s.Second, address[2:])
+	sketch := maps.SketchOf(s, s, new(maps.Words))
+	return sketch.Addr4[address[0]^address[1]] && sketch.Addr6 == sketch.Addr4 &&
+		set(&s.First, address) && set(&s.Second, address[2:])
 }
 
 // spellings6 are the addresses on IPv6 that mean an IPv4 address.

@@ -59,6 +59,7 @@ func TestLayout(t *testing.T) {
 	for name, value := range map[string]any{
 		bpf.EgressVarDefaultLimit: maps.LimitOf(policy.Limit{}),
 		bpf.EgressVarSmtpPorts:    maps.Words{},
+		bpf.EgressVarSketch:       maps.Sketch{},
 		bpf.EgressVarSuspects4:    maps.Suspects{},
 		bpf.EgressVarSuspects6:    maps.Suspects{},
 		bpf.EgressVarPoliced:      bpf.EgressPolicedCgroup{},
