@@ -5,6 +5,7 @@
 #   make test     run all tests
 #   make demo     show the filter at work, on this machine alone
 #   make bench    measure what the filter costs, beside other ways to filter
+#   make performance  the same for docs/performance.md, and write that page
 
 SHELL := /bin/bash
 GO ?= go
@@ -48,7 +49,7 @@ demo: build
 	@$(SUDO) internal/test/demo/demo.sh bin/egressbpf
 
 .PHONY: bench
-bench: bin/bench
+bench: build bin/bench
 	$(SUDO) bin/bench run -o bin/results.json
 
 # Less than a minute; the bounds have room for any machine.
@@ -60,6 +61,18 @@ bench-quick: bin/bench
 bin/bench:
 	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/bench ./internal/test/bench
+
+# Measures for docs/performance.md, and writes the page. Needs a quiet machine.
+.PHONY: performance
+performance: build bin/bench
+	mkdir -p docs/performance
+	$(SUDO) bin/bench run -o docs/performance/results.json
+	bin/bench report
+
+# Writes docs/performance.md and its plots from docs/performance/results.json.
+.PHONY: performance-report
+performance-report: bin/bench
+	bin/bench report
 
 # Packages run one after the other: some compare all BPF objects of the kernel before and
 # after.

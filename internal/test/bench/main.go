@@ -9,12 +9,14 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/egressbpf/egressbpf/internal/test/bench/report"
 	"github.com/egressbpf/egressbpf/internal/test/bench/traffic"
 )
 
 // commands are the subcommands. What they return is why they failed.
 var commands = map[string]func(args []string) error{
-	"run": run,
+	"run":    run,
+	"report": report.Run,
 }
 
 func main() {
