@@ -35,7 +35,7 @@ func bounds() []bound {
 			figure: traffics(traffic.UDP4, added, one(lab.Egressbpf), measured{lab.RulesByContainer, 100}, one(lab.None))},
 		{name: "refused mail syn: egressbpf ÷ iptables-nft rules", atMost: 0.7, quick: true,
 			figure: traffics(traffic.RefusedSYN, quotient, one(lab.Egressbpf), one(lab.Rules))},
-		{name: "refused connect: egressbpf ÷ iptables-nft rules", atMost: 0.6, quick: true,
+		{name: "refused connect: egressbpf ÷ iptables-nft rules", atMost: 0.4, quick: true,
 			figure: traffics(traffic.RefusedConnect, quotient, one(lab.Egressbpf), one(lab.Rules))},
 		{name: "limiter: connections beyond the limit", atMost: 0, quick: true, figure: overAdmitted},
 

@@ -13,8 +13,8 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/bench/traffic"
 )
 
-// commands are the subcommands. What they return is why they failed.
-var commands = map[string]func(args []string) error{
+// subcommands by name. What they return is why they failed.
+var subcommands = map[string]func(args []string) error{
 	"run":    run,
 	"report": report.Run,
 }
@@ -24,12 +24,12 @@ func main() {
 		exit(traffic.Work())
 	}
 	if len(os.Args) > 1 {
-		if command := commands[os.Args[1]]; command != nil {
+		if command := subcommands[os.Args[1]]; command != nil {
 			exit(command(os.Args[2:]))
 		}
 	}
 	var names []string
-	for name := range commands {
+	for name := range subcommands {
 		names = append(names, name)
 	}
 	slices.Sort(names)

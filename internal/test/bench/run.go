@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/test/bench/commands"
 	"github.com/egressbpf/egressbpf/internal/test/bench/lab"
 	"github.com/egressbpf/egressbpf/internal/test/bench/limiter"
 	"github.com/egressbpf/egressbpf/internal/test/bench/programs"
@@ -68,7 +70,7 @@ func (o *runOptions) run() error {
 		return err
 	}
 	r := &results.Results{Machine: machine(), Costs: []results.Cost{}, Limits: []results.Limiter{}}
-	for _, part := range []func(*lab.Site, []int, *results.Results) error{o.programs, o.traffic, o.limiter} {
+	for _, part := range []func(*lab.Site, []int, *results.Results) error{o.programs, o.traffic, o.limiter, o.commands} {
 		if err := part(site, cpus, r); err != nil {
 			return err
 		}
@@ -149,6 +151,21 @@ func (o *runOptions) limiter(site *lab.Site, cpus []int, r *results.Results) (er
 		return o.wants(limiter.Part, rate.String(), f.String())
 	}
 	r.Limits, err = limiter.Measure(p)
+	return err
+}
+
+// commands measures the command that was built beside this one.
+func (o *runOptions) commands(_ *lab.Site, _ []int, r *results.Results) error {
+	if o.quick || !o.wants(commands.Part) {
+		return nil
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	progress("%s", commands.Part)
+	costs, err := commands.Measure(filepath.Join(filepath.Dir(self), "egressbpf"), 5)
+	r.Costs = append(r.Costs, costs...)
 	return err
 }
 

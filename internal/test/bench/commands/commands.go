@@ -23,10 +23,15 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/fakedocker"
 )
 
+// Part is the part of a run that this package measures.
+const Part = "commands"
+
 const (
 	few, many = 1_000, 10_000 // containers
 	burst     = 100           // of starts
 	patience  = 2 * time.Minute
+	// Between starts that are measured one by one, the CPU does other work, or sleeps.
+	singles, pause = 10, 200 * time.Millisecond
 )
 
 // Measure measures a binary of egressbpf, such as bin/egressbpf, several rounds. It needs
@@ -53,14 +58,15 @@ func Measure(binary string, rounds int) ([]results.Cost, error) {
 func measure(binary string, containers, rounds int, starts bool) ([]results.Cost, error) {
 	var costs []*results.Cost
 	cost := func(operation string) *results.Cost {
-		c := &results.Cost{Part: "commands", Operation: operation, Filter: "egressbpf", Containers: containers, CPUs: 1, Unit: "ns"}
+		c := &results.Cost{Part: Part, Operation: operation, Filter: "egressbpf", Containers: containers, CPUs: 1, Unit: "ns"}
 		costs = append(costs, c)
 		return c
 	}
 	attach, status, stats := cost("attach"), cost("status"), cost("stats")
-	var start *results.Cost
+	var start, single *results.Cost
 	if starts {
 		start = cost("container start, service's CPU")
+		single = cost("container start after a pause, service's CPU")
 	}
 	err := onHost(binary, func(h *host) error {
 		for n := range containers {
@@ -89,11 +95,17 @@ func measure(binary string, containers, rounds int, starts bool) ([]results.Cost
 			if start == nil {
 				continue
 			}
-			took, err := h.measureStarts(containers)
-			if err != nil {
-				return err
+			for _, c := range []struct {
+				cost  *results.Cost
+				n     int
+				pause time.Duration
+			}{{start, burst, 0}, {single, singles, pause}} {
+				took, err := h.measureStarts(containers, c.n, c.pause)
+				if err != nil {
+					return err
+				}
+				c.cost.Samples = append(c.cost.Samples, float64(took)/float64(c.n))
 			}
-			start.Samples = append(start.Samples, float64(took)/burst)
 		}
 		return nil
 	})
@@ -242,8 +254,9 @@ func (h *host) run(args ...string) (time.Duration, error) {
 	return cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), nil
 }
 
-// measureStarts returns the CPU time that the service takes for a burst of starts.
-func (h *host) measureStarts(others int) (took time.Duration, err error) {
+// measureStarts returns the CPU time that the service takes for n starts, with a pause before
+// each.
+func (h *host) measureStarts(others, n int, pause time.Duration) (took time.Duration, err error) {
 	s, err := h.startService()
 	if err != nil {
 		return 0, err
@@ -252,9 +265,8 @@ func (h *host) measureStarts(others int) (took time.Duration, err error) {
 	if err := s.waitFor(others); err != nil {
 		return 0, err
 	}
-	first := others
-	for n := first; n < first+burst; n++ {
-		if err := h.startContainer(n); err != nil {
+	for i := range n {
+		if err := h.startContainer(others + i); err != nil {
 			return 0, err
 		}
 	}
@@ -262,15 +274,16 @@ func (h *host) measureStarts(others int) (took time.Duration, err error) {
 	if err != nil {
 		return 0, err
 	}
-	for n := first; n < first+burst; n++ {
-		h.docker.Tell("start", id(n))
+	for i := range n {
+		time.Sleep(pause)
+		h.docker.Tell("start", id(others+i))
 	}
-	if err := s.waitFor(others + burst); err != nil {
+	if err := s.waitFor(others + n); err != nil {
 		return 0, err
 	}
 	after, err := s.cpu()
-	for n := first; n < first+burst; n++ {
-		err = errors.Join(err, h.stopContainer(n))
+	for i := range n {
+		err = errors.Join(err, h.stopContainer(others+i))
 	}
 	return after - before, err
 }

@@ -17,8 +17,8 @@ func TestMeasure(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(costs) != 4 {
-		t.Errorf("got %d costs, want 4", len(costs))
+	if len(costs) != 5 {
+		t.Errorf("got %d costs, want 5", len(costs))
 	}
 	for _, c := range costs {
 		if len(c.Samples) != 2 || c.Samples[0] <= 0 || c.Samples[1] <= 0 || c.Part != "commands" || c.Containers != 10 {

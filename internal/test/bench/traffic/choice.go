@@ -14,7 +14,7 @@ func Sensible(op Operation, f lab.Filter) bool {
 		// Filters of one container's cgroup do not see it; others do not differ by how
 		// many containers there are.
 		return !many && f.Name != lab.IPAddressDeny
-	case RefusedConnect:
+	case RefusedConnect, RefusedSocket:
 		if f.Prefixes > 1 {
 			return false
 		}

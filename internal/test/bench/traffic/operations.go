@@ -2,6 +2,7 @@ package traffic
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 
 	"golang.org/x/sys/unix"
@@ -43,6 +44,7 @@ const (
 	UDPInto                = "udp4 into the host from outside"
 	RoundTripInto          = "round trip tcp4 into the host from outside"
 	RefusedConnect         = "refused connect"
+	RefusedSocket          = "refused connect, with its socket"
 	RefusedMail            = "refused mail connect"
 	RefusedSYN             = "refused mail syn"
 )
@@ -63,7 +65,8 @@ func Operations() []Operation {
 		{Name: Connect4, from: confined, prepare: connectTo(lab.Server4)},
 		{Name: Connect6, from: confined, prepare: connectTo(lab.Server6)},
 		{Name: RefusedSYN, from: confined, Refused: true, prepare: rawSYNs},
-		{Name: RefusedConnect, from: confined, Refused: true, prepare: attempts(lab.Metadata4, 80)},
+		{Name: RefusedConnect, from: confined, Refused: true, prepare: repeated(lab.Metadata4, 80)},
+		{Name: RefusedSocket, from: confined, Refused: true, prepare: attempts(lab.Metadata4, 80)},
 		{Name: RefusedMail, from: confined, Refused: true, prepare: attempts(lab.Server4, 25)},
 	}
 	for i := range all {
@@ -233,6 +236,26 @@ func rawSYNs(w *worker) (do, error) {
 		}
 		return nil
 	}, nil
+}
+
+// repeated begins to connect one socket to an address, and gives up at once, again and again.
+// It does not wait: of the ICMP errors of REJECT, the kernel sends a few in a second.
+func repeated(a netip.Addr, port uint16) func(*worker) (do, error) {
+	return func(w *worker) (do, error) {
+		to, none := newAddress(a, port), make(address, 16) // of AF_UNSPEC
+		fd, err := socketIn(w.container, unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK)
+		return func(n int) error {
+			for range n {
+				if err := connect(fd, to); !errors.Is(err, unix.EINPROGRESS) && !errors.Is(err, unix.ECONNREFUSED) {
+					return fmt.Errorf("connect to %s: got %v, want it refused", a, err)
+				}
+				if err := connect(fd, none); err != nil {
+					return fmt.Errorf("disconnect: %w", err)
+				}
+			}
+			return nil
+		}, err
+	}
 }
 
 // attempts begins to connect to an address, and gives up at once. Nobody listens there: what
