@@ -104,7 +104,7 @@ func (o *runOptions) programs(site *lab.Site, _ []int, r *results.Results) error
 // replicas is how many labs a filter has in a round. What others are compared with has more, so
 // that the place of one does not shift all figures.
 func replicas(f lab.Filter) int {
-	if f.Containers == 1 && slices.Contains([]string{lab.None, lab.EmptyPrograms, lab.Egressbpf, lab.Rules}, f.Name) {
+	if f.Containers == 1 && slices.Contains([]string{lab.None, lab.EmptyPrograms, lab.EmptyNetfilter, lab.HostAlone, lab.Egressbpf, lab.Rules}, f.Name) {
 		return 3
 	}
 	return 1

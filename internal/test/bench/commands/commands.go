@@ -65,7 +65,7 @@ func measure(binary string, containers, rounds int, starts bool) ([]results.Cost
 	attach, status, stats := cost("attach"), cost("status"), cost("stats")
 	var start, single *results.Cost
 	if starts {
-		start = cost("container start, service's CPU")
+		start = cost("container start in a burst, service's CPU")
 		single = cost("container start after a pause, service's CPU")
 	}
 	err := onHost(binary, func(h *host) error {
@@ -270,7 +270,7 @@ func (h *host) measureStarts(others, n int, pause time.Duration) (took time.Dura
 			return 0, err
 		}
 	}
-	before, err := s.cpu()
+	before, err := s.settled()
 	if err != nil {
 		return 0, err
 	}
@@ -325,6 +325,22 @@ func (s *service) cpu() (time.Duration, error) {
 		return 0, fmt.Errorf("read the CPU time of the service: %w", err)
 	}
 	return time.Duration(ts.Nano()), nil
+}
+
+// settled waits until the service has done what it does at its start, and returns the CPU time
+// that it has taken.
+func (s *service) settled() (now time.Duration, err error) {
+	const look, idle = 200 * time.Millisecond, 10 * time.Millisecond
+	err = eventually(func() (bool, error) {
+		before, err := s.cpu()
+		if err != nil {
+			return false, err
+		}
+		time.Sleep(look)
+		now, err = s.cpu()
+		return now-before < idle, err
+	})
+	return now, err
 }
 
 // waitFor waits until the service has applied its rule to a number of containers.

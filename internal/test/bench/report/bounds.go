@@ -217,20 +217,20 @@ func (d data) serviceBound() bound {
 	const limit, others = 2e6, 1000
 	b := bound{id: "service-start", what: "The service's CPU time for the start of a container, beside " + count(others, "other"),
 		must: "at most " + plain(limit/1e6) + " ms"}
-	for _, c := range d.costs(commands, func(c results.Cost) bool { return strings.HasPrefix(c.Operation, serviceCPU) && c.Containers >= others }) {
+	for _, c := range d.costs(commands, func(c results.Cost) bool { return strings.HasPrefix(c.Operation, startCPU) && c.Containers >= others }) {
 		if len(c.Samples) == 0 {
-			b.rows = append(b.rows, unmeasured(count(c.Containers, "container"), errors.New(c.Missing)))
+			b.rows = append(b.rows, unmeasured(c.Operation, errors.New(c.Missing)))
 			continue
 		}
 		if c.Unit != "ns" {
-			b.rows = append(b.rows, unmeasured(count(c.Containers, "container"), fmt.Errorf("the unit is %q instead of ns", c.Unit)))
+			b.rows = append(b.rows, unmeasured(c.Operation, fmt.Errorf("the unit is %q instead of ns", c.Unit)))
 			continue
 		}
 		f := summarise(c.Samples)
-		b.rows = append(b.rows, atMost(count(c.Containers, "container"), f, limit, f.text(quantity(c.Unit))))
+		b.rows = append(b.rows, atMost(c.Operation, f, limit, f.text(quantity(c.Unit))))
 	}
 	if len(b.rows) == 0 {
-		b.rows = append(b.rows, unmeasured("", fmt.Errorf("the results have no “%s” with %s", serviceCPU, count(others, "container"))))
+		b.rows = append(b.rows, unmeasured("", fmt.Errorf("the results have no “%s” with %s", startCPU, count(others, "container"))))
 	}
 	return b
 }

@@ -20,26 +20,28 @@ const (
 	withoutHost    = "egressbpf without host side"
 	hostAlone      = "host side alone"
 	tool           = "egressbpf"
-	nftRules       = "iptables-nft rules"
-	legacyRules    = "iptables-legacy rules"
-	perContainer   = "per-container rules"
-	hashlimit      = "hashlimit"
-	nftablesSet    = "nftables set"
-	addressDeny    = "IPAddressDeny"
+	// byTrafficControl is a way not taken.
+	byTrafficControl = "egressbpf, host side by traffic control"
+	nftRules         = "iptables-nft rules"
+	legacyRules      = "iptables-legacy rules"
+	perContainer     = "per-container rules"
+	hashlimit        = "hashlimit"
+	nftablesSet      = "nftables set"
+	addressDeny      = "IPAddressDeny"
 
 	udp4           = "udp4 from a container"
 	udp6           = "udp6 from a container"
 	udpIntoHost    = "udp4 into the host from outside"
 	refusedConnect = "refused connect"
 	refusedMail    = "refused mail syn"
-	serviceCPU     = "container start, service's CPU"
+	startCPU       = "container start" // and how the containers start
 	pass           = "pass tcp4 64 B"
 	crowdedPass    = "tcp4, 10,000 containers"
 )
 
 // filters is the order of filters in tables.
 var filters = []string{
-	none, noneLegacy, emptyProgram, emptyPrograms, emptyNetfilter, withoutHost, hostAlone, tool,
+	none, noneLegacy, emptyProgram, emptyPrograms, emptyNetfilter, withoutHost, hostAlone, tool, byTrafficControl,
 	nftRules, legacyRules, perContainer, hashlimit, nftablesSet, addressDeny,
 }
 

@@ -97,7 +97,7 @@ func madeUp() results.Results {
 	add(commands, "attach", tool, 10_000, 1, 3.5e6)
 	add(commands, "container start", none, 1000, 1, 1e9)
 	add(commands, "container start", tool, 1000, 1, 1.001e9)
-	add(commands, serviceCPU, tool, 1000, 1, 1.5e6)
+	add(commands, startCPU+", service's CPU", tool, 1000, 1, 1.5e6)
 	memory := add(commands, "kernel memory", tool, 10_000, 1, 0)
 	memory.Unit, memory.Samples = "bytes", []float64{3 << 20}
 	absent(commands, "stats", tool, "nobody ran it")

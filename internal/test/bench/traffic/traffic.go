@@ -176,6 +176,10 @@ func (p Plan) slices(costs []*cost, hosts []*host) error {
 	for range p.Slices {
 		for _, i := range rand.Perm(len(turns)) {
 			t := turns[i]
+			// Another lab had the CPU and its caches, as no other host has.
+			if _, err := t.do(t.operation, t.n/3); err != nil {
+				return fmt.Errorf("%s: %w", t.lab.Filter, err)
+			}
 			ns, err := t.do(t.operation, t.n)
 			if err != nil {
 				return fmt.Errorf("%s: %w", t.lab.Filter, err)
