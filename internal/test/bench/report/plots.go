@@ -306,7 +306,7 @@ func (d data) trafficPlot(axis string, reference float64, want func(results.Cost
 }
 
 func isRefused(c results.Cost) bool {
-	return c.Operation == refusedConnect || c.Operation == refusedMail
+	return strings.HasPrefix(c.Operation, "refused ")
 }
 
 func (d data) ratiosPlot() ([]byte, error) {
