@@ -369,6 +369,47 @@ func TestOutermost(t *testing.T) {
 	}
 }
 
+// Cgroups that are nested too deeply for a path do not hide the others.
+func TestOutOfReach(t *testing.T) {
+	root, top := testenv.Root(t), testenv.Cgroup(t)
+	base, err := root.Rel(top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	nest(t, testenv.Child(t, top, "a"))
+	testenv.Child(t, top, "is")
+	found, err := root.Outermost(base, func(rel string) bool { return filepath.Base(rel) == "is" })
+	if err != nil || len(found) != 1 {
+		t.Errorf("got %v, %.200v", found, err)
+	}
+	if err := root.Processes(base, func(int) {}); err != nil {
+		t.Errorf("look for processes: %.200v", err)
+	}
+}
+
+// nest makes cgroups, each in the one before, whose paths are longer than PATH_MAX at the end.
+// They are removed after the test.
+func nest(t *testing.T, path string) {
+	t.Helper()
+	at, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	for range 17 {
+		if err != nil {
+			t.Fatal(err)
+		}
+		parent, name := at, strings.Repeat("x", 255)
+		if err := unix.Mkdirat(parent, name, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := errors.Join(unix.Unlinkat(parent, name, unix.AT_REMOVEDIR), unix.Close(parent)); err != nil {
+				t.Error(err)
+			}
+		})
+		at, err = unix.Openat(parent, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	}
+	unix.Close(at)
+}
+
 func TestContainers(t *testing.T) {
 	// Others would take them for Docker's.
 	unlock, err := testenv.LockHost()

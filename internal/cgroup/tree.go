@@ -74,13 +74,13 @@ func (r Root) populated(rel string) bool {
 
 // walk calls fn for the cgroup rel and all cgroups below it, until fn returns an error.
 // fs.SkipDir leaves out the cgroups below, and fs.SkipAll ends the walk without an error. It
-// is no error if cgroups come and go meanwhile.
+// is no error if cgroups come and go meanwhile. walk leaves out cgroups that are out of reach.
 //
 // A host can have thousands of cgroups, and each has dozens of files. So walk asks nothing
 // about the files, and does not open a directory without directories.
 func (r Root) walk(rel string, fn func(Cgroup) error) error {
 	id, err := r.ID(rel)
-	if isGone(err) {
+	if outOfReach(err) {
 		return nil
 	}
 	if err == nil {
@@ -100,7 +100,7 @@ func (r Root) walkFrom(c Cgroup, fn func(Cgroup) error) error {
 		return err
 	}
 	children, err := r.children(c.Rel)
-	if err != nil && !isGone(err) {
+	if err != nil && !outOfReach(err) {
 		return err
 	}
 	for _, child := range children {
@@ -111,8 +111,12 @@ func (r Root) walkFrom(c Cgroup, fn func(Cgroup) error) error {
 	return nil
 }
 
-// isGone says whether an error means that a cgroup was removed.
-func isGone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) }
+// outOfReach says whether an error means that a cgroup was removed, or that its path is longer
+// than the kernel takes. A user to whom a cgroup was delegated can nest cgroups so deeply that no
+// path names them, and must not stop a walk by that. No engine can start a container there.
+func outOfReach(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENAMETOOLONG)
+}
 
 // children returns the cgroups in the directory of another one, in order of their names.
 func (r Root) children(rel string) (found []Cgroup, err error) {
