@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -23,7 +24,7 @@ import (
 )
 
 // patience is how long one step may take.
-const patience = 20 * time.Second
+var patience = 20 * time.Second
 
 // coveragePatience is how long the daemon looks for containers that are not covered.
 // Containers that start meanwhile wait for their rules.
@@ -245,15 +246,20 @@ func (d *Daemon) event(ctx context.Context, e container.Event) {
 	if !d.learn(ctx, e) {
 		return
 	}
-	if e.Action != container.Changed {
+	switch {
+	case e.Action != container.Changed:
 		d.apply(ctx)
+		return
+	case d.due != nil:
+		// All are looked at soon. Another command may hold the lock for long, and one
+		// container after another would wait for it.
 		return
 	}
 	c, ok := d.Containers.Locate(d.Root, e.ID)
 	if ok {
 		ok = d.applyTo(ctx, c)
 	}
-	if (!ok || d.behind) && d.due == nil {
+	if !ok || d.behind {
 		d.due = time.After(soon)
 	}
 }
@@ -289,6 +295,9 @@ func (d *Daemon) apply(ctx context.Context) {
 	})
 	if d.behind = err != nil; err != nil {
 		d.Log.Error("rules not applied to all containers", "err", err)
+		if errors.Is(err, loader.ErrBusy) {
+			d.due = time.After(soon)
+		}
 		return
 	}
 	d.revoke = false

@@ -340,7 +340,6 @@ func TestFlood(t *testing.T) {
 	s.stop() // at once
 }
 
-// TestRepair takes off what the daemon has attached.
 // A container that Docker would not tell of when it started gets its rule later.
 func TestMissedStart(t *testing.T) {
 	s := newService(t, rulesText)
@@ -386,6 +385,37 @@ func TestReplacedMaps(t *testing.T) {
 	}
 }
 
+// While another command holds the lock, containers that start do not wait for it one by one. They
+// get their rules once the lock is free.
+func TestBusy(t *testing.T) {
+	s := newService(t, rulesText)
+	t.Cleanup(daemon.SetPace(time.Hour))
+	const patience = 200 * time.Millisecond
+	t.Cleanup(daemon.SetPatience(patience))
+	s.startBesideMailer()
+	for n := 2; n < 22; n++ {
+		s.container(n)
+	}
+	lock, err := os.Open(s.Filter.Pins())
+	check(t, err)
+	defer lock.Close()
+	check(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
+	for n := 2; n < 22; n++ {
+		s.engine.Run("start", id(n), fmt.Sprint("mailer-", n), nil)
+	}
+	const one, all = "rules not applied to a container", "rules not applied to all containers"
+	s.eventually("nobody gets the lock", func() bool { return strings.Contains(s.log.String(), all) })
+	told := s.told("WATCHDOG=1")
+	s.eventually("the watchdog is told", func() bool { return s.told("WATCHDOG=1") > told })
+	if n := strings.Count(s.log.String(), one); n > 1 {
+		t.Errorf("%d containers have waited for the lock", n)
+	}
+	check(t, lock.Close())
+	for n := 2; n < 22; n++ {
+		s.eventually(fmt.Sprint("the rule of container ", n), func() bool { return s.burst(n) == 30 })
+	}
+}
+
 // A container that has no cgroup of its own is one all the same, as Docker says.
 func TestUncovered(t *testing.T) {
 	s := newService(t, "")
@@ -398,6 +428,7 @@ func TestUncovered(t *testing.T) {
 	s.eventually("systemctl tells", func() bool { return s.told("STATUS=enforcing, containers not covered: ") > 0 })
 }
 
+// TestRepair takes off what the daemon has attached.
 func TestRepair(t *testing.T) {
 	s := newService(t, "")
 	s.start()

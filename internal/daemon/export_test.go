@@ -14,6 +14,13 @@ func SetPace(every time.Duration) (restore func()) {
 	return func() { checkEvery, lookEvery = check, look }
 }
 
+// SetPatience shortens what a step may take. It returns how to undo that.
+func SetPatience(longest time.Duration) (restore func()) {
+	before := patience
+	patience = longest
+	return func() { patience = before }
+}
+
 // Begin does what comes before the first event, and returns how to undo that.
 func (d *Daemon) Begin(ctx context.Context) (end func(), err error) {
 	d.control = d.Filter.Control()
