@@ -211,6 +211,29 @@ func TestChangeState(t *testing.T) {
 	}
 }
 
+// A Control lets go of maps that were detached.
+func TestControlAfterDetach(t *testing.T) {
+	h := newHost(t)
+	h.mustAttach(withBurst(5), "a")
+	control := h.Control()
+	t.Cleanup(func() { check(t, control.Close()) })
+	set := func() error {
+		return control.Change(t.Context(), func(s *maps.State) error { return s.SetLimit(h.id("a"), policy.Limit{Burst: 3}) })
+	}
+	check(t, set())
+	before := h.objects()
+	h.mustDetach()
+	if err := set(); !errors.Is(err, loader.ErrNotAttached) {
+		t.Errorf("got %v, want %v", err, loader.ErrNotAttached)
+	}
+	h.nothingLeft(before)
+	h.mustAttach(withBurst(5), "a")
+	check(t, set())
+	if containers, _ := h.counters(); containers[h.id("a")].Limit.Burst != 3 {
+		t.Errorf("got %+v", containers[h.id("a")])
+	}
+}
+
 // Whoever reads counters while maps are replaced finds the same counts each time.
 func TestReadersInMigration(t *testing.T) {
 	t.Parallel()

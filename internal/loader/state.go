@@ -102,7 +102,8 @@ func (c *Control) Change(ctx context.Context, do func(*maps.State) error) error 
 	f := c.filter
 	unlock, err := f.pins.LockExisting(ctx)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%w (no pins at %s)", ErrNotAttached, f.pins)
+		// Nothing else may use the maps any more.
+		return errors.Join(fmt.Errorf("%w (no pins at %s)", ErrNotAttached, f.pins), c.Close())
 	}
 	if err != nil {
 		return err
