@@ -109,14 +109,15 @@ func (d *Daemon) Remove(id string) {
 // Tell tells of an action.
 func (d *Daemon) Tell(action, id string) {
 	now := time.Now()
-	text := mustMarshal(map[string]any{
+	event := mustMarshal(map[string]any{
 		"Type": "container", "Action": action, "Actor": map[string]any{"ID": id, "Attributes": map[string]string{"name": "n"}},
 		"scope": "local", "time": now.Unix(), "timeNano": now.UnixNano(),
 	})
+	event = append(event, '\n')
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for l := range d.listeners {
-		l <- append(text, '\n')
+		l <- event
 	}
 }
 
