@@ -266,17 +266,27 @@ func (r Root) Find(id uint64) (string, error) {
 	return r.Rel(path) // r goes through a symbolic link
 }
 
+// below returns the path of a cgroup from the root if its directory has the path of the mount
+// at the beginning.
+func (r Root) below(path string) (rel string, ok bool) {
+	rel, ok = strings.CutPrefix(path, strings.TrimRight(string(r), "/"))
+	if rel == "" {
+		return "/", ok
+	}
+	return rel, ok && rel[0] == '/'
+}
+
 // OfProcess returns the cgroup of a process, as [Root.Rel] does. The error wraps
 // fs.ErrNotExist if there is no such process.
 func OfProcess(pid int) (string, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	text, err := read(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if errors.Is(err, unix.ESRCH) {
 		return "", fs.ErrNotExist
 	}
 	if err != nil {
 		return "", err
 	}
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(text) {
 		if rel, ok := strings.CutPrefix(line, "0::"); ok {
 			// The kernel adds this to the path of a removed cgroup.
 			return strings.TrimSuffix(strings.TrimSuffix(rel, "\n"), " (deleted)"), nil

@@ -19,16 +19,6 @@ type Cgroup struct {
 	ID  uint64
 }
 
-// below returns the path of a cgroup from the root if its directory has the path of the mount
-// at the beginning.
-func (r Root) below(path string) (rel string, ok bool) {
-	rel, ok = strings.CutPrefix(path, strings.TrimRight(string(r), "/"))
-	if rel == "" {
-		return "/", ok
-	}
-	return rel, ok && rel[0] == '/'
-}
-
 // Outermost returns the cgroups below rel for which is returns true, except those below
 // another one of them. They are in order of their paths.
 func (r Root) Outermost(rel string, is func(rel string) bool) ([]Cgroup, error) {
