@@ -220,6 +220,25 @@ func TestAttachWaitsForDetach(t *testing.T) {
 	}
 }
 
+// A service that waits for a detach does not make the directory again.
+func TestFollowWaitsForDetach(t *testing.T) {
+	h := newHost(t)
+	h.mustAttach(withBurst(5), "a")
+	before := h.objects()
+	done := make(chan error)
+	var once sync.Once
+	h.SetFault(func(string) error {
+		once.Do(func() {
+			go func() { done <- loader.New(h.pins, h.root).Follow(t.Context(), true) }()
+			time.Sleep(20 * time.Millisecond) // until it waits for the lock
+		})
+		return nil
+	})
+	h.mustDetach()
+	check(t, <-done)
+	h.nothingLeft(before)
+}
+
 func TestParallelAttach(t *testing.T) {
 	h := newHost(t)
 	names := []string{"a", "b"}

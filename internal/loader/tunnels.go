@@ -118,10 +118,10 @@ func (f *Filter) CloseTunnels(ctx context.Context) error {
 }
 
 func (f *Filter) judgeDelivered(ctx context.Context) (err error) {
-	if all, err := f.pins.All(); err != nil || len(all) == 0 {
-		return err
+	unlock, err := f.pins.LockExisting(ctx)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // nothing is attached
 	}
-	unlock, _, err := f.pins.Lock(ctx)
 	if err != nil {
 		return err
 	}
