@@ -227,6 +227,13 @@ func (n *netfilter) spare(prog *ebpf.Program, change *pins.Change) (err error) {
 	return err
 }
 
+// forget closes the program of a hook that is left out, with which it could be attached.
+func (n *netfilter) forget() error {
+	deliver := n.deliver
+	n.deliver = nil
+	return deliver.Close()
+}
+
 // judgeDelivered attaches or detaches what judges packets to the host itself, if there are
 // tunnels now or there are none any more.
 func (n *netfilter) judgeDelivered(change *pins.Change) error {
@@ -253,6 +260,10 @@ func (n *netfilter) judgeDelivered(change *pins.Change) error {
 		if err != nil {
 			return fmt.Errorf("hook %s: %w", h.name, err)
 		}
+	}
+	if must {
+		// The next one to be left out may be another, with other maps.
+		return n.spare(nil, change)
 	}
 	return nil
 }

@@ -108,7 +108,7 @@ func (f *Filter) Follow(ctx context.Context, follows bool) error {
 func (f *Filter) CloseTunnels(ctx context.Context) error {
 	found, err := f.host.tunnels.find()
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return f.judgeDelivered(ctx)
 	}
 	if err != nil {
 		return err
@@ -120,7 +120,7 @@ func (f *Filter) CloseTunnels(ctx context.Context) error {
 func (f *Filter) judgeDelivered(ctx context.Context) (err error) {
 	unlock, err := f.pins.LockExisting(ctx)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // nothing is attached
+		return f.host.netfilter.forget() // nothing is attached
 	}
 	if err != nil {
 		return err

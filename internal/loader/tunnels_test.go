@@ -96,6 +96,39 @@ func (h *host) delivers() bool {
 	return n > 0
 }
 
+// A service keeps nothing of a filter that another process has detached.
+func TestFollowAfterDetach(t *testing.T) {
+	ownNetwork(t)
+	h := newHost(t)
+	if !hasNetfilter(t) {
+		return
+	}
+	ctx := t.Context()
+	other := loader.New(h.Pins(), h.root)
+	p := policy.Default()
+	h.mustAttach(p, "a")
+	before := h.objects()
+	check(t, h.Follow(ctx, true))
+	check(t, other.Detach(ctx, nil))
+	check(t, h.CloseTunnels(ctx))
+	h.nothingLeft(before)
+
+	// Nor if what was left out has come into force meanwhile.
+	h.mustAttach(p, "a")
+	tunnel := &netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "vxlan1"}, VxlanId: 1, Port: 7001}
+	check(t, netlink.LinkAdd(tunnel))
+	check(t, netlink.LinkSetUp(tunnel))
+	check(t, h.CloseTunnels(ctx))
+	if !h.delivers() {
+		t.Error("there is a tunnel, and packets to the host are not judged")
+	}
+	before = h.objects()
+	check(t, other.Detach(ctx, nil))
+	check(t, other.Attach(ctx, h.paths("a"), p))
+	check(t, h.CloseTunnels(ctx))
+	before.gone(t)
+}
+
 // TestFollowTunnels judges packets to the host itself while there is a tunnel, and, without a
 // process that follows the tunnels, always.
 func TestFollowTunnels(t *testing.T) {
