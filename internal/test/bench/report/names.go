@@ -34,9 +34,10 @@ const (
 	udpIntoHost    = "udp4 into the host from outside"
 	refusedConnect = "refused connect"
 	refusedMail    = "refused mail syn"
-	startCPU       = "container start" // and how the containers start
-	pass           = "pass tcp4 64 B"
-	crowdedPass    = "tcp4, 10,000 containers"
+	// Between these stands how the containers start.
+	startCPU, ofService = "container start", "service's CPU"
+	pass                = "pass tcp4 64 B"
+	crowdedPass         = "tcp4, 10,000 containers"
 )
 
 // filters is the order of filters in tables.

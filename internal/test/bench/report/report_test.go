@@ -266,7 +266,7 @@ func TestBounds(t *testing.T) {
 		"refused-mail":       {"iptables-nft rules": exceeded, "iptables-legacy rules": notMeasured},
 		"refused-connect":    {"iptables-nft rules": exceeded, "iptables-legacy rules": notMeasured},
 		"limiter":            {"1 CPU": holds, "2 CPUs": exceeded},
-		"service-start":      {"1,000 containers": holds},
+		"service-start":      {"container start, service's CPU": holds},
 	}
 	bounds := madeUpData(t, nil).bounds()
 	if len(bounds) != len(want) {
