@@ -19,8 +19,8 @@ type device struct {
 	missed, lost bool
 }
 
-// devices returns a channel of bridges as they are made, and of tunnels as they come up,
-// until ctx ends; nil if the kernel sends no messages. The periodic check finds other
+// devices returns a channel of bridges as they are made, and of tunnels as they appear or
+// change, until ctx ends; nil if the kernel sends no messages. The periodic check finds other
 // devices.
 func (d *Daemon) devices(ctx context.Context) <-chan device {
 	updates, err := d.subscribe(ctx)
@@ -47,8 +47,8 @@ func (d *Daemon) devices(ctx context.Context) <-chan device {
 						tell(device{name: u.Attrs().Name, kind: "bridge"})
 					}
 				default:
-					// A tunnel has its port from the moment that it is
-					// up.
+					// A tunnel is judged once it is there, and its port is
+					// closed once it is up.
 					if loader.MayBeTunnel(u.Link) {
 						tell(device{name: u.Attrs().Name, kind: u.Type()})
 					}

@@ -95,8 +95,8 @@ func loadTunnels() (*ebpf.Program, error) {
 }
 
 // Follow says whether this process follows the host's tunnels: whether it calls CloseTunnels
-// as soon as MayBeTunnel is true of a device that came up. Until it ends, it has to say that
-// it no longer does.
+// as soon as a device appears or changes of which MayBeTunnel is true. Before it ends, it has
+// to say that it no longer does.
 func (f *Filter) Follow(ctx context.Context, follows bool) error {
 	f.host.netfilter.follows = follows
 	return f.judgeDelivered(ctx)
@@ -131,15 +131,17 @@ func (f *Filter) judgeDelivered(ctx context.Context) (err error) {
 	return f.host.netfilter.judgeDelivered(change)
 }
 
-// MayBeTunnel says whether a device that is up could unpack IP packets from packets that the
-// host receives: true of every kind that is not known to do nothing of the sort.
+// MayBeTunnel says whether a device could unpack IP packets from packets that the host
+// receives: true of every kind that is not known to do nothing of the sort. A device that is
+// down counts too. It can be moved to another network namespace before it is set up there, and
+// the host does not see it then, but unpacks its packets. Of tunnels by IP protocols the host
+// still sees the device that the kernel makes for each kind, such as tunl0.
 func MayBeTunnel(l netlink.Link) bool {
-	if l.Attrs().Flags&net.FlagUp == 0 {
-		return false // as are those that the kernel makes by itself, such as tunl0
-	}
-	switch l.Type() {
-	case "device", "bond", "bridge", "dummy", "ifb", "ipvlan", "ipvtap", "macvlan", "macvtap", "nlmon", "team", "tuntap", "veth", "vlan", "vrf":
+	switch a := l.Attrs(); l.Type() {
+	case "bond", "bridge", "dummy", "ifb", "ipvlan", "ipvtap", "macvlan", "macvtap", "nlmon", "team", "tuntap", "veth", "vlan", "vrf":
 		return false
+	case "device": // of no kind: hardware, which has a parent; the loopback device; or L2TP
+		return a.ParentDev == "" && a.Flags&net.FlagLoopback == 0
 	}
 	return true
 }
@@ -151,7 +153,7 @@ func (t tunnels) exist() (bool, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return true, nil // the kernel does not tell
 	}
-	if err != nil || len(ports) > 0 {
+	if err != nil || len(ports) > 0 || kindsHidden() {
 		return true, err
 	}
 	links, err := links()
@@ -159,6 +161,13 @@ func (t tunnels) exist() (bool, error) {
 		return true, err
 	}
 	return compressed()
+}
+
+// kindsHidden says whether the kernel makes no device for each kind of tunnel. Then nobody can
+// tell whether there is a tunnel whose device is in another network namespace.
+func kindsHidden() bool {
+	value, err := os.ReadFile("/proc/sys/net/core/fb_tunnels_only_for_init_net")
+	return err == nil && strings.TrimSpace(string(value)) == "2"
 }
 
 // compressed says whether the host unpacks compressed packets (IPComp), for which no device

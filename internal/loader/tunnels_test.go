@@ -176,12 +176,12 @@ func TestFollowTunnels(t *testing.T) {
 		} else {
 			check(t, err)
 		}
-		check(t, h.CloseTunnels(ctx))
-		wants(name+" is down", false)
-		check(t, netlink.LinkSetUp(tunnel))
 		if d := h.hostSide(); d.Active {
-			t.Errorf("%s came up: %+v, want it not active", name, d)
+			t.Errorf("%s appeared: %+v, want it not active", name, d)
 		}
+		check(t, h.CloseTunnels(ctx))
+		wants(name+" is down", true)
+		check(t, netlink.LinkSetUp(tunnel))
 		check(t, h.CloseTunnels(ctx))
 		wants(name+" is up", true)
 		h.mustAttach(p)
@@ -208,4 +208,26 @@ func TestFollowTunnels(t *testing.T) {
 	wants("the service looks", false)
 	check(t, h.Follow(ctx, false))
 	wants("the service ends", true)
+}
+
+// TestMayBeTunnel looks at devices by what the kernel tells of them.
+func TestMayBeTunnel(t *testing.T) {
+	up, loopback := net.FlagUp, net.FlagUp|net.FlagLoopback
+	for _, tt := range []struct {
+		name string
+		link netlink.Link
+		want bool
+	}{
+		{"hardware", &netlink.Device{LinkAttrs: netlink.LinkAttrs{Flags: up, ParentDev: "virtio2"}}, false},
+		{"loopback", &netlink.Device{LinkAttrs: netlink.LinkAttrs{Flags: loopback}}, false},
+		{"L2TP", &netlink.Device{LinkAttrs: netlink.LinkAttrs{Flags: up}}, true},
+		{"veth", &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Flags: up}}, false},
+		{"tunl0, which is down", &netlink.Iptun{}, true},
+		{"VXLAN on its way to another network", &netlink.Vxlan{}, true},
+		{"a kind that is not known", &netlink.GenericLink{LinkType: "new"}, true},
+	} {
+		if got := loader.MayBeTunnel(tt.link); got != tt.want {
+			t.Errorf("%s: %t, want %t", tt.name, got, tt.want)
+		}
+	}
 }
