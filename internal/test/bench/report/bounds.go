@@ -217,7 +217,9 @@ func (d data) serviceBound() bound {
 	const limit, others = 2e6, 1000
 	b := bound{id: "service-start", what: "The service's CPU time for the start of a container, beside " + count(others, "other"),
 		must: "at most " + plain(limit/1e6) + " ms"}
-	for _, c := range d.costs(commands, func(c results.Cost) bool { return strings.HasPrefix(c.Operation, startCPU) && strings.HasSuffix(c.Operation, ofService) && c.Containers >= others }) {
+	for _, c := range d.costs(commands, func(c results.Cost) bool {
+		return strings.HasPrefix(c.Operation, startCPU) && strings.HasSuffix(c.Operation, ofService) && c.Containers >= others
+	}) {
 		if len(c.Samples) == 0 {
 			b.rows = append(b.rows, unmeasured(c.Operation, errors.New(c.Missing)))
 			continue
