@@ -111,35 +111,3 @@ func (s *scene) throughNetwork(tunnel string) {
 }
 
 func toMetadata(p lab.Packet) bool { return p.Dst == at(lab.Metadata4, 80) }
-
-// TestTunnelInVRF sends a packet for the metadata service through a tunnel in a VRF to which the
-// bridge belongs: packets to the host come from the VRF's device there.
-func TestTunnelInVRF(t *testing.T) {
-	for _, first := range []string{"br0", "server"} {
-		t.Run(first+" first", func(t *testing.T) {
-			s := newScene(t)
-			s.setUp("link add vrf0 type vrf table 10", "link set vrf0 up")
-			for _, device := range []string{first, "br0", "server"} {
-				s.setUp("link set " + device + " master vrf0")
-			}
-			s.setUp("neigh replace 10.91.0.2 lladdr 02:00:00:00:91:02 dev server nud permanent",
-				"route add 169.254.169.0/24 via 10.91.0.2 vrf vrf0",
-				"link add t0 type ipip local 10.90.0.1 remote "+s.a.IPv4.String(), "link set t0 master vrf0 up")
-			seen := s.Capture(t)
-			inner := segment(at(s.a.IPv4, 2000), at(lab.Metadata4, 80), 1, 0, tcpSYN)
-			outer := lab.Header{Src: s.a.IPv4, Dst: lab.Gateway4, Proto: 4}.Packet(inner)
-			for _, want := range []int{1, 0} {
-				if err := s.a.Send("raw IP", toHost, outer); err != nil {
-					t.Fatal(err)
-				}
-				if n := lab.Count(seen.Settle(t), toMetadata); n != want {
-					t.Errorf("%d packets for the metadata service got through, want %d", n, want)
-				}
-				seen.Forget()
-				if want > 0 {
-					s.attach("--host-devices", "br0")
-				}
-			}
-		})
-	}
-}
