@@ -74,7 +74,7 @@ struct {
 	__type(value, __u64);
 } noted SEC(".maps");
 `},
-	{"bpf/egress.bpf.c", "\t__u32 why = blocked(f);\n\n\tif (why && asked", `	__u32 why = blocked(f);
+	{"bpf/egress.bpf.c", "suspect(&f->dst) ? blocked(f) : 0;\n\n\tif (why && asked", `suspect(&f->dst) ? blocked(f) : 0;
 
 	if (f->dport == bpf_htons(9) && asked_by_container(c) && *c) {
 		__u64 key = 1, one = 1, *n = bpf_map_lookup_elem(&noted, &key);
