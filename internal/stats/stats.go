@@ -39,6 +39,8 @@ type Container struct {
 	// HostReasons is HostSide by reason.
 	HostReasons Reasons `json:"host_side_reasons"`
 	SMTP        Bucket  `json:"smtp"`
+	// Refused is what the hooks refused, by reason.
+	Refused Refusals `json:"-"`
 }
 
 // Total is the sum over all containers.
@@ -50,7 +52,12 @@ type Total struct {
 	// HostReasons is HostSide by reason.
 	HostReasons Reasons `json:"host_side_reasons"`
 	SMTP        SMTP    `json:"smtp"`
+	// Refused is what the hooks refused, by reason.
+	Refused Refusals `json:"-"`
 }
+
+// Refusals is what the hooks of the containers' cgroups refused, by reason.
+type Refusals struct{ Malformed, Blocked, RateLimited, NoBucket Blocked }
 
 // Traffic is what was dropped. Bytes count from the IP header on.
 type Traffic struct {
@@ -65,7 +72,7 @@ type Reasons struct {
 	RateLimited Traffic `json:"rate_limited"`
 }
 
-// Blocked is what was sent to blocked destinations.
+// Blocked is what was sent to blocked destinations, or was refused for another reason.
 type Blocked struct {
 	Traffic
 	// Connects were refused in connect() or sendmsg(), and sent no packet.
@@ -101,13 +108,11 @@ func (b Bucket) Known() bool { return b.Burst > 0 }
 func total(c maps.Counters) Total {
 	refused := func(r bpf.EgressReason) bpf.EgressDrops { return maps.Refused(c, r) }
 	dropped := func(r bpf.EgressReason) Traffic { return Traffic{refused(r).Packets, refused(r).Bytes} }
+	all := func(r bpf.EgressReason) Blocked { return Blocked{dropped(r), refused(r).Connects} }
 	attempts := func(r bpf.EgressReason) uint64 { return refused(r).Packets + refused(r).Connects }
 	onHost := func(r bpf.EgressReason) Traffic { return Traffic{c.HostDropped[r].Packets, c.HostDropped[r].Bytes} }
 	return Total{
-		Blocked: Blocked{
-			Traffic:  dropped(bpf.EgressReasonREASON_BLOCKED),
-			Connects: refused(bpf.EgressReasonREASON_BLOCKED).Connects,
-		},
+		Blocked:   all(bpf.EgressReasonREASON_BLOCKED),
 		Malformed: dropped(bpf.EgressReasonREASON_MALFORMED),
 		Families:  Denied{c.FamiliesDenied},
 		HostSide:  Traffic{c.HostSide.Packets, c.HostSide.Bytes},
@@ -120,6 +125,12 @@ func total(c maps.Counters) Total {
 			Allowed:     c.SmtpAllowed,
 			RateLimited: attempts(bpf.EgressReasonREASON_RATE_LIMITED),
 			NoBucket:    attempts(bpf.EgressReasonREASON_NO_BUCKET),
+		},
+		Refused: Refusals{
+			Malformed:   all(bpf.EgressReasonREASON_MALFORMED),
+			Blocked:     all(bpf.EgressReasonREASON_BLOCKED),
+			RateLimited: all(bpf.EgressReasonREASON_RATE_LIMITED),
+			NoBucket:    all(bpf.EgressReasonREASON_NO_BUCKET),
 		},
 	}
 }
@@ -147,14 +158,22 @@ func (r *Reader) Close() error { return r.state.Close() }
 // Read returns the present counters. Containers for which nothing was counted have a row
 // too.
 func (r *Reader) Read() (*Stats, error) {
+	s, _, err := r.ReadFirst(math.MaxInt)
+	return s, err
+}
+
+// ReadFirst returns the present counters, as Read does, with rows for at most n containers,
+// those with the lowest ids of their cgroups. These are the oldest, so a container that has a
+// row keeps it. leftOut is how many containers have none.
+func (r *Reader) ReadFirst(n int) (s *Stats, leftOut int, err error) {
 	policed, p, err := r.filter.Policed()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	s := &Stats{Cgroups: policed, Containers: []Container{}}
+	s = &Stats{Cgroups: policed, Containers: []Container{}}
 	known, sum, err := r.counters()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	s.Total = total(sum)
 	var def *policy.Limit
@@ -164,25 +183,33 @@ func (r *Reader) Read() (*Stats, error) {
 		def = &limit
 		for _, path := range policed {
 			if err := r.addIdle(known, path, p); err != nil {
-				return nil, err
+				return nil, 0, err
 			}
 		}
 	}
 	now, err := maps.Now()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	for id, c := range known {
-		row, err := r.row(id, c, def, now)
+	ids := make([]uint64, 0, len(known))
+	for id := range known {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	if len(ids) > n {
+		ids, leftOut = ids[:n], len(ids)-n
+	}
+	for _, id := range ids {
+		row, err := r.row(id, known[id], def, now)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		s.Containers = append(s.Containers, row)
 	}
 	slices.SortFunc(s.Containers, func(a, b Container) int {
 		return cmp.Or(strings.Compare(a.Cgroup, b.Cgroup), cmp.Compare(a.CgroupID, b.CgroupID))
 	})
-	return s, nil
+	return s, leftOut, nil
 }
 
 // counters returns what is counted for each container and in total. An attach may replace the
@@ -251,7 +278,7 @@ func (r *Reader) row(id uint64, c maps.Container, def *policy.Limit, now uint64)
 	row := Container{Identity: is}
 	t := total(c.Counters)
 	row.Blocked, row.Malformed, row.Families, row.HostSide, row.HostReasons = t.Blocked, t.Malformed, t.Families, t.HostSide, t.HostReasons
-	row.SMTP.SMTP = t.SMTP
+	row.SMTP.SMTP, row.Refused = t.SMTP, t.Refused
 	limit := c.Limit
 	if limit.Burst == 0 && def == nil {
 		return row, nil
