@@ -22,9 +22,6 @@ func (v *Inventory) AddUncovered(ctx context.Context, filter *loader.Filter, s *
 	var found []loader.Uncovered
 	var errs []error
 	for _, a := range v.accounts {
-		if a.stale || a.lost || !a.Local() {
-			continue
-		}
 		more, err := a.unnamed(ctx, s)
 		found, errs = append(found, more...), append(errs, err)
 	}
@@ -38,7 +35,7 @@ func (v *Inventory) AddUncovered(ctx context.Context, filter *loader.Filter, s *
 // their cgroups.
 func (a *account) unnamed(ctx context.Context, s *loader.Status) (found []loader.Uncovered, err error) {
 	var errs []error
-	for _, id := range slices.Sorted(maps.Keys(a.running)) {
+	for _, id := range a.askable() {
 		if s.Named[id] {
 			continue
 		}
@@ -53,6 +50,16 @@ func (a *account) unnamed(ctx context.Context, s *loader.Status) (found []loader
 		}
 	}
 	return found, errors.Join(errs...)
+}
+
+// askable returns the ids of the running containers whose source can tell their processes.
+func (a *account) askable() []string {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	if a.stale || a.lost || !a.Local() {
+		return nil
+	}
+	return slices.Sorted(maps.Keys(a.running))
 }
 
 var errEnded = errors.New("the container has ended")

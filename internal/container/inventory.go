@@ -10,13 +10,16 @@ import (
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 )
 
-// Inventory is what is known about the containers on this host. Its methods must not be
-// called concurrently, except Watch.
+// Inventory is what is known about the containers on this host. Watch, Find, Name and
+// AddUncovered may be called at any time. The other methods must not be called concurrently
+// with each other.
 type Inventory struct{ accounts []*account }
 
 // account is what one source has told.
 type account struct {
 	Source
+	// mu is held to change what follows, and to read it where it may be changed meanwhile.
+	mu      sync.RWMutex
 	running map[string]Container // by id
 	stale   bool                 // the source has to list all containers again
 	lost    bool                 // the source cannot be reached
@@ -59,6 +62,8 @@ func (v *Inventory) Refresh(ctx context.Context) error {
 
 func (a *account) refresh(ctx context.Context) error {
 	all, err := a.List(ctx)
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	if a.stale = err != nil; err != nil {
 		return err
 	}
@@ -91,11 +96,15 @@ func (v *Inventory) Update(ctx context.Context, e Event) (changed bool, err erro
 		if a.lost {
 			return false, nil
 		}
+		a.mu.Lock()
+		defer a.mu.Unlock()
 		a.lost = true
 		return false, e.Err
 	case Resync:
 		return true, a.refresh(ctx)
 	case Gone:
+		a.mu.Lock()
+		defer a.mu.Unlock()
 		delete(a.running, e.ID)
 		return false, nil
 	}
@@ -106,6 +115,8 @@ func (v *Inventory) Update(ctx context.Context, e Event) (changed bool, err erro
 	if errors.Is(err, ErrNoContainer) {
 		return false, nil
 	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	if err != nil {
 		a.stale = true
 		return false, err
@@ -136,11 +147,18 @@ func (v *Inventory) of(s Source) *account {
 // Find returns the running container with an id, as its source described it.
 func (v *Inventory) Find(id string) (Container, bool) {
 	for _, a := range v.accounts {
-		if c, ok := a.running[id]; ok {
+		if c, ok := a.find(id); ok {
 			return c, true
 		}
 	}
 	return Container{}, false
+}
+
+func (a *account) find(id string) (Container, bool) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	c, ok := a.running[id]
+	return c, ok
 }
 
 // Name returns the name of the container with an id; empty if no source knows the
