@@ -150,7 +150,7 @@ func checkFlags(flags *pflag.FlagSet) (err error) {
 			values = list.GetSlice()
 		}
 		switch f.Name {
-		case "cgroup", "cgroup-root", "config", "container", "docker-host", "pin-path":
+		case "cgroup", "cgroup-root", "config", "container", "docker-host", "pin-path", "web-config-file", "web-listen":
 			if slices.Contains(values, "") {
 				err = usageError{fmt.Errorf("--%s: want a value, got none", f.Name)}
 			}
@@ -242,23 +242,36 @@ func remedyFor(err error) string {
 type output string
 
 const (
-	table    output = "table"
-	jsonText output = "json"
+	table      output = "table"
+	jsonText   output = "json"
+	prometheus output = "prometheus"
 )
 
-func (o *output) String() string { return string(*o) }
-func (o *output) Type() string   { return "table|json" }
-func (o *output) Set(s string) error {
-	if s != string(table) && s != string(jsonText) {
-		return errors.New("want table or json")
+// outputValue is the flag as pflag sees it: one of some formats.
+type outputValue struct {
+	*output
+	formats []string
+}
+
+func (o outputValue) String() string { return string(*o.output) }
+func (o outputValue) Type() string   { return strings.Join(o.formats, "|") }
+func (o outputValue) Set(s string) error {
+	if !slices.Contains(o.formats, s) {
+		last := len(o.formats) - 1
+		return fmt.Errorf("want %s or %s", strings.Join(o.formats[:last], ", "), o.formats[last])
 	}
-	*o = output(s)
+	*o.output = output(s)
 	return nil
 }
 
-func outputFlag(cmd *cobra.Command) *output {
+// outputFlag adds the flag to a command that has more formats than a table and JSON, or none.
+func outputFlag(cmd *cobra.Command, more ...output) *output {
 	o := table
-	cmd.Flags().VarP(&o, "output", "o", "output format")
+	formats := []string{string(table), string(jsonText)}
+	for _, format := range more {
+		formats = append(formats, string(format))
+	}
+	cmd.Flags().VarP(outputValue{&o, formats}, "output", "o", "output format")
 	return &o
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/egressbpf/egressbpf/internal/metrics"
 	"github.com/egressbpf/egressbpf/internal/stats"
 )
 
@@ -42,7 +43,11 @@ daemon does not answer.
   HOST      packets that got past the filter and were dropped on the host; counted
             for the container if it is known, else in the total alone
   TOKENS    mail connections the container can open right now
-  LIMIT     rate and burst that hold for the container`,
+  LIMIT     rate and burst that hold for the container
+
+With --output prometheus, prints the metrics that run serves with --web-listen, for
+node_exporter's textfile collector. If the counters cannot be read, or nothing is
+attached, the metrics say so, and the command fails.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.run(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
@@ -51,7 +56,7 @@ daemon does not answer.
 	cmd.Flags().StringVar(&o.container, "container", "", "show only this container: its name, its id or the beginning of it, or its cgroup")
 	cmd.Flags().BoolVar(&o.watch, "watch", false, "print the counters again and again until interrupted; with -o json, one object a line")
 	cmd.Flags().DurationVar(&o.interval, "interval", 2*time.Second, "time between two readings with --watch")
-	o.output = outputFlag(cmd)
+	o.output = outputFlag(cmd, prometheus)
 	return cmd
 }
 
@@ -59,9 +64,15 @@ func (o *statsOptions) run(ctx context.Context, stdout, stderr io.Writer) error 
 	if o.interval < 100*time.Millisecond {
 		return usageError{errors.New("--interval: want at least 100ms")}
 	}
+	if *o.output == prometheus && (o.container != "" || o.watch) {
+		return usageError{errors.New("--output prometheus: want neither --container nor --watch")}
+	}
 	names, err := o.names(stderr)
 	if err != nil {
 		return err
+	}
+	if *o.output == prometheus {
+		return o.metrics(ctx, stdout, names)
 	}
 	reader, err := o.reader()
 	if err != nil {
@@ -83,6 +94,27 @@ func (o *statsOptions) run(ctx context.Context, stdout, stderr io.Writer) error 
 			fmt.Fprintln(stdout)
 		}
 	}
+}
+
+// metrics prints them. What reads the output may not look at the exit code.
+func (o *statsOptions) metrics(ctx context.Context, w io.Writer, names *names) error {
+	collector := metrics.Collector{Containers: true}
+	filter, root, err := o.filter()
+	if usage := (usageError{}); errors.As(err, &usage) {
+		return err
+	}
+	if err != nil {
+		_ = collector.Write(w) // fails for the same reason
+		return err
+	}
+	collector.Filter, collector.Root = filter, root
+	if names.containers != nil {
+		if names.asked || names.containers.Started() {
+			names.refresh(ctx)
+		}
+		collector.Engines = names.containers
+	}
+	return collector.Write(w)
 }
 
 func (o *statsOptions) show(ctx context.Context, w io.Writer, reader *stats.Reader, names *names) error {

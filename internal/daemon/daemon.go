@@ -58,6 +58,9 @@ type Daemon struct {
 	Watchdog time.Duration
 	// Reload makes the daemon read the configuration again.
 	Reload <-chan os.Signal
+	// Loaded is told how each attempt to put the configuration in force went; nil if nobody
+	// wants to know.
+	Loaded func(error)
 
 	config policy.Config
 	// control changes what holds for containers.
@@ -94,11 +97,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	devices := d.devices(watchCtx)
 	d.follow(ctx, devices != nil)
 	defer d.follow(context.WithoutCancel(ctx), false)
-	config, err := d.Load()
-	if err != nil {
-		return err
-	}
-	if err := d.attach(ctx, config); err != nil {
+	if err := d.load(ctx); err != nil {
 		return err
 	}
 	defer func() {
@@ -158,6 +157,18 @@ func (d *Daemon) Run(ctx context.Context) error {
 			d.Notify("WATCHDOG=1")
 		}
 	}
+}
+
+// load reads the configuration and puts it in force.
+func (d *Daemon) load(ctx context.Context) error {
+	config, err := d.Load()
+	if err == nil {
+		err = d.attach(ctx, config)
+	}
+	if d.Loaded != nil {
+		d.Loaded(err)
+	}
+	return err
 }
 
 // attach puts a configuration in force.
@@ -229,11 +240,7 @@ func optional(s *loader.Status) (names []string) {
 func (d *Daemon) reload(ctx context.Context) {
 	d.Notify(fmt.Sprintf("RELOADING=1\nMONOTONIC_USEC=%d", monotonic().Microseconds()))
 	defer func() { d.Notify("READY=1\n" + d.statusText(ctx)) }()
-	config, err := d.Load()
-	if err == nil {
-		err = d.attach(ctx, config)
-	}
-	if err != nil {
+	if err := d.load(ctx); err != nil {
 		d.Log.Error("configuration refused; the previous one stays in force", "err", err)
 		return
 	}
