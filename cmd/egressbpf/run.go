@@ -11,12 +11,15 @@ import (
 	"os/signal"
 
 	sd "github.com/coreos/go-systemd/v22/daemon"
+	prom "github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	service "github.com/egressbpf/egressbpf/internal/daemon"
+	"github.com/egressbpf/egressbpf/internal/metrics"
 	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/web"
 )
 
 // defaultConfig is the file that run reads if it exists.
@@ -26,6 +29,14 @@ type runOptions struct {
 	*globals
 	configOptions
 	orDefaults bool
+	web        webOptions
+}
+
+// webOptions say where and how metrics are served.
+type webOptions struct {
+	listen     string
+	config     string
+	containers bool
 }
 
 func newRun(g *globals) *cobra.Command {
@@ -39,17 +50,29 @@ the file again when it changes and on SIGHUP, and restores what another program
 detaches. A file with an error is refused, and the policy that was in force stays.
 Until its rule is applied, a new container gets the default policy.
 
+With --web-listen, run serves metrics for Prometheus at /metrics.
+
 When run ends, however that happens, the filter stays in force; detach removes it. run
 works as a systemd service of Type=notify or notify-reload, with a watchdog.`,
 		Example: `  egressbpf run
-  egressbpf run --config /etc/egressbpf/config.yaml --allow-dns`,
+  egressbpf run --config /etc/egressbpf/config.yaml --allow-dns
+  egressbpf run --web-listen 9750`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.run(cmd.Context(), cmd.Flags(), cmd.ErrOrStderr())
 		},
 	}
 	o.register(cmd.Flags())
-	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if the config file is refused and nothing is in force, put the defaults and the other flags in force before failing")
+	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if the config file is refused or metrics cannot be served, and nothing is in force, put the defaults and the other flags in force before failing")
+	cmd.Flags().StringVar(&o.web.listen, "web-listen", "", "serve metrics for Prometheus at ADDR:PORT; PORT alone is served to this machine only (default: no metrics)")
+	cmd.Flags().StringVar(&o.web.config, "web-config-file", "", "file with TLS and users for --web-listen, in the format of Prometheus's exporter-toolkit")
+	cmd.Flags().BoolVar(&o.web.containers, "metrics-containers", true, "serve metrics of each container, besides the totals")
+	cmd.Flags().SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+		if name == "web.config.file" { // as exporters call it
+			name = "web-config-file"
+		}
+		return pflag.NormalizedName(name)
+	})
 	return cmd
 }
 
@@ -66,26 +89,64 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	if err != nil {
 		return err
 	}
+	log := newLogger(stderr)
+	var reload metrics.Reload
+	stop, err := o.web.serve(ctx, &metrics.Collector{
+		Filter: filter, Root: root, Engines: containers, Containers: o.web.containers, Reload: &reload, Log: log,
+	})
+	if err != nil {
+		return errors.Join(err, o.putDefaults(ctx, flags, stderr))
+	}
+	defer stop()
 	watchdog, err := sd.SdWatchdogEnabled(false)
 	if err != nil {
 		return err
 	}
-	reload := make(chan os.Signal, 1)
-	signal.Notify(reload, unix.SIGHUP)
-	defer signal.Stop(reload)
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, unix.SIGHUP)
+	defer signal.Stop(hangup)
 	d := service.Daemon{
 		Filter: filter, Root: root, Containers: containers,
 		Load: o.load(flags), File: o.config,
-		Log:      newLogger(stderr),
+		Log:      log,
 		Notify:   func(state string) { _, _ = sd.SdNotify(false, state) },
 		Watchdog: watchdog,
-		Reload:   reload,
+		Reload:   hangup,
+		Loaded:   reload.Done,
 	}
 	return d.Run(ctx)
 }
 
-// putDefaults puts the defaults in force if a config file is refused and nothing is in force,
-// as after a boot.
+// serve serves metrics until stop is called, if the flags say so.
+func (o webOptions) serve(ctx context.Context, collector *metrics.Collector) (stop func(), err error) {
+	if o.listen == "" {
+		if o.config != "" {
+			return nil, usageError{errors.New("--web-config-file: want --web-listen too")}
+		}
+		return func() {}, nil
+	}
+	registry := prom.NewRegistry()
+	if err := registry.Register(collector); err != nil {
+		return nil, err
+	}
+	server, err := web.Open(o.listen, o.config, registry, collector.Log)
+	if usage := (web.UsageError{}); errors.As(err, &usage) {
+		return nil, usageError{fmt.Errorf("--web-listen: %w", err)}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("--web-listen: %w", err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		server.Run(ctx)
+	}()
+	return func() { cancel(); <-stopped }, nil
+}
+
+// putDefaults puts the defaults in force if run cannot start and nothing is in force, as after
+// a boot.
 func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stderr io.Writer) error {
 	config, err := o.withoutFile(flags)
 	if !o.orDefaults || err != nil {

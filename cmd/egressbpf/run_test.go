@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -136,6 +138,11 @@ func TestBadInput(t *testing.T) {
 		{"attach --cgroup CG/new --docker-host tcp://there", "--docker-host tcp://there tcp://HOST:PORT"},
 		{"limit get a --docker-host nonsense", "--docker-host nonsense unix:///PATH"},
 		{"stats --output xml", "--output xml table json"},
+		{"stats --output prometheus --container web", "--output prometheus --container"},
+		{"run --web-listen nonsense", "--web-listen ADDR:PORT"},
+		{"run --web-listen 0 --web-config-file DIR/key.yaml", "--web-listen DIR/key.yaml blok"},
+		{"run --web-config-file DIR/key.yaml", "--web-config-file --web-listen"},
+		{"run --web-listen=", "--web-listen"},
 		{"stats --interval 1ms", "--interval 100ms"},
 		{"stats --interval 2", "--interval 2"},
 		{"stats --container", "--container"},
@@ -446,5 +453,54 @@ func TestWatch(t *testing.T) {
 	check(t, err)
 	if code := <-done; code != exitDone || !strings.HasPrefix(header, "CONTAINER ") {
 		t.Errorf("got exit code %d, header %q, then %q", code, header, rest)
+	}
+}
+
+// TestWeb has the service serve metrics.
+func TestWeb(t *testing.T) {
+	lockHost(t)
+	base := newBase(t)
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	defer taken.Close()
+	address := taken.Addr().String()
+
+	before := touchable(t, base)
+	code, _, stderr := execute(t.Context(), "run", "--cgroup", base+"/a", "--web-listen", address)
+	if code != exitFailed || !strings.Contains(stderr, "address already in use") {
+		t.Errorf("a port in use: exit code %d: %s", code, stderr)
+	}
+	if after := touchable(t, base); after != before {
+		t.Errorf("something was touched: %s", without(after, before))
+	}
+
+	check(t, taken.Close())
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan int)
+	go func() {
+		code, _, stderr := execute(ctx, "run", "--cgroup", base+"/a", "--web-listen", address, "--metrics-containers=false")
+		if strings.Contains(stderr, "level=WARN msg=\"anyone") {
+			t.Errorf("on loopback: %s", stderr)
+		}
+		done <- code
+	}()
+	testenv.Eventually(t, "enforcing", func() bool {
+		resp, err := http.Get("http://" + address + "/metrics")
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		if strings.Contains(string(text), "egressbpf_container_") {
+			t.Errorf("without containers: %s", text)
+		}
+		return err == nil && strings.Contains(string(text), "\negressbpf_enforcing 1\n")
+	})
+	cancel()
+	if code := <-done; code != exitDone {
+		t.Errorf("exit code %d", code)
+	}
+	if _, err := net.Dial("tcp", address); err == nil {
+		t.Error("it still listens")
 	}
 }

@@ -1,0 +1,217 @@
+package web
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/crypto/bcrypt"
+)
+
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// lines are what a Server has logged.
+type lines struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// registry has one metric.
+func registry(t testing.TB) *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	check(t, r.Register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "test_answer", Help: "Help."}, func() float64 { return 42 })))
+	return r
+}
+
+// start serves until the test ends or stop is called.
+func start(t *testing.T, address, config string) (s *Server, log *lines, stop func()) {
+	t.Helper()
+	log = &lines{}
+	s, err := Open(address, config, registry(t), slog.New(slog.NewTextHandler(log, nil)))
+	check(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); s.Run(ctx) }()
+	stop = sync.OnceFunc(func() { cancel(); <-done })
+	t.Cleanup(stop)
+	return s, log, stop
+}
+
+func get(t *testing.T, client *http.Client, url string) (status int, body string) {
+	t.Helper()
+	resp, err := client.Get(url)
+	check(t, err)
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	check(t, err)
+	if resp.StatusCode == http.StatusOK && resp.Header.Get("X-Content-Type-Options") != "nosniff" {
+		t.Errorf("headers %v", resp.Header)
+	}
+	return resp.StatusCode, string(text)
+}
+
+func TestParse(t *testing.T) {
+	for in, want := range map[string]string{
+		"9750": "127.0.0.1:9750", ":9750": "127.0.0.1:9750", "localhost:1": "127.0.0.1:1", "192.0.2.1:9750": "192.0.2.1:9750",
+		"[::]:9750": "[::]:9750", "0.0.0.0:0": "0.0.0.0:0", "[::1]:80": "[::1]:80",
+		"": "", "host:80": "", "1.2.3.4": "", "::1:80:": "", "65536": "", "-1": "", "1.2.3.4:http": "", "unix:/run/x": "", "[::1]": "",
+	} {
+		got, err := parse(in)
+		if usage := (UsageError{}); (err != nil) != (want == "") || err != nil && !errors.As(err, &usage) {
+			t.Errorf("%q: %v, %v", in, got, err)
+		}
+		if err == nil && got.String() != want {
+			t.Errorf("%q: %v, want %s", in, got, want)
+		}
+	}
+}
+
+func TestServe(t *testing.T) {
+	s, log, stop := start(t, "0", "")
+	client := &http.Client{}
+	url := "http://" + s.Addr().String()
+	if code, body := get(t, client, url+"/metrics"); code != 200 || !strings.Contains(body, "\ntest_answer 42\n") {
+		t.Errorf("got %d, %s", code, body)
+	}
+	for _, path := range []string{"/", "/metrics/x", "/debug/pprof/"} {
+		if code, _ := get(t, client, url+path); code != 404 {
+			t.Errorf("%s: %d", path, code)
+		}
+	}
+	if resp, err := client.Post(url+"/metrics", "text/plain", strings.NewReader("x")); err != nil || resp.StatusCode != 405 {
+		t.Errorf("POST: %v, %v", resp, err)
+	}
+	if strings.Contains(log.String(), "WARN") {
+		t.Errorf("on loopback: %s", log)
+	}
+
+	if _, err := Open(s.Addr().String(), "", registry(t), slog.New(slog.NewTextHandler(log, nil))); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("a second one: %v", err)
+	}
+	client.CloseIdleConnections()
+
+	// A client that sends nothing keeps nobody waiting, nor the end.
+	silent, err := net.Dial("tcp", s.Addr().String())
+	check(t, err)
+	defer silent.Close()
+	if code, _ := get(t, client, url+"/metrics"); code != 200 {
+		t.Errorf("beside a silent client: %d", code)
+	}
+	before := time.Now()
+	stop()
+	if took := time.Since(before); took > 10*time.Second {
+		t.Errorf("stopping took %v", took)
+	}
+	if conn, err := net.Dial("tcp", s.Addr().String()); err == nil {
+		conn.Close()
+		t.Error("it still listens")
+	}
+	if strings.Contains(log.String(), "not served any more") {
+		t.Errorf("an end that was asked for: %s", log)
+	}
+}
+
+// TestOpenToAll checks who is warned of what.
+func TestOpenToAll(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		check(t, os.WriteFile(path, []byte(text), 0o600))
+		return path
+	}
+	hash, err := bcrypt.GenerateFromPassword([]byte("secret"), bcrypt.MinCost)
+	check(t, err)
+	users := fmt.Sprintf("basic_auth_users:\n  prometheus: %s\n", hash)
+	certificate(t, dir)
+	withTLS := "tls_server_config: {cert_file: cert.pem, key_file: key.pem}\n"
+
+	for what, tt := range map[string]struct{ config, want string }{
+		"nothing": {"", "no TLS and no authentication"},
+		"users":   {write("users", users), "no TLS\""},
+		"tls":     {write("tls", withTLS), "no authentication"},
+		"both":    {write("both", withTLS+users), ""},
+		"empty":   {write("empty", ""), "no TLS and no authentication"},
+	} {
+		s, log, stop := start(t, "0.0.0.0:0", tt.config)
+		if warned := strings.Contains(log.String(), "WARN"); warned != (tt.want != "") || !strings.Contains(log.String(), tt.want) {
+			t.Errorf("%s: %s", what, log)
+		}
+		if what == "both" {
+			_, port, _ := net.SplitHostPort(s.Addr().String())
+			client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
+			if code, _ := get(t, client, "https://127.0.0.1:"+port+"/metrics"); code != 401 {
+				t.Errorf("without a password: %d", code)
+			}
+			if code, body := get(t, client, "https://prometheus:secret@127.0.0.1:"+port+"/metrics"); code != 200 || !strings.Contains(body, "test_answer 42") {
+				t.Errorf("with a password: %d, %s", code, body)
+			}
+			client.CloseIdleConnections()
+		}
+		stop()
+	}
+
+	for what, text := range map[string]string{
+		"an unknown key": "nonsense: yes\n", "YAML": "[", "a password": "basic_auth_users: {a: secret}\n",
+		"a missing file": "tls_server_config: {cert_file: missing, key_file: missing}\n",
+	} {
+		_, err := Open("0", write("bad", text), registry(t), slog.New(slog.DiscardHandler))
+		if usage := (UsageError{}); !errors.As(err, &usage) || !strings.Contains(err.Error(), dir+"/bad") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if _, err := Open("0", dir+"/none", registry(t), slog.New(slog.DiscardHandler)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no file: %v", err)
+	}
+}
+
+// certificate writes cert.pem and key.pem.
+func certificate(t *testing.T, dir string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	check(t, err)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	check(t, err)
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	check(t, err)
+	for name, block := range map[string]*pem.Block{"cert.pem": {Type: "CERTIFICATE", Bytes: cert}, "key.pem": {Type: "PRIVATE KEY", Bytes: der}} {
+		check(t, os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600))
+	}
+}
