@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -94,12 +95,15 @@ func glob(pattern, text string) bool {
 
 // RuleFor returns the first rule that matches a container; the zero rule if none does.
 func RuleFor(rules []ContainerRule, s Subject) ContainerRule {
-	for _, r := range rules {
-		if r.Matches(s) {
-			return r
-		}
+	if i := RuleIndex(rules, s); i >= 0 {
+		return rules[i]
 	}
 	return ContainerRule{}
+}
+
+// RuleIndex returns the index of the rule that [RuleFor] returns; -1 if no rule matches.
+func RuleIndex(rules []ContainerRule, s Subject) int {
+	return slices.IndexFunc(rules, func(r ContainerRule) bool { return r.Matches(s) })
 }
 
 // Validate refuses a rule that the parser could not have returned.

@@ -135,6 +135,17 @@ func Preset(name string) ([]Rule, error) {
 	return presetRules(name, func(p preset) []string { return p.rules }), nil
 }
 
+// clouds returns the presets that a preset consists of and that block a rule: those of
+// single clouds if it is [Metadata], and otherwise the preset itself.
+func clouds(name string, r Rule) (names []string) {
+	for _, p := range presets {
+		if (p.name == name || name == Metadata && !p.optIn) && slices.Contains(presetRules(p.name, func(p preset) []string { return p.rules }), r) {
+			names = append(names, p.name)
+		}
+	}
+	return names
+}
+
 // Exceptions returns rules to allow together with a preset so that containers on that
 // cloud keep DNS and time; for [Metadata], those of all its clouds. They are advice:
 // nothing applies them. An unknown name has none.

@@ -112,6 +112,39 @@ func parseRule(s string) (Rule, error) {
 	return r, r.Validate()
 }
 
+// errNoAddress means that the place of an address holds something else.
+var errNoAddress = errors.New("want an IPv4 or IPv6 address or CIDR; names are not looked up")
+
+// ParseDestination reads ADDR[:PORT][/PROTO], as [ParseRule] does, and refuses networks. It
+// also refuses protocols that no packet can have behind its IP headers.
+func ParseDestination(s string) (Rule, error) {
+	r, err := ParseRule(s)
+	switch {
+	case errors.Is(err, errNoAddress):
+		return Rule{}, fmt.Errorf("%q: want an IPv4 or IPv6 address; names are not looked up", s)
+	case err != nil:
+		return Rule{}, err
+	case !r.Prefix.IsSingleIP():
+		return Rule{}, fmt.Errorf("%q: want a single address, not a network", s)
+	case r.Prefix.Addr().IsUnspecified():
+		return Rule{}, fmt.Errorf("%q: this is no destination; a connection to it goes to the loopback address", s)
+	case isExtension(r.Proto, r.Prefix.Addr().Is6()):
+		return Rule{}, fmt.Errorf("%q: protocol %d is an extension header: want the protocol behind it", s, r.Proto)
+	}
+	return r, nil
+}
+
+// isExtension says whether a protocol number stands for an extension header.
+func isExtension(proto uint8, v6 bool) bool {
+	switch proto {
+	case 51: // AH
+		return true
+	case 43, 44, 60, 135, 139, 140:
+		return v6
+	}
+	return false
+}
+
 // cutHost splits a rule into ADDR or ADDR/LENGTH, out of its brackets, and the
 // port and protocol that follow.
 func cutHost(s string) (host, tail string, err error) {
@@ -234,7 +267,7 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	host, length, cidr := strings.Cut(s, "/")
 	addr, err := netip.ParseAddr(host)
 	if err != nil {
-		return netip.Prefix{}, errors.New("want an IPv4 or IPv6 address or CIDR; names are not looked up")
+		return netip.Prefix{}, errNoAddress
 	}
 	if zone := addr.Zone(); zone != "" {
 		return netip.Prefix{}, fmt.Errorf("a destination has no zone: leave out %%%s", zone)
@@ -321,6 +354,12 @@ func parseProto(s string) (uint8, error) {
 	}
 	return uint8(n), nil
 }
+
+// ProtocolName returns the name of an IP protocol, or its number if it has none here.
+func ProtocolName(number uint8) string { return protoName(number) }
+
+// HasPorts reports whether packets of an IP protocol carry ports.
+func HasPorts(number uint8) bool { return number != 0 && hasPorts(number) }
 
 func protoName(number uint8) string {
 	for _, p := range protocols {
