@@ -104,25 +104,32 @@ func Load(p policy.Policy, state *maps.State, rel string, id uint64) (*Programs,
 	return l.programs(state, rel, id)
 }
 
-func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs, err error) {
+// prepare returns the spec of the programs for a policed cgroup, with the constants of the
+// policy, and the maps that the programs use instead of their own.
+func (l *loaded) prepare(state *maps.State, policed bpf.EgressPolicedCgroup) (*ebpf.CollectionSpec, map[string]*ebpf.Map, error) {
 	spec, err := bpf.LoadEgress()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	setRetval, err := haveHelper(ebpf.CGroupSockAddr, asm.FnSetRetval)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	err = set(spec, map[string]any{
 		bpf.EgressVarOverLimitReject: l.policy.SMTP.OverLimit == policy.Reject,
 		bpf.EgressVarHasSetRetval:    setRetval,
 		bpf.EgressVarHasHostSide:     l.policy.HostSide == policy.On,
-		bpf.EgressVarPoliced:         policedCgroup(rel, id, l.policy.Recognises(rel)),
+		bpf.EgressVarPoliced:         policed,
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	shared, err := l.share(spec, state)
+	return spec, shared, err
+}
+
+func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs, err error) {
+	spec, shared, err := l.prepare(state, policedCgroup(rel, id, l.policy.Recognises(rel)))
 	if err != nil {
 		return nil, err
 	}
