@@ -26,6 +26,7 @@ const (
 	exitFailed     = 1
 	exitUsage      = 2
 	exitNotInForce = 3
+	exitRefused    = 3
 )
 
 // usageError is bad input, refused before anything was touched.
@@ -88,6 +89,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitDone
 	case errors.Is(err, errNotInForce):
 		return exitNotInForce
+	case errors.Is(err, errRefused):
+		return exitRefused
+	case errors.As(err, new(unknownError)):
+		report(stderr, err, g.debug)
+		return exitFailed
 	case cannotBe(err):
 		report(stderr, err, g.debug)
 		return exitNotInForce
@@ -121,8 +127,8 @@ out the machine's credentials, and limits the mail connections of each container
 works in the kernel, with eBPF programs on the containers' parent cgroups, and needs
 no process to stay in force.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not fully in force (status) or not
-possible on this host (check, attach, run).`,
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not fully in force (status), not possible
+on this host (check, attach, run) or refused (explain).`,
 		Args:          usageArgs(cobra.NoArgs),
 		RunE:          help,
 		SilenceErrors: true,
@@ -137,7 +143,7 @@ possible on this host (check, attach, run).`,
 	flags.StringVar(&g.cgroupRoot, "cgroup-root", "", "mount point of the cgroup2 filesystem (default: from /proc/self/mountinfo)")
 	flags.StringVar(&g.dockerHost, "docker-host", "", "Docker daemon to ask for the names of containers: unix:///PATH or tcp://HOST:PORT (default: $DOCKER_HOST, or the usual socket)")
 	flags.BoolVar(&g.debug, "debug", false, "show the kernel verifier's full log if it rejects a program")
-	cmd.AddCommand(newAttach(g), newCheck(g), newDetach(g), newStatus(g), newStats(g), newLimit(g), newImport(), newRun(g), newMan(), newVersion())
+	cmd.AddCommand(newAttach(g), newCheck(g), newDetach(g), newStatus(g), newStats(g), newExplain(g), newLimit(g), newImport(), newRun(g), newMan(), newVersion())
 	return cmd
 }
 
@@ -218,6 +224,7 @@ func remedyFor(err error) string {
 		{loader.ErrNested, "name only the outer cgroup, which takes over from those inside it"},
 		{loader.ErrPinPath, "use a directory in a bpf filesystem as --pin-path (`mount -t bpf bpf DIR`, then DIR/egressbpf), or leave --pin-path out"},
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},
+		{loader.ErrOtherProgram, "ask with the build that attached, or attach with this one"},
 		{loader.ErrServed, "stop it first: `systemctl stop egressbpf`"},
 		{loader.ErrStillPinned, "this link judges no packets any more, but ends only when its pins are removed: unmount what hides their bpf filesystem, and remove the pins or run `egressbpf detach` there"},
 		{loader.ErrInterrupted, "run `egressbpf attach`, which completes it"},
