@@ -293,9 +293,7 @@ func TestDocs(t *testing.T) {
 	page, err := os.ReadFile("../../docs/metrics.md")
 	check(t, err)
 	var documented []string
-	for _, line := range regexp.MustCompile("(?m)^\\| `egressbpf_.*$").FindAllString(string(page), -1) {
-		documented = append(documented, line)
-	}
+	documented = append(documented, regexp.MustCompile("(?m)^\\| `egressbpf_.*$").FindAllString(string(page), -1)...)
 	var want []string
 	for _, family := range gather(t, full(row("web", 1))) {
 		var labels []string
