@@ -62,7 +62,13 @@ const volatile struct sketch sketch;
  */
 static __always_inline __u8 fold(__u16 word)
 {
-	return word ^ word >> 8;
+	__u32 folded = word ^ word >> 8;
+
+	/* Verifiers before 6.4 do not know the bounds of an exclusive or of 32 bits. The
+	 * compiler does, and would leave out the mask that tells them.
+	 */
+	asm volatile("" : "+r"(folded));
+	return folded & 0xff;
 }
 
 #endif
