@@ -9,77 +9,25 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/egressbpf/egressbpf/internal/test/netns"
 )
 
-// Netns is a network namespace. It ends when nobody has it open and no socket is in it.
-type Netns struct{ file *os.File }
-
-const threadNetns = "/proc/thread-self/ns/net"
+// Netns is a network namespace, with commands in it.
+type Netns struct{ *netns.Namespace }
 
 // NewNetns makes a namespace.
-func NewNetns() (n *Netns, err error) {
-	n = new(Netns)
-	err = inside(func() (err error) {
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			return err
-		}
-		n.file, err = os.Open(threadNetns)
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("make a network namespace: %w", err)
-	}
-	return n, nil
+func NewNetns() (*Netns, error) {
+	n, err := netns.New()
+	return &Netns{n}, err
 }
 
 // OpenNetns opens a namespace by its path.
 func OpenNetns(path string) (*Netns, error) {
-	file, err := os.Open(path)
-	return &Netns{file}, err
+	n, err := netns.Open(path)
+	return &Netns{n}, err
 }
-
-// inside runs fn on a thread that returns to its network namespace afterwards.
-func inside(fn func() error) (err error) {
-	runtime.LockOSThread()
-	home, err := os.Open(threadNetns)
-	if err != nil {
-		return err
-	}
-	defer home.Close()
-	defer func() {
-		if back := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); back != nil {
-			// The thread ends with its goroutine, since it stays locked.
-			err = errors.Join(err, back)
-			return
-		}
-		runtime.UnlockOSThread()
-	}()
-	return fn()
-}
-
-// Do runs fn on a thread that is in the namespace. Sockets and processes that fn makes are
-// in the namespace.
-func (n *Netns) Do(fn func() error) error {
-	return inside(func() error {
-		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
-			return err
-		}
-		return fn()
-	})
-}
-
-// Enter moves this thread into the namespace for good.
-func (n *Netns) Enter() error { return unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET) }
-
-// Path is the path of the namespace for other processes, as long as this one has it open.
-func (n *Netns) Path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.file.Fd()) }
-
-// Close lets the namespace end.
-func (n *Netns) Close() error { return n.file.Close() }
 
 // Run runs a command with stdin in the namespace.
 func (n *Netns) Run(stdin, name string, args ...string) error {

@@ -7,12 +7,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
 
-	"golang.org/x/sys/unix"
+	"github.com/egressbpf/egressbpf/internal/test/netns"
 )
 
 // Addresses of the server. All other addresses of their networks are the server's too.
@@ -51,23 +50,18 @@ var (
 	serverEnd = [2]netip.Addr{netip.MustParseAddr("10.91.0.2"), netip.MustParseAddr("fd91::2")}
 )
 
-// Netns is a network namespace.
-type Netns struct{ file *os.File }
+// Netns is a network namespace that ends with the test.
+type Netns struct{ *netns.Namespace }
 
 func newNetns(t testing.TB) *Netns {
 	t.Helper()
-	n := &Netns{}
-	var err error
-	inside(func() {
-		if err = unix.Unshare(unix.CLONE_NEWNET); err == nil {
-			n.file, err = os.Open(threadNetns)
-		}
-	})
+	made, err := netns.New()
 	if err != nil {
-		t.Fatalf("make a network namespace: %v", err)
+		t.Fatal(err)
 	}
 	// It ends when no process is in it and nobody has it open.
-	t.Cleanup(func() { n.file.Close() })
+	t.Cleanup(func() { made.Close() })
+	n := &Netns{made}
 	// Duplicate address detection would make addresses unusable for a second.
 	n.Sysctl(t, "ipv6/conf/all/accept_dad", "0")
 	n.Sysctl(t, "ipv6/conf/default/accept_dad", "0")
@@ -75,38 +69,13 @@ func newNetns(t testing.TB) *Netns {
 	return n
 }
 
-const threadNetns = "/proc/thread-self/ns/net"
-
-// inside runs fn on a thread that returns to its network namespace afterwards.
-func inside(fn func()) {
-	runtime.LockOSThread()
-	home, err := os.Open(threadNetns)
-	if err != nil {
-		panic(err)
-	}
-	defer home.Close()
-	defer func() {
-		if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
-			panic(err)
-		}
-		runtime.UnlockOSThread()
-	}()
-	fn()
-}
-
 // Do runs fn on a thread that is in the namespace. Sockets and processes that fn makes are
 // in the namespace.
 func (n *Netns) Do(fn func()) {
-	inside(func() {
-		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
-			panic(err)
-		}
-		fn()
-	})
+	if err := n.Namespace.Do(func() error { fn(); return nil }); err != nil {
+		panic(err)
+	}
 }
-
-// Path is the path of the namespace, for commands.
-func (n *Netns) Path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.file.Fd()) }
 
 // Sysctl sets a parameter below /proc/sys/net.
 func (n *Netns) Sysctl(t testing.TB, name, value string) {
