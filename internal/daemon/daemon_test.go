@@ -1,7 +1,6 @@
 package daemon_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -41,24 +40,6 @@ func newEngine(t *testing.T) *fakedocker.Daemon {
 	return e
 }
 
-// lines are what a daemon has logged.
-type lines struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *lines) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
-
 // service is a daemon at work.
 type service struct {
 	*daemon.Daemon
@@ -66,7 +47,7 @@ type service struct {
 	engine *fakedocker.Daemon
 	slice  string // the policed cgroup
 	config string
-	log    lines
+	log    testenv.Log
 	reload chan os.Signal
 	stop   func() // ends it
 

@@ -1,7 +1,6 @@
 package web
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -26,6 +25,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/crypto/bcrypt"
+
+	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
 func check(t testing.TB, err error) {
@@ -33,24 +34,6 @@ func check(t testing.TB, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-// lines are what a Server has logged.
-type lines struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *lines) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
 }
 
 // registry has one metric.
@@ -61,9 +44,9 @@ func registry(t testing.TB) *prometheus.Registry {
 }
 
 // start serves until the test ends or stop is called.
-func start(t *testing.T, address, config string) (s *Server, log *lines, stop func()) {
+func start(t *testing.T, address, config string) (s *Server, log *testenv.Log, stop func()) {
 	t.Helper()
-	log = &lines{}
+	log = new(testenv.Log)
 	s, err := Open(address, config, registry(t), slog.New(slog.NewTextHandler(log, nil)))
 	check(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
