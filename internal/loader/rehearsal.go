@@ -4,11 +4,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"runtime"
 	"slices"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
@@ -183,7 +181,7 @@ func (r *Rehearsal) Send(etherType uint16, packet []byte, device int) (o Outcome
 	binary.BigEndian.PutUint16(frame[12:], etherType)
 	skb := make([]byte, 44) // struct __sk_buff, up to ifindex
 	binary.NativeEndian.PutUint32(skb[40:], uint32(device))
-	returned, err := runUndisturbed(r.prog, &ebpf.RunOptions{Data: append(frame, packet...), Context: skb})
+	returned, err := maps.Run(r.prog, &ebpf.RunOptions{Data: append(frame, packet...), Context: skb})
 	if err != nil {
 		return o, fmt.Errorf("run program %s: %w", bpf.EgressProgEgress, err)
 	}
@@ -198,18 +196,4 @@ func (r *Rehearsal) Send(etherType uint16, packet []byte, device int) (o Outcome
 		}
 	}
 	return o, nil
-}
-
-// runUndisturbed runs a program without signals of Go's scheduler: before 5.12, a test run
-// that is interrupted by a signal returns no verdict.
-func runUndisturbed(prog *ebpf.Program, options *ebpf.RunOptions) (uint32, error) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	var signals, old unix.Sigset_t
-	signals.Val[0] = 1 << (unix.SIGURG - 1)
-	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &signals, &old); err != nil {
-		return 0, err
-	}
-	defer func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) }()
-	return prog.Run(options)
 }

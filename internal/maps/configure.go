@@ -4,9 +4,11 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/bits"
+	"runtime"
 	"slices"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -105,8 +107,23 @@ func ask(prog *ebpf.Program, values ...any) (bool, error) {
 			return false, err
 		}
 	}
-	done, err := prog.Run(&ebpf.RunOptions{Data: input})
+	done, err := Run(prog, &ebpf.RunOptions{Data: input})
 	return done == 1, err
+}
+
+// Run runs a program once, without signals of Go's scheduler: before 5.12, a run that is
+// interrupted by a signal returns no result, and is repeated. It returns what the program
+// returns.
+func Run(prog *ebpf.Program, options *ebpf.RunOptions) (uint32, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var signals, old unix.Sigset_t
+	signals.Val[0] = 1 << (unix.SIGURG - 1)
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &signals, &old); err != nil {
+		return 0, err
+	}
+	defer func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) }()
+	return prog.Run(options)
 }
 
 // SetLimit gives the container with a cgroup id a limit that no rule changes.

@@ -125,14 +125,6 @@ func (p *sender) inside(t testing.TB, fn func()) {
 	defer before.Close()
 	setNetns(t, p.netns)
 	defer setNetns(t, before)
-	// Before 5.12, a test run that is interrupted by a signal returns no verdict. Go's
-	// scheduler sends signals.
-	var signals, old unix.Sigset_t
-	signals.Val[0] = 1 << (unix.SIGURG - 1)
-	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &signals, &old); err != nil {
-		t.Fatal(err)
-	}
-	defer unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
 	fn()
 }
 
@@ -177,7 +169,7 @@ func (f *filter) run(t testing.TB, etherType uint16, packet []byte, device int) 
 	// struct __sk_buff, up to ifindex.
 	context := make([]byte, 44)
 	binary.NativeEndian.PutUint32(context[40:], uint32(device))
-	got, err := f.prog.Run(&ebpf.RunOptions{Data: append(frame, packet...), Context: context})
+	got, err := maps.Run(f.prog, &ebpf.RunOptions{Data: append(frame, packet...), Context: context})
 	if err != nil {
 		t.Fatalf("test run of %d bytes %x: %v", len(packet), packet, err)
 	}
