@@ -72,7 +72,7 @@ func New(pinPath string, root cgroup.Root) *Filter {
 		egress:      egress{at},
 		recognition: recognition{at},
 		families:    families{at},
-		host:        host{site: at, tunnels: tunnels{at}, netfilter: &netfilter{site: at, tunnels: tunnels{at}}, ingress: &ingress{site: at}},
+		host:        host{site: at, tunnels: tunnels{at}, netfilter: &netfilter{site: at}, ingress: &ingress{site: at}},
 	}
 }
 

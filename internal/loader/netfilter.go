@@ -20,7 +20,6 @@ import (
 // netfilter is the host side by BPF netfilter programs.
 type netfilter struct {
 	site
-	tunnels tunnels
 	// follows is whether this process follows the host's tunnels. Without a tunnel
 	// there is nothing to judge in packets to the host itself, and the hook for them
 	// (host_deliver) is left out, since it would cost each packet that the host receives.
@@ -202,7 +201,7 @@ func (n *netfilter) mustDeliver() (bool, error) {
 	if !n.follows {
 		return true, nil
 	}
-	return n.tunnels.exist()
+	return tunnels{n.site}.exist()
 }
 
 // spare keeps a copy of the program of a hook that is left out; nil if none is.
@@ -329,7 +328,8 @@ func (n *netfilter) read(r *reading) hostInForce {
 // nothingToDeliver says whether the host side is complete without judging packets to the
 // host itself.
 func (n *netfilter) nothingToDeliver() (complete bool, reason string) {
-	switch exist, err := n.tunnels.exist(); {
+	exist, err := tunnels{n.site}.exist()
+	switch {
 	case err != nil:
 		return false, err.Error()
 	case exist:
