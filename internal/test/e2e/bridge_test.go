@@ -67,17 +67,7 @@ func soon(t *testing.T, what string, ok func() bool) {
 func TestNewTunnel(t *testing.T) {
 	s := newScene(t)
 	stop := s.serve()
-	delivered := func() (all, any bool) { // whether such programs are attached
-		status, _ := s.Status(t)
-		attached := func(name string) bool {
-			return slices.ContainsFunc(status.Hooks, func(h loader.Hook) bool { return h.Name == name && h.Attached })
-		}
-		if !attached("host_forward4") {
-			return true, false // before 6.4
-		}
-		return attached("host_deliver4") && attached("host_deliver6"), attached("host_deliver4") || attached("host_deliver6")
-	}
-	if _, any := delivered(); any {
+	if _, own := s.delivers(); own {
 		t.Error("packets to a host without tunnels are judged")
 	}
 	const port = 7999
@@ -96,7 +86,7 @@ func TestNewTunnel(t *testing.T) {
 	}
 	s.Host.IP(t, fmt.Sprintf("link add v0 type vxlan id 7 dstport %d", port), "link set v0 up")
 	soon(t, "the tunnel's port is closed", func() bool { return !arrives() })
-	if all, _ := delivered(); !all {
+	if all, _ := s.delivers(); !all {
 		t.Error("packets to a host with a tunnel are not all judged")
 	}
 	s.Host.IP(t, "link del v0")
@@ -104,7 +94,7 @@ func TestNewTunnel(t *testing.T) {
 	soon(t, "the port is open again", arrives)
 	s.Host.IP(t, "link del v1")
 	stop()
-	if all, _ := delivered(); !all {
+	if all, _ := s.delivers(); !all {
 		t.Error("nobody watches for tunnels, and packets to the host are not all judged")
 	}
 }

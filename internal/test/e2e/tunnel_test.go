@@ -14,15 +14,16 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 )
 
-// delivers says whether packets to the host itself are judged, or whether one program judges
-// all packets (before 6.4).
-func (s *scene) delivers() bool {
+// delivers says whether all packets to the host itself are judged, and whether any are by
+// programs of their own. Before 6.4, one program judges all packets.
+func (s *scene) delivers() (all, own bool) {
 	s.t.Helper()
 	status, _ := s.Status(s.t)
 	attached := func(name string) bool {
 		return slices.ContainsFunc(status.Hooks, func(h loader.Hook) bool { return h.Name == name && h.Attached })
 	}
-	return !attached("host_forward4") || attached("host_deliver4") && attached("host_deliver6")
+	v4, v6 := attached("host_deliver4"), attached("host_deliver6")
+	return !attached("host_forward4") || v4 && v6, v4 || v6
 }
 
 // setUp runs commands of ip(8) in the host's network, and skips the test if the kernel has no
@@ -77,7 +78,7 @@ func TestUnusualTunnels(t *testing.T) {
 			stop := s.serve()
 			seen := s.Capture(t)
 			tt.setUp(s)
-			soon(t, "packets to the host are judged", s.delivers)
+			soon(t, "packets to the host are judged", func() bool { all, _ := s.delivers(); return all })
 			inner := segment(at(s.a.IPv4, 2000), at(lab.Metadata4, 80), 1, 0, tcpSYN)
 			proto, payload := tt.outer(s, inner)
 			outer := lab.Header{Src: s.a.IPv4, Dst: lab.Gateway4, Proto: proto}.Packet(payload)
@@ -88,7 +89,7 @@ func TestUnusualTunnels(t *testing.T) {
 				t.Error("a packet for the metadata service got through")
 			}
 			stop()
-			if !s.delivers() {
+			if all, _ := s.delivers(); !all {
 				t.Error("nobody watches for tunnels, and packets to the host are not all judged")
 			}
 		})
