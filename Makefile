@@ -5,7 +5,8 @@
 #   make test     run all tests
 #   make demo     show the filter at work, on this machine alone
 #   make bench    measure what the filter costs, beside other ways to filter
-#   make performance  the same for docs/performance.md, and write that page
+#   make performance
+#                 the same, and write docs/performance.md
 
 SHELL := /bin/bash
 GO ?= go
