@@ -67,12 +67,17 @@ const (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	CgroupsMapAdmitted   = "admitted"
+	CgroupsMapBuffers    = "buffers"
+	CgroupsMapCallers    = "callers"
 	CgroupsMapContainers = "containers"
 	CgroupsMapDevices    = "devices"
 	CgroupsMapMails      = "mails"
 	CgroupsMapPermitted  = "permitted"
+	CgroupsMapReaders    = "readers"
 	CgroupsMapRetired    = "retired"
+	CgroupsMapSeen       = "seen"
 	CgroupsMapStateless  = "stateless"
+	CgroupsMapTellings   = "tellings"
 	CgroupsMapTickets    = "tickets"
 	CgroupsMapTotals     = "totals"
 	CgroupsMapTunnels    = "tunnels"
@@ -137,12 +142,17 @@ type CgroupsProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type CgroupsMapSpecs struct {
 	Admitted   *ebpf.MapSpec `ebpf:"admitted"`
+	Buffers    *ebpf.MapSpec `ebpf:"buffers"`
+	Callers    *ebpf.MapSpec `ebpf:"callers"`
 	Containers *ebpf.MapSpec `ebpf:"containers"`
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
+	Readers    *ebpf.MapSpec `ebpf:"readers"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
+	Seen       *ebpf.MapSpec `ebpf:"seen"`
 	Stateless  *ebpf.MapSpec `ebpf:"stateless"`
+	Tellings   *ebpf.MapSpec `ebpf:"tellings"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
@@ -179,12 +189,17 @@ func (o *CgroupsObjects) Close() error {
 // It can be passed to LoadCgroupsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type CgroupsMaps struct {
 	Admitted   *ebpf.Map `ebpf:"admitted"`
+	Buffers    *ebpf.Map `ebpf:"buffers"`
+	Callers    *ebpf.Map `ebpf:"callers"`
 	Containers *ebpf.Map `ebpf:"containers"`
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
+	Readers    *ebpf.Map `ebpf:"readers"`
 	Retired    *ebpf.Map `ebpf:"retired"`
+	Seen       *ebpf.Map `ebpf:"seen"`
 	Stateless  *ebpf.Map `ebpf:"stateless"`
+	Tellings   *ebpf.Map `ebpf:"tellings"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 	Tunnels    *ebpf.Map `ebpf:"tunnels"`
@@ -193,12 +208,17 @@ type CgroupsMaps struct {
 func (m *CgroupsMaps) Close() error {
 	return _CgroupsClose(
 		m.Admitted,
+		m.Buffers,
+		m.Callers,
 		m.Containers,
 		m.Devices,
 		m.Mails,
 		m.Permitted,
+		m.Readers,
 		m.Retired,
+		m.Seen,
 		m.Stateless,
+		m.Tellings,
 		m.Tickets,
 		m.Totals,
 		m.Tunnels,

@@ -51,14 +51,19 @@ type ControlRequest struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	ControlMapAdmitted       = "admitted"
+	ControlMapBuffers        = "buffers"
+	ControlMapCallers        = "callers"
 	ControlMapContainers     = "containers"
 	ControlMapContainers1    = "containers_1"
 	ControlMapContainersFrom = "containers_from"
 	ControlMapDevices        = "devices"
 	ControlMapMails          = "mails"
 	ControlMapPermitted      = "permitted"
+	ControlMapReaders        = "readers"
 	ControlMapRetired        = "retired"
+	ControlMapSeen           = "seen"
 	ControlMapStateless      = "stateless"
+	ControlMapTellings       = "tellings"
 	ControlMapTickets        = "tickets"
 	ControlMapTotals         = "totals"
 	ControlMapTotalsFrom     = "totals_from"
@@ -120,14 +125,19 @@ type ControlProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type ControlMapSpecs struct {
 	Admitted       *ebpf.MapSpec `ebpf:"admitted"`
+	Buffers        *ebpf.MapSpec `ebpf:"buffers"`
+	Callers        *ebpf.MapSpec `ebpf:"callers"`
 	Containers     *ebpf.MapSpec `ebpf:"containers"`
 	Containers1    *ebpf.MapSpec `ebpf:"containers_1"`
 	ContainersFrom *ebpf.MapSpec `ebpf:"containers_from"`
 	Devices        *ebpf.MapSpec `ebpf:"devices"`
 	Mails          *ebpf.MapSpec `ebpf:"mails"`
 	Permitted      *ebpf.MapSpec `ebpf:"permitted"`
+	Readers        *ebpf.MapSpec `ebpf:"readers"`
 	Retired        *ebpf.MapSpec `ebpf:"retired"`
+	Seen           *ebpf.MapSpec `ebpf:"seen"`
 	Stateless      *ebpf.MapSpec `ebpf:"stateless"`
+	Tellings       *ebpf.MapSpec `ebpf:"tellings"`
 	Tickets        *ebpf.MapSpec `ebpf:"tickets"`
 	Totals         *ebpf.MapSpec `ebpf:"totals"`
 	TotalsFrom     *ebpf.MapSpec `ebpf:"totals_from"`
@@ -163,14 +173,19 @@ func (o *ControlObjects) Close() error {
 // It can be passed to LoadControlObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ControlMaps struct {
 	Admitted       *ebpf.Map `ebpf:"admitted"`
+	Buffers        *ebpf.Map `ebpf:"buffers"`
+	Callers        *ebpf.Map `ebpf:"callers"`
 	Containers     *ebpf.Map `ebpf:"containers"`
 	Containers1    *ebpf.Map `ebpf:"containers_1"`
 	ContainersFrom *ebpf.Map `ebpf:"containers_from"`
 	Devices        *ebpf.Map `ebpf:"devices"`
 	Mails          *ebpf.Map `ebpf:"mails"`
 	Permitted      *ebpf.Map `ebpf:"permitted"`
+	Readers        *ebpf.Map `ebpf:"readers"`
 	Retired        *ebpf.Map `ebpf:"retired"`
+	Seen           *ebpf.Map `ebpf:"seen"`
 	Stateless      *ebpf.Map `ebpf:"stateless"`
+	Tellings       *ebpf.Map `ebpf:"tellings"`
 	Tickets        *ebpf.Map `ebpf:"tickets"`
 	Totals         *ebpf.Map `ebpf:"totals"`
 	TotalsFrom     *ebpf.Map `ebpf:"totals_from"`
@@ -180,14 +195,19 @@ type ControlMaps struct {
 func (m *ControlMaps) Close() error {
 	return _ControlClose(
 		m.Admitted,
+		m.Buffers,
+		m.Callers,
 		m.Containers,
 		m.Containers1,
 		m.ContainersFrom,
 		m.Devices,
 		m.Mails,
 		m.Permitted,
+		m.Readers,
 		m.Retired,
+		m.Seen,
 		m.Stateless,
+		m.Tellings,
 		m.Tickets,
 		m.Totals,
 		m.TotalsFrom,

@@ -4,6 +4,7 @@
  * the same verdict early, so that a program is refused at once instead of waiting for an
  * answer that never comes.
  */
+#include "caller.h"
 #include "glance.h"
 #include "limit.h"
 #include "opening.h"
@@ -30,9 +31,9 @@ static __always_inline __u64 above_packet(void *skb, __u32 level)
 }
 
 /* The container that the socket belongs to, however deep below it the socket was made.
- * False if there is none.
+ * Returns the id of its cgroup; 0 if there is none.
  */
-static __always_inline bool sent_by_container(struct __sk_buff *skb, struct container **c)
+static __always_inline __u64 sent_by_container(struct __sk_buff *skb, struct container **c)
 {
 	return find_container(&policed, above_packet, skb, c);
 }
@@ -187,9 +188,58 @@ static __always_inline void announce_permitted(const struct flow *f)
 	__sync_fetch_and_add(&p->packets, 1);
 }
 
-static __always_inline int drop(struct __sk_buff *skb, struct container *c, enum reason reason)
+/* Reads the addresses of a packet, whether or not it can be judged. */
+static __always_inline void read_addresses(struct __sk_buff *skb, struct event *e)
 {
-	return !refuse(c, HOOK_EGRESS, reason, skb->len);
+	struct {
+		__be32 src;
+		__be32 dst;
+	} v4;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		if (bpf_skb_load_bytes(skb, 12, &v4, sizeof(v4)))
+			return;
+		map4((union address *)e->src, v4.src);
+		map4((union address *)e->dst, v4.dst);
+	} else {
+		bpf_skb_load_bytes(skb, 8, e->src, sizeof(e->src));
+		bpf_skb_load_bytes(skb, 24, e->dst, sizeof(e->dst));
+	}
+}
+
+/* This function and others below are global for the verifier's sake: it checks a global function
+ * once, not again on every path that leads there, and goes on from there on one path.
+ */
+__noinline __u64 id_of_sender(struct __sk_buff *skb)
+{
+	struct container *c;
+
+	return sent_by_container(skb, &c);
+}
+
+/* Tells of a packet that is refused. */
+__noinline int tell_of_packet(struct __sk_buff *skb, __u32 reason, __u32 proto, __u32 has_ports, __u32 transport)
+{
+	struct event e = { .proto = proto, .bytes = skb->len, .hook = HOOK_EGRESS, .reason = reason };
+	struct bpf_sock *sk = tcp_socket(skb);
+	struct process *p = NULL;
+
+	e.container = id_of_sender(skb);
+	read_addresses(skb, &e);
+	if (has_ports)
+		bpf_skb_load_bytes(skb, transport, &e.sport, 2 * sizeof(e.sport));
+	if (sk)
+		p = bpf_sk_storage_get(&callers, sk, NULL, 0);
+	if (p)
+		e.process = *p;
+	return tell(&e);
+}
+
+static __always_inline int drop(struct __sk_buff *skb, struct container *c, const struct flow *f, enum reason reason)
+{
+	if (refuse(c, HOOK_EGRESS, reason, skb->len))
+		tell_of_packet(skb, reason, f->proto, f->has_ports, f->transport);
+	return !enforce;
 }
 
 #define TCP_LISTENS 10
@@ -257,8 +307,19 @@ static __always_inline enum mail judge_socket(struct __sk_buff *skb, const struc
 	return PAYS | BEGINS;
 }
 
+/* What happens to a packet to a mail port. */
+enum mail_verdict {
+	MAIL_DROPPED,
+	MAIL_PASSES,
+	/* It passes, since the mode is audit, and is told of last: until 6.4, the verifier follows
+	 * many more paths through what comes after a call.
+	 */
+	MAIL_OVER_LIMIT,
+	MAIL_WITHOUT_BUCKET,
+};
+
 /* The verdict on a TCP packet to a mail port whose destination is not blocked. */
-static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *f)
+static __always_inline enum mail_verdict judge_mail(struct __sk_buff *skb, const struct flow *f)
 {
 	/* In memory rather than in a register, so that the verifier does not know the value
 	 * and walks through the rest once.
@@ -267,25 +328,33 @@ static __always_inline int judge_mail(struct __sk_buff *skb, const struct flow *
 		__u8 unused;
 		volatile __u8 is;
 	} __attribute__((aligned(8))) mail;
+	enum mail_verdict verdict = MAIL_PASSES;
 	struct container *c;
 	__u8 is;
 
 	mail.is = judge_socket(skb, f);
 	is = mail.is;
 	if (is == FREE || exempt(f) || !sent_by_container(skb, &c))
-		return 1;
-	if (!c)
-		return drop(skb, c, REASON_NO_BUCKET);
+		return MAIL_PASSES;
+	if (!c) {
+		if (enforce)
+			return drop(skb, c, f, REASON_NO_BUCKET) ? MAIL_PASSES : MAIL_DROPPED;
+		refuse(c, HOOK_EGRESS, REASON_NO_BUCKET, skb->len);
+		return MAIL_WITHOUT_BUCKET;
+	}
 	if (is & PAYS && take_token(c)) {
 		count_allowed(c);
-	} else if (limit_of(c)->count && refuse(c, HOOK_EGRESS, REASON_RATE_LIMITED, skb->len)) {
-		return 0;
+	} else if (limit_of(c)->count) {
+		if (enforce)
+			return drop(skb, c, f, REASON_RATE_LIMITED) ? MAIL_PASSES : MAIL_DROPPED;
+		refuse(c, HOOK_EGRESS, REASON_RATE_LIMITED, skb->len);
+		verdict = MAIL_OVER_LIMIT;
 	}
 	/* In audit mode a connection that was not paid for goes on, and is counted once. */
 	announce(f, false);
 	if (is & BEGINS)
 		begin_ticket(skb, f);
-	return 1;
+	return verdict;
 }
 
 /* Why a packet that is not blocked may still not be sent. Over the loopback device, a
@@ -330,7 +399,7 @@ static __always_inline enum finding judge(struct __sk_buff *skb, struct flow *f,
 			 * has paid for.
 			 */
 			end_ticket(skb);
-			return drop(skb, c, reason) ? PASSES : DROPPED;
+			return drop(skb, c, f, reason) ? PASSES : DROPPED;
 		}
 	}
 	if (f->proto == IPPROTO_TCP && f->has_ports && smtp_ports[f->dport])
@@ -383,6 +452,7 @@ SEC("cgroup_skb/egress")
 int egress(struct __sk_buff *skb)
 {
 	enum glance g = glance(skb);
+	enum mail_verdict verdict;
 	__u32 why = 0;
 	struct flow f;
 
@@ -399,10 +469,13 @@ int egress(struct __sk_buff *skb)
 		if (found != IS_MAIL)
 			return found == PASSES;
 	}
-	if (!judge_mail(skb, &f))
+	verdict = judge_mail(skb, &f);
+	if (verdict == MAIL_DROPPED)
 		return 0;
 	if (why)
 		announce_permitted(&f);
+	if (verdict != MAIL_PASSES)
+		tell_of_packet(skb, verdict == MAIL_OVER_LIMIT ? REASON_RATE_LIMITED : REASON_NO_BUCKET, f.proto, f.has_ports, f.transport);
 	return 1;
 }
 
@@ -417,8 +490,8 @@ static __always_inline __u64 above_caller(void *ctx, __u32 level)
 	return bpf_get_current_ancestor_cgroup_id(level);
 }
 
-/* The container of the calling process. False if there is none. */
-static __always_inline bool asked_by_container(struct container **c)
+/* The container of the calling process. Returns the id of its cgroup; 0 if there is none. */
+static __always_inline __u64 asked_by_container(struct container **c)
 {
 	return find_container(&policed, above_caller, NULL, c);
 }
@@ -474,12 +547,62 @@ static __always_inline enum reason judge_attempt(struct bpf_sock_addr *ctx, cons
 	return REASON_NONE;
 }
 
-static __noinline int refuse_attempt(struct container *c, enum reason reason)
+static __always_inline void destination6(struct bpf_sock_addr *ctx, union address *dst)
 {
-	return refuse(c, HOOK_CONNECT, reason, 0);
+	dst->be32[0] = ctx->user_ip6[0];
+	dst->be32[1] = ctx->user_ip6[1];
+	dst->be32[2] = ctx->user_ip6[2];
+	dst->be32[3] = ctx->user_ip6[3];
 }
 
-static __always_inline int attempt(struct bpf_sock_addr *ctx, struct flow *f)
+/* Notes who connects a socket to a mail port, for when a packet of the connection is refused. */
+static __always_inline void note_caller(struct bpf_sock_addr *ctx, const struct flow *f)
+{
+	struct process *p;
+
+	if (f->proto != IPPROTO_TCP || !smtp_ports[f->dport] || !waiting_readers() || !ctx->sk)
+		return;
+	p = bpf_sk_storage_get(&callers, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (p)
+		describe_caller(p);
+}
+
+__noinline __u64 id_of_caller(struct bpf_sock_addr *ctx)
+{
+	struct container *c;
+
+	return ctx ? asked_by_container(&c) : 0;
+}
+
+static __always_inline int tell_of_attempt(struct bpf_sock_addr *ctx, struct event *e, enum hook hook, enum reason reason, __u32 proto)
+{
+	e->container = id_of_caller(ctx);
+	e->hook = hook;
+	e->reason = reason;
+	e->proto = proto;
+	describe_caller(&e->process);
+	return tell(e);
+}
+
+__noinline int tell_of_attempt4(struct bpf_sock_addr *ctx, __u32 hook, __u32 reason, __u32 proto)
+{
+	struct event e = { .dport = ctx->user_port };
+
+	map4((union address *)e.dst, ctx->user_ip4);
+	return tell_of_attempt(ctx, &e, hook, reason, proto);
+}
+
+__noinline int tell_of_attempt6(struct bpf_sock_addr *ctx, __u32 hook, __u32 reason, __u32 proto)
+{
+	struct event e = { .dport = ctx->user_port };
+
+	destination6(ctx, (union address *)e.dst);
+	return tell_of_attempt(ctx, &e, hook, reason, proto);
+}
+
+typedef int (*tell_fn)(struct bpf_sock_addr *ctx, __u32 hook, __u32 reason, __u32 proto);
+
+static __always_inline int attempt(struct bpf_sock_addr *ctx, enum hook hook, struct flow *f, tell_fn tell_of)
 {
 	struct container *c = NULL;
 	enum reason reason;
@@ -493,55 +616,56 @@ static __always_inline int attempt(struct bpf_sock_addr *ctx, struct flow *f)
 	f->proto = ctx->protocol == PROTO_MPTCP ? IPPROTO_TCP : ctx->protocol;
 	f->has_ports = carries_ports(f->proto);
 	reason = judge_attempt(ctx, f, &c);
-	if (reason == REASON_NONE || !refuse_attempt(c, reason))
+	if (reason == REASON_NONE || !enforce)
+		note_caller(ctx, f);
+	if (reason == REASON_NONE)
 		return 1;
 	/* Without bpf_set_retval() the call fails with EPERM. */
-	if (has_set_retval)
+	if (enforce && has_set_retval)
 		bpf_set_retval(-ECONNREFUSED);
-	return 0;
+	if (refuse(c, hook, reason, 0))
+		tell_of(ctx, hook, reason, f->proto);
+	return !enforce;
 }
 
-static __always_inline int attempt4(struct bpf_sock_addr *ctx)
+static __always_inline int attempt4(struct bpf_sock_addr *ctx, enum hook hook)
 {
 	struct flow f = {};
 
 	map4(&f.dst, ctx->user_ip4);
-	return attempt(ctx, &f);
+	return attempt(ctx, hook, &f, tell_of_attempt4);
 }
 
-static __always_inline int attempt6(struct bpf_sock_addr *ctx)
+static __always_inline int attempt6(struct bpf_sock_addr *ctx, enum hook hook)
 {
 	struct flow f = {};
 
-	f.dst.be32[0] = ctx->user_ip6[0];
-	f.dst.be32[1] = ctx->user_ip6[1];
-	f.dst.be32[2] = ctx->user_ip6[2];
-	f.dst.be32[3] = ctx->user_ip6[3];
-	return attempt(ctx, &f);
+	destination6(ctx, &f.dst);
+	return attempt(ctx, hook, &f, tell_of_attempt6);
 }
 
 SEC("cgroup/connect4")
 int connect4(struct bpf_sock_addr *ctx)
 {
-	return attempt4(ctx);
+	return attempt4(ctx, HOOK_CONNECT);
 }
 
 SEC("cgroup/connect6")
 int connect6(struct bpf_sock_addr *ctx)
 {
-	return attempt6(ctx);
+	return attempt6(ctx, HOOK_CONNECT);
 }
 
 SEC("cgroup/sendmsg4")
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
-	return attempt4(ctx);
+	return attempt4(ctx, HOOK_SENDMSG);
 }
 
 SEC("cgroup/sendmsg6")
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
-	return attempt6(ctx);
+	return attempt6(ctx, HOOK_SENDMSG);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -23,6 +23,21 @@ type EgressAnnouncement struct {
 	Dport uint16
 }
 
+type EgressAudience struct {
+	_        structs.HostLayout
+	Waiting  [8]uint8
+	LeftOut  uint64
+	Lost     uint64
+	Reserved uint64
+	Reader   [8]struct {
+		_        structs.HostLayout
+		Until    uint64
+		Lost     uint64
+		Owner    uint64
+		Reserved uint64
+	}
+}
+
 type EgressBucket struct {
 	_        structs.HostLayout
 	FullAt   uint64
@@ -90,6 +105,25 @@ type EgressDrops struct {
 	Connects uint64
 }
 
+type EgressEvent struct {
+	_         structs.HostLayout
+	Time      uint64
+	Container uint64
+	Src       [16]uint8
+	Dst       [16]uint8
+	Sport     uint16
+	Dport     uint16
+	Proto     uint16
+	Family    uint16
+	Bytes     uint32
+	Device    uint32
+	Hook      EgressHook
+	Reason    EgressReason
+	Process   EgressProcess
+	Refused   uint32
+	Reserved  uint32
+}
+
 type EgressFlowKey struct {
 	_     structs.HostLayout
 	Src   [16]uint8
@@ -98,6 +132,16 @@ type EgressFlowKey struct {
 	Dport uint16
 	Proto uint32
 }
+
+type EgressHook uint32
+
+const (
+	EgressHookHOOK_EGRESS  EgressHook = 0
+	EgressHookHOOK_CONNECT EgressHook = 1
+	EgressHookHOOK_SOCKET  EgressHook = 2
+	EgressHookHOOK_HOST    EgressHook = 3
+	EgressHookHOOK_SENDMSG EgressHook = 4
+)
 
 type EgressLimit struct {
 	_         structs.HostLayout
@@ -178,6 +222,13 @@ type EgressPrefix struct {
 	Addr [16]uint8
 }
 
+type EgressProcess struct {
+	_    structs.HostLayout
+	Pid  uint32
+	Uid  uint32
+	Comm [16]uint8
+}
+
 type EgressReason uint32
 
 const (
@@ -206,6 +257,24 @@ const (
 	EgressRuleFlagRULE_METADATA     EgressRuleFlag = 16
 )
 
+type EgressSeenKey struct {
+	_         structs.HostLayout
+	Container uint64
+	Dst       [16]uint8
+	Dport     uint16
+	Proto     uint16
+	Family    uint16
+	Reason    uint8
+	Reserved  uint8
+}
+
+type EgressSighting struct {
+	_     structs.HostLayout
+	Count uint64
+	First uint64
+	Last  uint64
+}
+
 type EgressSketch struct {
 	_     structs.HostLayout
 	Addr4 [256]bool
@@ -225,6 +294,12 @@ type EgressSuspects struct {
 	_      structs.HostLayout
 	First  [65536]bool
 	Second [65536]bool
+}
+
+type EgressTelling struct {
+	_       structs.HostLayout
+	FullAt  uint64
+	LeftOut uint64
 }
 
 type EgressTicket struct {
@@ -256,14 +331,19 @@ const (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	EgressMapAdmitted        = "admitted"
+	EgressMapBuffers         = "buffers"
+	EgressMapCallers         = "callers"
 	EgressMapContainers      = "containers"
 	EgressMapDevices         = "devices"
 	EgressMapMails           = "mails"
 	EgressMapPermitted       = "permitted"
 	EgressMapPorts           = "ports"
+	EgressMapReaders         = "readers"
 	EgressMapRetired         = "retired"
 	EgressMapRules           = "rules"
+	EgressMapSeen            = "seen"
 	EgressMapStateless       = "stateless"
+	EgressMapTellings        = "tellings"
 	EgressMapTickets         = "tickets"
 	EgressMapTotals          = "totals"
 	EgressMapTunnels         = "tunnels"
@@ -276,6 +356,7 @@ const (
 	EgressVarEnforce         = "enforce"
 	EgressVarFormat          = "format"
 	EgressVarHasCoarseClock  = "has_coarse_clock"
+	EgressVarHasCurrent      = "has_current"
 	EgressVarHasExempt       = "has_exempt"
 	EgressVarHasHostSide     = "has_host_side"
 	EgressVarHasSetRetval    = "has_set_retval"
@@ -285,6 +366,8 @@ const (
 	EgressVarSmtpPorts       = "smtp_ports"
 	EgressVarSuspects4       = "suspects4"
 	EgressVarSuspects6       = "suspects6"
+	EgressVarTaskComm        = "task_comm"
+	EgressVarTaskTgid        = "task_tgid"
 )
 
 // LoadEgress returns the embedded CollectionSpec for Egress.
@@ -341,14 +424,19 @@ type EgressProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type EgressMapSpecs struct {
 	Admitted   *ebpf.MapSpec `ebpf:"admitted"`
+	Buffers    *ebpf.MapSpec `ebpf:"buffers"`
+	Callers    *ebpf.MapSpec `ebpf:"callers"`
 	Containers *ebpf.MapSpec `ebpf:"containers"`
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
+	Readers    *ebpf.MapSpec `ebpf:"readers"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
 	Rules      *ebpf.MapSpec `ebpf:"rules"`
+	Seen       *ebpf.MapSpec `ebpf:"seen"`
 	Stateless  *ebpf.MapSpec `ebpf:"stateless"`
+	Tellings   *ebpf.MapSpec `ebpf:"tellings"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
@@ -362,6 +450,7 @@ type EgressVariableSpecs struct {
 	Enforce         *ebpf.VariableSpec `ebpf:"enforce"`
 	Format          *ebpf.VariableSpec `ebpf:"format"`
 	HasCoarseClock  *ebpf.VariableSpec `ebpf:"has_coarse_clock"`
+	HasCurrent      *ebpf.VariableSpec `ebpf:"has_current"`
 	HasExempt       *ebpf.VariableSpec `ebpf:"has_exempt"`
 	HasHostSide     *ebpf.VariableSpec `ebpf:"has_host_side"`
 	HasSetRetval    *ebpf.VariableSpec `ebpf:"has_set_retval"`
@@ -371,6 +460,8 @@ type EgressVariableSpecs struct {
 	SmtpPorts       *ebpf.VariableSpec `ebpf:"smtp_ports"`
 	Suspects4       *ebpf.VariableSpec `ebpf:"suspects4"`
 	Suspects6       *ebpf.VariableSpec `ebpf:"suspects6"`
+	TaskComm        *ebpf.VariableSpec `ebpf:"task_comm"`
+	TaskTgid        *ebpf.VariableSpec `ebpf:"task_tgid"`
 }
 
 // EgressObjects contains all objects after they have been loaded into the kernel.
@@ -394,14 +485,19 @@ func (o *EgressObjects) Close() error {
 // It can be passed to LoadEgressObjects or ebpf.CollectionSpec.LoadAndAssign.
 type EgressMaps struct {
 	Admitted   *ebpf.Map `ebpf:"admitted"`
+	Buffers    *ebpf.Map `ebpf:"buffers"`
+	Callers    *ebpf.Map `ebpf:"callers"`
 	Containers *ebpf.Map `ebpf:"containers"`
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
 	Ports      *ebpf.Map `ebpf:"ports"`
+	Readers    *ebpf.Map `ebpf:"readers"`
 	Retired    *ebpf.Map `ebpf:"retired"`
 	Rules      *ebpf.Map `ebpf:"rules"`
+	Seen       *ebpf.Map `ebpf:"seen"`
 	Stateless  *ebpf.Map `ebpf:"stateless"`
+	Tellings   *ebpf.Map `ebpf:"tellings"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 	Tunnels    *ebpf.Map `ebpf:"tunnels"`
@@ -410,14 +506,19 @@ type EgressMaps struct {
 func (m *EgressMaps) Close() error {
 	return _EgressClose(
 		m.Admitted,
+		m.Buffers,
+		m.Callers,
 		m.Containers,
 		m.Devices,
 		m.Mails,
 		m.Permitted,
 		m.Ports,
+		m.Readers,
 		m.Retired,
 		m.Rules,
+		m.Seen,
 		m.Stateless,
+		m.Tellings,
 		m.Tickets,
 		m.Totals,
 		m.Tunnels,
@@ -432,6 +533,7 @@ type EgressVariables struct {
 	Enforce         *ebpf.Variable `ebpf:"enforce"`
 	Format          *ebpf.Variable `ebpf:"format"`
 	HasCoarseClock  *ebpf.Variable `ebpf:"has_coarse_clock"`
+	HasCurrent      *ebpf.Variable `ebpf:"has_current"`
 	HasExempt       *ebpf.Variable `ebpf:"has_exempt"`
 	HasHostSide     *ebpf.Variable `ebpf:"has_host_side"`
 	HasSetRetval    *ebpf.Variable `ebpf:"has_set_retval"`
@@ -441,6 +543,8 @@ type EgressVariables struct {
 	SmtpPorts       *ebpf.Variable `ebpf:"smtp_ports"`
 	Suspects4       *ebpf.Variable `ebpf:"suspects4"`
 	Suspects6       *ebpf.Variable `ebpf:"suspects6"`
+	TaskComm        *ebpf.Variable `ebpf:"task_comm"`
+	TaskTgid        *ebpf.Variable `ebpf:"task_tgid"`
 }
 
 // EgressPrograms contains all programs after they have been loaded into the kernel.

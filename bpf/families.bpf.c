@@ -4,6 +4,7 @@
  * There are two programs for this, of which the controller attaches one; the kernel decides
  * which of them works.
  */
+#include "caller.h"
 #include "cgroup.h"
 #include "owner.h"
 #include "verdict.h"
@@ -57,22 +58,35 @@ static __always_inline bool may_use(const struct container *c, __u32 family)
 	return (c->flags & need) == need;
 }
 
+static __noinline int refuse_socket(struct container *c, __u64 id, __u32 family)
+{
+	struct event e = { .container = id, .family = family, .hook = HOOK_SOCKET, .reason = REASON_FAMILY };
+
+	if (refuse(c, HOOK_SOCKET, REASON_FAMILY, 0)) {
+		describe_caller(&e.process);
+		tell(&e);
+	}
+	return enforce;
+}
+
 /* Whether to refuse a socket to the calling process. Sockets that the kernel makes for
  * itself (kern) are not a way around: the request that led to them was judged.
  */
 static __always_inline bool refused(int family, int protocol, int kern, ancestor_fn ancestor)
 {
 	struct container *c;
+	__u64 id;
 
 	if (probe_protocol)
 		return protocol == probe_protocol;
 	if (kern || ((__u32)family < 64 && families >> family & 1))
 		return false;
-	if (ancestor(NULL, policed.level) != policed.id || !find_container(&policed, ancestor, NULL, &c))
+	if (ancestor(NULL, policed.level) != policed.id)
 		return false;
-	if (c && may_use(c, family))
+	id = find_container(&policed, ancestor, NULL, &c);
+	if (!id || (c && may_use(c, family)))
 		return false;
-	return refuse(c, HOOK_SOCKET, REASON_FAMILY, 0);
+	return refuse_socket(c, id, family);
 }
 
 /* Since 6.0, if the BPF LSM is enabled. Runs for policed processes only. */

@@ -17,12 +17,17 @@ import (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	FamiliesMapAdmitted          = "admitted"
+	FamiliesMapBuffers           = "buffers"
+	FamiliesMapCallers           = "callers"
 	FamiliesMapContainers        = "containers"
 	FamiliesMapDevices           = "devices"
 	FamiliesMapMails             = "mails"
 	FamiliesMapPermitted         = "permitted"
+	FamiliesMapReaders           = "readers"
 	FamiliesMapRetired           = "retired"
+	FamiliesMapSeen              = "seen"
 	FamiliesMapStateless         = "stateless"
+	FamiliesMapTellings          = "tellings"
 	FamiliesMapTickets           = "tickets"
 	FamiliesMapTotals            = "totals"
 	FamiliesMapTunnels           = "tunnels"
@@ -33,8 +38,11 @@ const (
 	FamiliesVarFamilyFlags       = "family_flags"
 	FamiliesVarFormat            = "format"
 	FamiliesVarHasAncestorHelper = "has_ancestor_helper"
+	FamiliesVarHasCurrent        = "has_current"
 	FamiliesVarPoliced           = "policed"
 	FamiliesVarProbeProtocol     = "probe_protocol"
+	FamiliesVarTaskComm          = "task_comm"
+	FamiliesVarTaskTgid          = "task_tgid"
 )
 
 // LoadFamilies returns the embedded CollectionSpec for Families.
@@ -88,12 +96,17 @@ type FamiliesProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type FamiliesMapSpecs struct {
 	Admitted   *ebpf.MapSpec `ebpf:"admitted"`
+	Buffers    *ebpf.MapSpec `ebpf:"buffers"`
+	Callers    *ebpf.MapSpec `ebpf:"callers"`
 	Containers *ebpf.MapSpec `ebpf:"containers"`
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
+	Readers    *ebpf.MapSpec `ebpf:"readers"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
+	Seen       *ebpf.MapSpec `ebpf:"seen"`
 	Stateless  *ebpf.MapSpec `ebpf:"stateless"`
+	Tellings   *ebpf.MapSpec `ebpf:"tellings"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
@@ -108,8 +121,11 @@ type FamiliesVariableSpecs struct {
 	FamilyFlags       *ebpf.VariableSpec `ebpf:"family_flags"`
 	Format            *ebpf.VariableSpec `ebpf:"format"`
 	HasAncestorHelper *ebpf.VariableSpec `ebpf:"has_ancestor_helper"`
+	HasCurrent        *ebpf.VariableSpec `ebpf:"has_current"`
 	Policed           *ebpf.VariableSpec `ebpf:"policed"`
 	ProbeProtocol     *ebpf.VariableSpec `ebpf:"probe_protocol"`
+	TaskComm          *ebpf.VariableSpec `ebpf:"task_comm"`
+	TaskTgid          *ebpf.VariableSpec `ebpf:"task_tgid"`
 }
 
 // FamiliesObjects contains all objects after they have been loaded into the kernel.
@@ -133,12 +149,17 @@ func (o *FamiliesObjects) Close() error {
 // It can be passed to LoadFamiliesObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FamiliesMaps struct {
 	Admitted   *ebpf.Map `ebpf:"admitted"`
+	Buffers    *ebpf.Map `ebpf:"buffers"`
+	Callers    *ebpf.Map `ebpf:"callers"`
 	Containers *ebpf.Map `ebpf:"containers"`
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
+	Readers    *ebpf.Map `ebpf:"readers"`
 	Retired    *ebpf.Map `ebpf:"retired"`
+	Seen       *ebpf.Map `ebpf:"seen"`
 	Stateless  *ebpf.Map `ebpf:"stateless"`
+	Tellings   *ebpf.Map `ebpf:"tellings"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 	Tunnels    *ebpf.Map `ebpf:"tunnels"`
@@ -147,12 +168,17 @@ type FamiliesMaps struct {
 func (m *FamiliesMaps) Close() error {
 	return _FamiliesClose(
 		m.Admitted,
+		m.Buffers,
+		m.Callers,
 		m.Containers,
 		m.Devices,
 		m.Mails,
 		m.Permitted,
+		m.Readers,
 		m.Retired,
+		m.Seen,
 		m.Stateless,
+		m.Tellings,
 		m.Tickets,
 		m.Totals,
 		m.Tunnels,
@@ -168,8 +194,11 @@ type FamiliesVariables struct {
 	FamilyFlags       *ebpf.Variable `ebpf:"family_flags"`
 	Format            *ebpf.Variable `ebpf:"format"`
 	HasAncestorHelper *ebpf.Variable `ebpf:"has_ancestor_helper"`
+	HasCurrent        *ebpf.Variable `ebpf:"has_current"`
 	Policed           *ebpf.Variable `ebpf:"policed"`
 	ProbeProtocol     *ebpf.Variable `ebpf:"probe_protocol"`
+	TaskComm          *ebpf.Variable `ebpf:"task_comm"`
+	TaskTgid          *ebpf.Variable `ebpf:"task_tgid"`
 }
 
 // FamiliesPrograms contains all programs after they have been loaded into the kernel.

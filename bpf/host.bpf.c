@@ -232,20 +232,21 @@ static __always_inline __u64 above(void *cgrp, __u32 level)
 	return *words_at((void *)*node + bpf_core_field_offset(struct kernfs_node, id));
 }
 
-/* The container whose socket sent the packet; NULL if the socket is no longer known. The
- * socket is known while a bridge itself hands the packet to netfilter (br_netfilter).
+/* The container whose socket sent the packet, if the socket is still known. It is while a
+ * bridge itself hands the packet to netfilter (br_netfilter).
  */
-static __always_inline struct container *sender(struct sk_buff *skb)
+static __always_inline __u64 sender(struct sk_buff *skb, struct container **c)
 {
 	struct sock *sk = skb->sk;
 	int state;
 
+	*c = NULL;
 	if (!sk)
-		return NULL;
+		return 0;
 	state = sk->__sk_common.skc_state;
 	if (state == TCP_TIME_WAIT || state == TCP_NEW_SYN_RECV)
-		return NULL;
-	return container_of_sender(above, (void *)*words_at(&sk->sk_cgrp_data));
+		return 0;
+	return container_of_sender(above, (void *)*words_at(&sk->sk_cgrp_data), c);
 }
 
 static __always_inline __be16 protocol(struct bpf_nf_ctx *ctx)
@@ -259,20 +260,6 @@ static __always_inline bool open_packet(struct bpf_nf_ctx *ctx, struct bpf_dynpt
 	p->len = ctx->skb->len;
 	p->protocol = protocol(ctx);
 	return !bpf_dynptr_from_skb((struct __sk_buff *)ctx->skb, 0, data);
-}
-
-__noinline int refuse_packet(struct bpf_nf_ctx *ctx, __u32 reason)
-{
-	return refuse(sender(ctx->skb), HOOK_HOST, reason, ctx->skb->len);
-}
-
-static __always_inline int drop(struct bpf_nf_ctx *ctx, enum reason reason)
-{
-	int refused = refuse_packet(ctx, reason);
-
-	/* The compiler knows which values the function returns; the verifier does not. */
-	asm volatile("" : "+r"(refused));
-	return refused ? NF_DROP : NF_ACCEPT;
 }
 
 /* The size of the segments that the packet will be split into; 0 if it
@@ -305,6 +292,31 @@ static __always_inline bool read_flow(struct bpf_nf_ctx *ctx, struct flow *f)
 	struct packet p = { .len = ctx->skb->len, .protocol = protocol(ctx) };
 
 	return parse_at(ctx, &p, f);
+}
+
+__noinline int refuse_packet(struct bpf_nf_ctx *ctx, __u32 reason)
+{
+	struct net_device *in = ctx->state->in;
+	__u32 len = ctx->skb->len;
+	struct container *c;
+	struct flow f = {};
+	__u64 id;
+
+	id = sender(ctx->skb, &c);
+	if (refuse(c, HOOK_HOST, reason, len)) {
+		read_flow(ctx, &f);
+		tell_of_host(id, reason, &f, len, in ? in->ifindex : 0);
+	}
+	return enforce;
+}
+
+static __always_inline int drop(struct bpf_nf_ctx *ctx, enum reason reason)
+{
+	int refused = refuse_packet(ctx, reason);
+
+	/* The compiler knows which values the function returns; the verifier does not. */
+	asm volatile("" : "+r"(refused));
+	return refused ? NF_DROP : NF_ACCEPT;
 }
 
 /* Reads the packet at in->off within the one of ctx, or within the part that ends at end,

@@ -14,20 +14,36 @@
 
 const volatile struct policed_cgroup policed[MAX_POLICED];
 
-/* The container of the sender; NULL if the sender is in none, or the container has no
- * state.
+/* The container of the sender, whose state c becomes. Returns the id of its cgroup; 0 if the
+ * sender is in none.
  */
-static __always_inline struct container *container_of_sender(ancestor_fn ancestor, void *sender)
+static __always_inline __u64 container_of_sender(ancestor_fn ancestor, void *sender, struct container **c)
 {
-	struct container *c = NULL;
-
+	*c = NULL;
 	for (int i = 0; i < MAX_POLICED && policed[i].id; i++) {
-		if (ancestor(sender, policed[i].level) == policed[i].id) {
-			find_container(&policed[i], ancestor, sender, &c);
-			break;
-		}
+		if (ancestor(sender, policed[i].level) == policed[i].id)
+			return find_container(&policed[i], ancestor, sender, c);
 	}
-	return c;
+	return 0;
+}
+
+/* Tells of a packet that is refused. Its own headers describe it, whatever is inside. */
+static __always_inline int tell_of_host(__u64 container, enum reason reason, const struct flow *f, __u32 bytes, __u32 device)
+{
+	struct event e = {
+		.container = container,
+		.sport = f->sport,
+		.dport = f->dport,
+		.proto = f->proto,
+		.bytes = bytes,
+		.device = device,
+		.hook = HOOK_HOST,
+		.reason = reason,
+	};
+
+	__builtin_memcpy(e.src, &f->src, sizeof(e.src));
+	__builtin_memcpy(e.dst, &f->dst, sizeof(e.dst));
+	return tell(&e);
 }
 
 /* Whether a blocked packet is one that the egress hook let through, because its container

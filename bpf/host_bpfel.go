@@ -24,15 +24,20 @@ type HostDeviceName struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	HostMapAdmitted       = "admitted"
+	HostMapBuffers        = "buffers"
+	HostMapCallers        = "callers"
 	HostMapContainers     = "containers"
 	HostMapDeviceNames    = "device_names"
 	HostMapDevices        = "devices"
 	HostMapMails          = "mails"
 	HostMapPermitted      = "permitted"
 	HostMapPorts          = "ports"
+	HostMapReaders        = "readers"
 	HostMapRetired        = "retired"
 	HostMapRules          = "rules"
+	HostMapSeen           = "seen"
 	HostMapStateless      = "stateless"
+	HostMapTellings       = "tellings"
 	HostMapTickets        = "tickets"
 	HostMapTotals         = "totals"
 	HostMapTunnels        = "tunnels"
@@ -105,15 +110,20 @@ type HostProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type HostMapSpecs struct {
 	Admitted    *ebpf.MapSpec `ebpf:"admitted"`
+	Buffers     *ebpf.MapSpec `ebpf:"buffers"`
+	Callers     *ebpf.MapSpec `ebpf:"callers"`
 	Containers  *ebpf.MapSpec `ebpf:"containers"`
 	DeviceNames *ebpf.MapSpec `ebpf:"device_names"`
 	Devices     *ebpf.MapSpec `ebpf:"devices"`
 	Mails       *ebpf.MapSpec `ebpf:"mails"`
 	Permitted   *ebpf.MapSpec `ebpf:"permitted"`
 	Ports       *ebpf.MapSpec `ebpf:"ports"`
+	Readers     *ebpf.MapSpec `ebpf:"readers"`
 	Retired     *ebpf.MapSpec `ebpf:"retired"`
 	Rules       *ebpf.MapSpec `ebpf:"rules"`
+	Seen        *ebpf.MapSpec `ebpf:"seen"`
 	Stateless   *ebpf.MapSpec `ebpf:"stateless"`
+	Tellings    *ebpf.MapSpec `ebpf:"tellings"`
 	Tickets     *ebpf.MapSpec `ebpf:"tickets"`
 	Totals      *ebpf.MapSpec `ebpf:"totals"`
 	Tunnels     *ebpf.MapSpec `ebpf:"tunnels"`
@@ -158,15 +168,20 @@ func (o *HostObjects) Close() error {
 // It can be passed to LoadHostObjects or ebpf.CollectionSpec.LoadAndAssign.
 type HostMaps struct {
 	Admitted    *ebpf.Map `ebpf:"admitted"`
+	Buffers     *ebpf.Map `ebpf:"buffers"`
+	Callers     *ebpf.Map `ebpf:"callers"`
 	Containers  *ebpf.Map `ebpf:"containers"`
 	DeviceNames *ebpf.Map `ebpf:"device_names"`
 	Devices     *ebpf.Map `ebpf:"devices"`
 	Mails       *ebpf.Map `ebpf:"mails"`
 	Permitted   *ebpf.Map `ebpf:"permitted"`
 	Ports       *ebpf.Map `ebpf:"ports"`
+	Readers     *ebpf.Map `ebpf:"readers"`
 	Retired     *ebpf.Map `ebpf:"retired"`
 	Rules       *ebpf.Map `ebpf:"rules"`
+	Seen        *ebpf.Map `ebpf:"seen"`
 	Stateless   *ebpf.Map `ebpf:"stateless"`
+	Tellings    *ebpf.Map `ebpf:"tellings"`
 	Tickets     *ebpf.Map `ebpf:"tickets"`
 	Totals      *ebpf.Map `ebpf:"totals"`
 	Tunnels     *ebpf.Map `ebpf:"tunnels"`
@@ -175,15 +190,20 @@ type HostMaps struct {
 func (m *HostMaps) Close() error {
 	return _HostClose(
 		m.Admitted,
+		m.Buffers,
+		m.Callers,
 		m.Containers,
 		m.DeviceNames,
 		m.Devices,
 		m.Mails,
 		m.Permitted,
 		m.Ports,
+		m.Readers,
 		m.Retired,
 		m.Rules,
+		m.Seen,
 		m.Stateless,
+		m.Tellings,
 		m.Tickets,
 		m.Totals,
 		m.Tunnels,

@@ -117,4 +117,50 @@ struct {
 	__type(value, __u8);
 } tunnels SEC(".maps");
 
+/* Who reads events. Memory that is shared with the readers. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct audience);
+} readers SEC(".maps");
+
+/* The readers' buffers. A ring buffer has one consumer, so each reader brings its own. */
+struct buffer {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 65536);	/* the reader chooses */
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, MAX_READERS);
+	__type(key, __u32);
+	__array(values, struct buffer);
+} buffers SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, __u64);	/* see EVENTS_OF_DEVICE */
+	__type(value, struct telling);
+} tellings SEC(".maps");
+
+/* The processes that have opened mail connections: when a packet is refused, nothing else
+ * tells whose it is. Noted only while somebody reads events.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct process);
+} callers SEC(".maps");
+
+/* Only in mode audit. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct seen_key);
+	__type(value, struct sighting);
+} seen SEC(".maps");
+
 #endif

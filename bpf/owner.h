@@ -11,10 +11,10 @@
 typedef __u64 (*ancestor_fn)(void *ctx, __u32 level);
 
 /* Finds the container that ctx is in: the outermost cgroup below the level top that is
- * known as a container. False if there is none. Otherwise c is the container's state, or
- * NULL if it has none.
+ * known as a container. Returns the id of its cgroup; 0 if there is none. c is the container's
+ * state, or NULL if it has none.
  */
-static __always_inline bool find_known(__u32 top, ancestor_fn ancestor, void *ctx, struct container **c)
+static __always_inline __u64 find_known(__u32 top, ancestor_fn ancestor, void *ctx, struct container **c)
 {
 	__u64 id;
 
@@ -24,7 +24,7 @@ static __always_inline bool find_known(__u32 top, ancestor_fn ancestor, void *ct
 			break;
 		*c = bpf_map_lookup_elem(&containers, &id);
 		if (*c)
-			return true;
+			return id;
 	}
 	*c = NULL;
 	/* A loop of its own: in the loop above, the verifier would follow more paths
@@ -35,23 +35,25 @@ static __always_inline bool find_known(__u32 top, ancestor_fn ancestor, void *ct
 		if (!id)
 			break;
 		if (is_stateless(id))
-			return true;
+			return id;
 	}
-	return false;
+	return 0;
 }
 
-/* Finds the container that ctx, which is in the policed cgroup p, belongs to. False if it
- * belongs to none. Otherwise c is the container's state, or NULL if it has none.
+/* Finds the container that ctx, which is in the policed cgroup p, belongs to. Returns the id of
+ * its cgroup; 0 if it belongs to none. c is the container's state, or NULL if it has none.
  */
-static __always_inline bool find_container(const volatile struct policed_cgroup *p, ancestor_fn ancestor, void *ctx, struct container **c)
+static __always_inline __u64 find_container(const volatile struct policed_cgroup *p, ancestor_fn ancestor, void *ctx, struct container **c)
 {
 	__u64 id;
 
 	if (p->recognises)
 		return find_known(p->level, ancestor, ctx, c);
 	id = ancestor(ctx, p->level + 1);
-	*c = state_of(id ? id : p->id);
-	return true;
+	if (!id)
+		id = p->id;
+	*c = state_of(id);
+	return id;
 }
 
 #endif

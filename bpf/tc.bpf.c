@@ -87,18 +87,6 @@ static __always_inline __u64 above(void *skb, __u32 level)
 
 /* The following functions are global for the verifier's sake. */
 
-__noinline int refuse_packet(struct __sk_buff *skb, __u32 reason)
-{
-	struct scratch *s = scratch();
-
-	return refuse(container_of_sender(above, skb), HOOK_HOST, reason, s && s->len ? s->len : skb->len);
-}
-
-static __always_inline int drop(struct __sk_buff *skb, enum reason reason)
-{
-	return refuse_packet(skb, reason) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
-}
-
 /* Reads the packet at base as a flow; 0 if it cannot be judged. */
 __noinline int parse_at(struct __sk_buff *skb, __u32 base, __u32 len, __u32 whole, __u32 protocol)
 {
@@ -131,6 +119,27 @@ __noinline int read_flow(struct __sk_buff *skb)
 	s->fragment = s->flow.fragment;
 	s->end = 0;
 	return 1;
+}
+
+__noinline int refuse_packet(struct __sk_buff *skb, __u32 reason)
+{
+	struct scratch *s = scratch();
+	__u32 len = s && s->len ? s->len : skb->len;
+	struct container *c;
+	__u64 id;
+
+	id = container_of_sender(above, skb, &c);
+	if (refuse(c, HOOK_HOST, reason, len) && s) {
+		if (!read_flow(skb))
+			s->flow = (struct flow){};
+		tell_of_host(id, reason, &s->flow, len, skb->ifindex);
+	}
+	return enforce;
+}
+
+static __always_inline int drop(struct __sk_buff *skb, enum reason reason)
+{
+	return refuse_packet(skb, reason) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
 /* The packet, after read_flow(). */

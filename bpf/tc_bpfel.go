@@ -17,15 +17,20 @@ import (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	TcMapAdmitted       = "admitted"
+	TcMapBuffers        = "buffers"
+	TcMapCallers        = "callers"
 	TcMapContainers     = "containers"
 	TcMapDevices        = "devices"
 	TcMapMails          = "mails"
 	TcMapPermitted      = "permitted"
 	TcMapPorts          = "ports"
+	TcMapReaders        = "readers"
 	TcMapRetired        = "retired"
 	TcMapRules          = "rules"
 	TcMapScratches      = "scratches"
+	TcMapSeen           = "seen"
 	TcMapStateless      = "stateless"
+	TcMapTellings       = "tellings"
 	TcMapTickets        = "tickets"
 	TcMapTotals         = "totals"
 	TcMapTunnels        = "tunnels"
@@ -93,15 +98,20 @@ type TcProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type TcMapSpecs struct {
 	Admitted   *ebpf.MapSpec `ebpf:"admitted"`
+	Buffers    *ebpf.MapSpec `ebpf:"buffers"`
+	Callers    *ebpf.MapSpec `ebpf:"callers"`
 	Containers *ebpf.MapSpec `ebpf:"containers"`
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
+	Readers    *ebpf.MapSpec `ebpf:"readers"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
 	Rules      *ebpf.MapSpec `ebpf:"rules"`
 	Scratches  *ebpf.MapSpec `ebpf:"scratches"`
+	Seen       *ebpf.MapSpec `ebpf:"seen"`
 	Stateless  *ebpf.MapSpec `ebpf:"stateless"`
+	Tellings   *ebpf.MapSpec `ebpf:"tellings"`
 	Tickets    *ebpf.MapSpec `ebpf:"tickets"`
 	Totals     *ebpf.MapSpec `ebpf:"totals"`
 	Tunnels    *ebpf.MapSpec `ebpf:"tunnels"`
@@ -145,15 +155,20 @@ func (o *TcObjects) Close() error {
 // It can be passed to LoadTcObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TcMaps struct {
 	Admitted   *ebpf.Map `ebpf:"admitted"`
+	Buffers    *ebpf.Map `ebpf:"buffers"`
+	Callers    *ebpf.Map `ebpf:"callers"`
 	Containers *ebpf.Map `ebpf:"containers"`
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
 	Ports      *ebpf.Map `ebpf:"ports"`
+	Readers    *ebpf.Map `ebpf:"readers"`
 	Retired    *ebpf.Map `ebpf:"retired"`
 	Rules      *ebpf.Map `ebpf:"rules"`
 	Scratches  *ebpf.Map `ebpf:"scratches"`
+	Seen       *ebpf.Map `ebpf:"seen"`
 	Stateless  *ebpf.Map `ebpf:"stateless"`
+	Tellings   *ebpf.Map `ebpf:"tellings"`
 	Tickets    *ebpf.Map `ebpf:"tickets"`
 	Totals     *ebpf.Map `ebpf:"totals"`
 	Tunnels    *ebpf.Map `ebpf:"tunnels"`
@@ -162,15 +177,20 @@ type TcMaps struct {
 func (m *TcMaps) Close() error {
 	return _TcClose(
 		m.Admitted,
+		m.Buffers,
+		m.Callers,
 		m.Containers,
 		m.Devices,
 		m.Mails,
 		m.Permitted,
 		m.Ports,
+		m.Readers,
 		m.Retired,
 		m.Rules,
 		m.Scratches,
+		m.Seen,
 		m.Stateless,
+		m.Tellings,
 		m.Tickets,
 		m.Totals,
 		m.Tunnels,

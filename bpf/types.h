@@ -15,9 +15,10 @@
 /* Where a packet or a system call is refused. */
 enum hook {
 	HOOK_EGRESS,	/* a packet that leaves a container */
-	HOOK_CONNECT,	/* connect() or sendmsg() */
+	HOOK_CONNECT,	/* connect() */
 	HOOK_SOCKET,	/* socket() */
 	HOOK_HOST,	/* a packet that reaches the host from a container */
+	HOOK_SENDMSG,	/* sendmsg(); counted as HOOK_CONNECT */
 };
 
 /* Why it is refused. The values index arrays in kept maps, so a new
@@ -316,6 +317,90 @@ struct port_key {
 	__be16 port;		/* 0: every port */
 	__u8 proto;		/* 0: every protocol that has ports */
 	__u8 reserved;
+};
+
+/* A process, as the host sees it. */
+struct process {
+	__u32 pid;		/* 0: not known */
+	__u32 uid;
+	__u8 comm[16];		/* ends with a NUL */
+};
+
+/* A refusal, as readers get it. It grows only at the end: a reader takes what it knows. */
+struct event {
+	__u64 time;		/* in ns of CLOCK_MONOTONIC */
+	__u64 container;	/* id of its cgroup; 0: not known */
+	__u8 src[16] AS_WORDS;	/* network byte order; IPv4 is v4-mapped; all 0: not known */
+	__u8 dst[16] AS_WORDS;
+	__be16 sport;		/* 0: none, or not known */
+	__be16 dport;
+	__u16 proto;
+	__u16 family;		/* of a socket; 0 otherwise */
+	__u32 bytes;		/* of a packet, from the IP header on */
+	__u32 device;		/* index of the device by which it reached the host; or 0 */
+	enum hook hook;
+	enum reason reason;
+	struct process process;
+	__u32 refused;		/* 0: only counted, since the mode is audit */
+	__u32 reserved;
+};
+_Static_assert(sizeof(struct event) == 104, "no padding");
+
+/* How many can read events at the same time. */
+#define MAX_READERS 8
+
+/* A reader of events. Its buffer is in buffers, at the same index. */
+struct reader {
+	__u64 until;		/* gets events until then, in ns of CLOCK_MONOTONIC */
+	__u64 lost;		/* events for which its buffer had no room */
+	__u64 owner;		/* when it came, which tells it from all others; 0: the place is free */
+	__u64 reserved;
+};
+
+/* The readers change this in memory that they share with the programs. */
+struct audience {
+	union {
+		__u8 waiting[MAX_READERS];	/* 1: the reader gets events */
+		__u64 any;			/* 0: nobody does */
+	};
+	__u64 left_out;		/* events that nobody got, since their containers had too many */
+	__u64 lost;		/* sum over all readers, with those that are gone */
+	__u64 reserved;
+	struct reader reader[MAX_READERS];
+};
+
+/* How many events of one container readers get: EVENTS_BURST at once, then one for each
+ * EVENTS_INTERVAL, in ns. So a flood of one container hides nothing of another.
+ */
+#define EVENTS_BURST 50
+#define EVENTS_INTERVAL (100 * 1000 * 1000ULL)
+
+/* Key of what is noted about the events of a container: the id of its cgroup, or, where the
+ * host does not know the container, the index of the device with this bit.
+ */
+#define EVENTS_OF_DEVICE (1ULL << 63)
+
+struct telling {
+	__u64 full_at;		/* when as many as EVENTS_BURST can be told again */
+	__u64 left_out;		/* how many events were not told */
+};
+
+/* What a container asked for and was not refused, since the mode is audit. */
+struct seen_key {
+	__u64 container;
+	__u8 dst[16] AS_WORDS;
+	__be16 dport;
+	__u16 proto;
+	__u16 family;
+	__u8 reason;
+	__u8 reserved;
+};
+_Static_assert(sizeof(struct seen_key) == 32, "no padding");
+
+struct sighting {
+	__u64 count;
+	__u64 first;		/* in ns of CLOCK_MONOTONIC */
+	__u64 last;
 };
 
 #endif

@@ -3,9 +3,8 @@
 #ifndef EGRESSBPF_VERDICT_H
 #define EGRESSBPF_VERDICT_H
 
+#include "events.h"
 #include "state.h"
-
-const volatile bool enforce = true;	/* false: count, but refuse nothing */
 
 static __always_inline void count_traffic(struct traffic *t, __u64 bytes)
 {
@@ -36,6 +35,7 @@ static __always_inline void count_refusal(struct counters *n, enum hook hook, en
 		}
 		break;
 	case HOOK_CONNECT:
+	case HOOK_SENDMSG:
 		d = drops_of(n, reason);
 		if (d)
 			__sync_fetch_and_add(&d->connects, 1);
@@ -51,8 +51,8 @@ static __always_inline void count_refusal(struct counters *n, enum hook hook, en
 }
 
 /* Counts a refusal at a hook: of a packet of so many bytes, or of a system call. c is the
- * container's state, or NULL if it has none. Returns whether to refuse; in audit mode
- * nothing is refused.
+ * container's state, or NULL if it has none. Returns whether somebody wants to be told of it:
+ * call tell(). Then it is refused, except in audit mode.
  *
  * The total needs atomic additions although it is per CPU: other programs can interrupt
  * this one. The total is counted first, so that a reader who reads it last never finds less
@@ -66,7 +66,7 @@ static __always_inline bool refuse(struct container *c, enum hook hook, enum rea
 		count_refusal(sum, hook, reason, bytes);
 	if (c)
 		count_refusal(&c->counters, hook, reason, bytes);
-	return enforce;
+	return !enforce || waiting_readers();
 }
 
 #endif

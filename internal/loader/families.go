@@ -56,6 +56,7 @@ func (f families) attachTarget(t *target, a *attachment) error {
 		bpf.FamiliesVarFamilies:    a.policy.Families.Mask(),
 		bpf.FamiliesVarFamilyFlags: maps.FamilyFlags(),
 		bpf.FamiliesVarPoliced:     policedCgroup(t.rel, t.id, t.recognises),
+		bpf.FamiliesVarHasCurrent:  true,
 	})
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 
 	"github.com/egressbpf/egressbpf/bpf"
@@ -115,7 +116,14 @@ func (l *loaded) prepare(state *maps.State, policed bpf.EgressPolicedCgroup) (*e
 	if err != nil {
 		return nil, nil, err
 	}
+	caller, err := howToFindCallers()
+	if err != nil {
+		return nil, nil, err
+	}
 	err = set(spec, map[string]any{
+		bpf.EgressVarHasCurrent:      caller.current,
+		bpf.EgressVarTaskTgid:        caller.tgid,
+		bpf.EgressVarTaskComm:        caller.comm,
 		bpf.EgressVarOverLimitReject: l.policy.SMTP.OverLimit == policy.Reject,
 		bpf.EgressVarHasSetRetval:    setRetval,
 		bpf.EgressVarHasHostSide:     l.policy.HostSide == policy.On,
@@ -226,4 +234,41 @@ func haveHelper(typ ebpf.ProgramType, helper asm.BuiltinFunc) (bool, error) {
 		return false, fmt.Errorf("probe %v: %w", helper, err)
 	}
 	return err == nil, nil
+}
+
+// callers is how the programs of a socket's address find the calling process.
+type callers struct {
+	current bool // by helpers
+	// tgid and comm are offsets in struct task_struct, for kernels without these helpers; 0
+	// if there is no way.
+	tgid, comm uint32
+}
+
+// howToFindCallers never fails because there is no way: then events lack the process.
+func howToFindCallers() (c callers, err error) {
+	if c.current, err = haveHelper(ebpf.CGroupSockAddr, asm.FnGetCurrentComm); c.current || err != nil {
+		return c, err
+	}
+	for _, helper := range []asm.BuiltinFunc{asm.FnGetCurrentTask, asm.FnProbeReadKernel} {
+		if ok, err := haveHelper(ebpf.CGroupSockAddr, helper); !ok || err != nil {
+			return c, err
+		}
+	}
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		return c, nil
+	}
+	var task *btf.Struct
+	if kernel.TypeByName("task_struct", &task) != nil {
+		return c, nil
+	}
+	for _, m := range task.Members {
+		switch m.Name {
+		case "tgid":
+			c.tgid = m.Offset.Bytes()
+		case "comm":
+			c.comm = m.Offset.Bytes()
+		}
+	}
+	return c, nil
 }

@@ -258,3 +258,13 @@ func (s *State) Bury(id uint64) error {
 	}
 	return remove(s.containers, id)
 }
+
+// RefusedInAll returns how many packets and system calls were refused, for any reason. In mode
+// audit they were not refused, but counted.
+func RefusedInAll(c Counters) (n uint64) {
+	for reason := range bpf.EgressReasonREASONS {
+		d := Refused(c, reason)
+		n += d.Packets + d.Connects
+	}
+	return n + c.FamiliesDenied + c.HostSide.Packets
+}

@@ -1,6 +1,8 @@
 package maps
 
 import (
+	"fmt"
+	"math/bits"
 	"net/netip"
 
 	"github.com/egressbpf/egressbpf/bpf"
@@ -16,4 +18,34 @@ type Seen struct {
 	Reason      bpf.EgressReason
 	Count       uint64
 	First, Last uint64
+}
+
+// Seen returns what mode audit has let through, as far as there was room to note it: what was
+// noted long ago makes room for what is new. Sockets are not part of it.
+func (s *State) Seen() (all []Seen, err error) {
+	m := s.byName[bpf.EgressMapSeen]
+	if m == nil {
+		return nil, nil
+	}
+	var (
+		key   bpf.EgressSeenKey
+		value bpf.EgressSighting
+	)
+	entries := m.Iterate()
+	for entries.Next(&key, &value) {
+		if bpf.EgressReason(key.Reason) == bpf.EgressReasonREASON_FAMILY {
+			continue
+		}
+		all = append(all, Seen{
+			Container:   key.Container,
+			Destination: netip.AddrPortFrom(netip.AddrFrom16(key.Dst).Unmap(), bits.ReverseBytes16(key.Dport)),
+			Protocol:    uint8(key.Proto),
+			Reason:      bpf.EgressReason(key.Reason),
+			Count:       value.Count, First: value.First, Last: value.Last,
+		})
+	}
+	if err := entries.Err(); err != nil {
+		return nil, fmt.Errorf("read map %s: %w", bpf.EgressMapSeen, err)
+	}
+	return all, nil
 }

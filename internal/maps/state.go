@@ -30,6 +30,7 @@ func StateNames() []string {
 	return []string{
 		bpf.EgressMapContainers, bpf.EgressMapStateless, bpf.EgressMapRetired, bpf.EgressMapTotals, bpf.EgressMapTickets,
 		bpf.EgressMapAdmitted, bpf.EgressMapPermitted, bpf.EgressMapMails, bpf.EgressMapDevices, bpf.EgressMapTunnels,
+		bpf.EgressMapReaders, bpf.EgressMapBuffers, bpf.EgressMapTellings, bpf.EgressMapCallers, bpf.EgressMapSeen,
 	}
 }
 

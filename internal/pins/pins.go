@@ -7,6 +7,8 @@
 //	tickets admitted permitted mails devices tunnels
 //	                            what is on its way between hooks; created anew if a
 //	                            version changes its layout
+//	readers buffers tellings    events: who reads them, what was told of each container, and
+//	callers seen                whose processes they are; what mode audit has let through
 //	udp_tunnels                 a file that lists the UDP ports of the host's tunnels
 //	recognise keep release      the links that follow containers as they come and go
 //	host_*                      the links of the host side

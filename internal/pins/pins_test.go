@@ -51,7 +51,7 @@ func TestUnknown(t *testing.T) {
 	ours := append(maps.StateNames(), "overflow", "recognise", "keep-next", "host_answer6", "host_answer6-next", "udp_tunnels",
 		"cgroup-12/egress", "cgroup-12/sendmsg6", "cgroup-12/socket_create", "cgroup-12/socket_create-next")
 	var unknown []string
-	for _, name := range []string{"events", "recognise-next-next", "cgroup-12/sock_create", "cgroup-x/egress", "egress", "readers/first"} {
+	for _, name := range []string{"events", "recognise-next-next", "cgroup-12/sock_create", "cgroup-x/egress", "egress", "listeners/first"} {
 		unknown = append(unknown, p.Pin(name))
 	}
 	for _, name := range ours {

@@ -1,0 +1,29 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/egressbpf/egressbpf/internal/maps"
+)
+
+// Stamp changes whenever an attach replaces a map of the state. The error wraps ErrNotAttached if
+// nothing is attached.
+func (f *Filter) Stamp() (string, error) {
+	stamp, err := f.pins.Stamp()
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w (no pins at %s)", ErrNotAttached, f.pins)
+	}
+	return stamp, err
+}
+
+// Uses says whether a map of a state is still the one that the programs use.
+func (f *Filter) Uses(state *maps.State, name string) (bool, error) {
+	now, _, err := f.pins.Map(name)
+	if err != nil || now == nil {
+		return false, err
+	}
+	defer now.Close()
+	return state.Uses(name, now), nil
+}
