@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -54,6 +55,16 @@ func ParseFamilies(s string) (Families, error) {
 // FamilyNumbers returns the numbers of the families that can be allowed in addition to
 // Restrict, in ascending order.
 func FamilyNumbers() []uint { return slices.Sorted(maps.Values(families)) }
+
+// FamilyName returns the name of a family, or its number if it has none here.
+func FamilyName(number uint) string {
+	for name, n := range families {
+		if n == number {
+			return name
+		}
+	}
+	return strconv.FormatUint(uint64(number), 10)
+}
 
 // FamiliesOf returns the Families that allow, in addition to Restrict, the given numbers of
 // FamilyNumbers, in any order.

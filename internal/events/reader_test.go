@@ -1,0 +1,278 @@
+package events
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/test/testenv"
+)
+
+// scene is a filter that is attached to a cgroup with a container.
+type scene struct {
+	*testing.T
+	pins      string
+	filter    *loader.Filter
+	container string
+}
+
+func newScene(t *testing.T, p policy.Policy) *scene {
+	s := &scene{T: t, pins: testenv.PinPath(t)}
+	s.filter = loader.New(s.pins, testenv.Root(t))
+	top := testenv.Cgroup(t)
+	s.container = testenv.Child(t, top, "web")
+	check(t, s.filter.Attach(t.Context(), []string{top}, p))
+	t.Cleanup(func() { check(t, s.filter.Detach(context.Background(), nil)) })
+	return s
+}
+
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// open opens a reader.
+func (s *scene) open() *Reader {
+	s.Helper()
+	r, err := Open(s.filter, &Names{Node: "host", Filter: s.filter, Root: testenv.Root(s)}, 1<<16)
+	check(s.T, err)
+	s.Cleanup(func() { check(s.T, r.Close()) })
+	return r
+}
+
+// connects is what the test binary does instead of testing, if it is set: it tries to reach the
+// metadata service so often.
+const connects = "EGRESSBPF_CONNECTS"
+
+func TestMain(m *testing.M) {
+	n, err := strconv.Atoi(os.Getenv(connects))
+	if err != nil {
+		os.Exit(m.Run())
+	}
+	for range n {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+		if err != nil {
+			panic(err)
+		}
+		if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{169, 254, 169, 254}, Port: 80}); os.Getenv("EGRESSBPF_ANY_RESULT") == "" && !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.EPERM) {
+			panic(err)
+		}
+		unix.Close(fd)
+	}
+}
+
+// connect has the container try to reach the metadata service n times.
+func (s *scene) connect(container string, n int) {
+	s.Helper()
+	cmd := testenv.Command(s, container, os.Args[0])
+	cmd.Env = append(os.Environ(), fmt.Sprint(connects, "=", n))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		s.Fatalf("%v: %s", err, out)
+	}
+}
+
+// next returns the next record of a source.
+func next(t *testing.T, from Source) Record {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	r, err := from.Next(ctx)
+	check(t, err)
+	return r
+}
+
+// testPolicy has each child of the policed cgroup be a container, and leaves the rest of this
+// machine alone.
+func testPolicy() policy.Policy {
+	p := policy.Default()
+	p.Scopes, _ = policy.ParseScopes([]string{"any"})
+	p.HostSide, p.Families = policy.Off, policy.AnyFamily
+	return p
+}
+
+func TestRefusedConnect(t *testing.T) {
+	s := newScene(t, testPolicy())
+	r := s.open()
+	s.connect(s.container, 1)
+	got := next(t, r)
+	if got.Hook != HookConnect || got.Reason != ReasonBlocked || !*got.Blocked || got.Destination == nil ||
+		got.Destination.Address != netip.MustParseAddr("169.254.169.254") || got.Destination.Port != 80 || got.Protocol != "tcp" {
+		t.Errorf("%+v", got)
+	}
+	comm := filepath.Base(os.Args[0])
+	comm = comm[:min(len(comm), 15)]
+	if got.Process == nil || got.Process.Comm != comm || got.Process.PID == 0 || got.Process.UID != uint32(os.Getuid()) {
+		t.Errorf("process %+v", got.Process)
+	}
+	if got.Container == nil || got.Container.ID != "web" || got.Rule != "preset metadata" {
+		t.Errorf("container %+v, rule %q", got.Container, got.Rule)
+	}
+}
+
+// tally adds up what records tell, by container.
+type tally map[string]struct{ refusals, suppressed uint64 }
+
+// add returns how many refusals a record stands for.
+func (all tally) add(r Record) uint64 {
+	if r.Container == nil {
+		return r.Count // Lost
+	}
+	t := all[r.Container.ID]
+	defer func() { all[r.Container.ID] = t }()
+	if r.Type == Refusal {
+		t.refusals++
+		return 1
+	}
+	t.suppressed += r.Count
+	return r.Count
+}
+
+// TestFlood floods with refusals of one container, on all CPUs. Each of them is told, left out or
+// lost, and counted as such, and none of a quiet container is left out.
+func TestFlood(t *testing.T) {
+	n := 500_000
+	if testing.Short() {
+		n = 5_000
+	}
+	s := newScene(t, testPolicy())
+	quiet := testenv.Child(t, filepath.Dir(s.container), "quiet")
+	r := s.open()
+	var flood sync.WaitGroup
+	for range runtime.NumCPU() {
+		flood.Go(func() { s.connect(s.container, n) })
+	}
+	all, got := tally{}, uint64(0)
+	for range 3 {
+		s.connect(quiet, 1)
+		for before := all["quiet"].refusals; all["quiet"].refusals == before; {
+			got += all.add(next(t, r))
+		}
+	}
+	flood.Wait()
+	want := uint64(n*runtime.NumCPU() + 3)
+	for got < want {
+		got += all.add(next(t, r))
+	}
+	if got != want {
+		t.Errorf("%d refusals are told, left out or lost; %d were made", got, want)
+	}
+	if q := all["quiet"]; q.refusals != 3 || q.suppressed != 0 {
+		t.Errorf("of the quiet container: %+v", q)
+	}
+	if all["web"].suppressed == 0 {
+		t.Errorf("nothing is left out: %+v", all)
+	}
+}
+
+// TestReaders has as many readers as there can be: each gets everything, and none keeps others
+// from reading.
+func TestReaders(t *testing.T) {
+	s := newScene(t, testPolicy())
+	var readers []*Reader
+	for range maps.MaxReaders {
+		readers = append(readers, s.open())
+	}
+	names := &Names{Filter: s.filter, Root: testenv.Root(t)}
+	if _, err := Open(s.filter, names, 1<<16); !errors.Is(err, maps.ErrNoSeat) {
+		t.Fatalf("one reader more: %v", err)
+	}
+	check(t, readers[3].Close())
+	readers[3] = s.open()
+	s.connect(s.container, 3)
+	for i, r := range readers {
+		for range 3 {
+			if got := next(t, r); got.Type != Refusal {
+				t.Errorf("reader %d: %+v", i, got)
+			}
+		}
+	}
+	for _, r := range readers {
+		check(t, r.Close())
+	}
+	state, err := s.filter.State()
+	check(t, err)
+	defer state.Close()
+	if m := state.ByName()[bpf.EgressMapBuffers]; m.Lookup(uint32(0), new(uint32)) == nil {
+		t.Error("a buffer is left")
+	}
+}
+
+// TestMovedMaps replaces the maps of the events, as an attach of another version does.
+func TestMovedMaps(t *testing.T) {
+	s := newScene(t, testPolicy())
+	r := s.open()
+	s.connect(s.container, 1)
+	next(t, r)
+	pin := filepath.Join(s.pins, bpf.EgressMapReaders)
+	check(t, os.Remove(pin))
+	other, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
+	check(t, err)
+	defer other.Close()
+	check(t, other.Pin(pin))
+	check(t, s.filter.Attach(t.Context(), nil, testPolicy()))
+	var got uint64
+	for n := uint64(0); got < n+1; n++ {
+		s.connect(s.container, 1)
+		for got < n+1 {
+			record := next(t, r)
+			if got++; record.Type == Lost {
+				got += record.Count - 1
+			}
+		}
+		if n == 3 {
+			return
+		}
+	}
+}
+
+func TestDetached(t *testing.T) {
+	s := newScene(t, testPolicy())
+	r := s.open()
+	check(t, s.filter.Detach(t.Context(), nil))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if got, err := r.Next(ctx); !errors.Is(err, loader.ErrNotAttached) {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+// TestAudit tells of what would be refused, and notes it for later.
+func TestAudit(t *testing.T) {
+	p := testPolicy()
+	p.Mode = policy.Audit
+	s := newScene(t, p)
+	r := s.open()
+	// There is no route.
+	cmd := testenv.Command(t, s.container, os.Args[0])
+	cmd.Env = append(os.Environ(), connects+"=1", "EGRESSBPF_ANY_RESULT=1")
+	check(t, cmd.Run())
+	if got := next(t, r); got.Type != Refusal || *got.Blocked || !*got.WouldBlock {
+		t.Errorf("%+v", got)
+	}
+	state, err := s.filter.State()
+	check(t, err)
+	defer state.Close()
+	seen, err := state.Seen()
+	check(t, err)
+	if len(seen) == 0 || seen[0].Destination != netip.MustParseAddrPort("169.254.169.254:80") || seen[0].Count == 0 ||
+		seen[0].Protocol != unix.IPPROTO_TCP || seen[0].Reason != bpf.EgressReasonREASON_BLOCKED || seen[0].Last < seen[0].First {
+		t.Errorf("%+v", seen)
+	}
+}
