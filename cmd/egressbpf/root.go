@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -18,6 +17,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/stats"
+	"github.com/egressbpf/egressbpf/internal/text"
 )
 
 // Exit codes, on which scripts rely.
@@ -288,19 +288,8 @@ func writeJSON(w io.Writer, v any) error {
 	return enc.Encode(v)
 }
 
-// visible replaces characters that a terminal would obey.
-func visible(r rune) rune {
-	if !strconv.IsPrint(r) && r != '\n' && r != '\t' {
-		return '\uFFFD'
-	}
-	return r
-}
+// visible is [text.Visible].
+func visible(r rune) rune { return text.Visible(r) }
 
-// printable makes a name safe to print: containers choose some names, and a
-// terminal obeys what they could contain.
-func printable(s string) string {
-	if s == "" || strings.ContainsFunc(s, func(r rune) bool { return !strconv.IsPrint(r) }) {
-		return strconv.Quote(s)
-	}
-	return s
-}
+// printable is [text.Printable].
+func printable(s string) string { return text.Printable(s) }
