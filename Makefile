@@ -100,7 +100,7 @@ test-debian: test-tools
 
 .PHONY: test-tools
 test-tools:
-	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io $$(internal/test/vmtest/run.sh --packages)
+	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables tmux:tmux dockerd:docker.io $$(internal/test/vmtest/run.sh --packages)
 	@$(INSTALL) docker:docker-cli # not part of docker.io on newer releases
 
 # For generated objects, and for tests that make a later version.
