@@ -357,6 +357,23 @@ func TestHostileNames(t *testing.T) {
 	}
 }
 
+func TestTitle(t *testing.T) {
+	for _, tt := range []struct{ name, id, want string }{
+		{"web", hex, "web"},
+		{"", hex, "0123456789ab"},
+		{"", "web-2", "web-2"},
+		{"", "", `""`},
+		{"a b", hex, "a b"},
+		{"\x1b[2J", hex, `"\x1b[2J"`},
+		{"\x9b2J", hex, `"\x9b2J"`}, // no valid UTF-8, and an escape to some terminals
+		{"", "\x1b[2J" + hex[4:], `"\x1b[2J456789ab"`},
+	} {
+		if got := title(tt.name, tt.id); got != tt.want {
+			t.Errorf("title(%q, %q) = %s, want %s", tt.name, tt.id, got, tt.want)
+		}
+	}
+}
+
 func TestReport(t *testing.T) {
 	rejected := &ebpf.VerifierError{Cause: unix.EPERM}
 	for i := range 100 {

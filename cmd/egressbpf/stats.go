@@ -166,7 +166,7 @@ func title(name, id string) string {
 	case name != "":
 		return printable(name)
 	case len(id) == 64:
-		return id[:short]
+		id = id[:short]
 	}
 	return printable(id)
 }
