@@ -101,7 +101,7 @@ func parseRule(s string) (Rule, error) {
 		}
 	}
 	if proto, ok := strings.CutPrefix(tail, "/"); ok {
-		if r.Proto, err = parseProto(proto); err != nil {
+		if r.Proto, err = ParseProtocol(proto); err != nil {
 			return Rule{}, err
 		}
 		tail = ""
@@ -338,7 +338,8 @@ func ParsePort(s string) (uint16, error) {
 	return uint16(n), nil
 }
 
-func parseProto(s string) (uint8, error) {
+// ParseProtocol reads the name or the number of an IP protocol.
+func ParseProtocol(s string) (uint8, error) {
 	for _, p := range protocols {
 		if p.name == s {
 			return p.number, nil
