@@ -139,6 +139,32 @@ func TestBadInput(t *testing.T) {
 		{"limit get a --docker-host nonsense", "--docker-host nonsense unix:///PATH"},
 		{"stats --output xml", "--output xml table json"},
 		{"stats --output prometheus --container web", "--output prometheus --container"},
+		{"monitor extra", `"extra"`},
+		{"monitor --output xml", "--output xml compact table json"},
+		{"monitor --color perhaps", "--color perhaps auto always never"},
+		{"monitor --color always -o json", "--color JSON"},
+		{"monitor --reason block", `--reason "block" blocked family`},
+		{"monitor --reason blocked,", "--reason"},
+		{"monitor --reason=", "--reason"},
+		{"monitor --destination example.com", `--destination "example.com" address`},
+		{"monitor --destination 10.0.0.1/8", "--destination want 10.0.0.0/8"},
+		{"monitor --destination 2001:db8::/32:80", "--destination [2001:db8::/32]:80"},
+		{"monitor --destination 192.0.2.1,", "--destination"},
+		{"monitor --destination=", "--destination"},
+		{"monitor --container=", "--container"},
+		{"monitor --process=", "--process"},
+		{"monitor --not", "--not --container --reason --destination --process"},
+		{"monitor --limit 0", "--limit 1"},
+		{"monitor --limit -1", "--limit"},
+		{"monitor --limit few", "--limit few"},
+		{"monitor --fields name", `--fields "name" container.name destination.port`},
+		{"monitor --fields time,,reason", "--fields"},
+		{"monitor --fields=", "--fields"},
+		{"monitor --input=", "--input"},
+		{"monitor --input DIR", "--input DIR"},
+		{"monitor --input DIR/missing.json", "--input DIR/missing.json"},
+		{"monitor --input DIR/key.yaml -f", "--follow tail"},
+		{"monitor --follow=false", "--follow --limit --input"},
 		{"run --web-listen nonsense", "--web-listen ADDR:PORT"},
 		{"run --web-listen 0 --web-config-file DIR/key.yaml", "--web-listen DIR/key.yaml blok"},
 		{"run --web-config-file DIR/key.yaml", "--web-config-file --web-listen"},
@@ -303,7 +329,7 @@ func TestHelp(t *testing.T) {
 			}
 		}
 	})
-	for _, want := range []string{"attach", "detach", "status", "stats", "limit set", "limit get", "limit unset", "import iptables", "version", "completion bash"} {
+	for _, want := range []string{"attach", "detach", "status", "stats", "monitor", "limit set", "limit get", "limit unset", "import iptables", "version", "completion bash"} {
 		if !slices.Contains(names, want) {
 			t.Errorf("there is no command %q", want)
 		}

@@ -33,7 +33,7 @@ func ParseReason(s string) (string, error) {
 	reasons := []string{ReasonBlocked, ReasonMalformed, ReasonRateLimited, ReasonNoBucket, ReasonFamily}
 	if !slices.Contains(reasons, s) {
 		last := len(reasons) - 1
-		return "", fmt.Errorf("reason %q: want %s or %s", s, strings.Join(reasons[:last], ", "), reasons[last])
+		return "", fmt.Errorf("%q: want %s or %s", s, strings.Join(reasons[:last], ", "), reasons[last])
 	}
 	return s, nil
 }
