@@ -15,6 +15,8 @@ type Seen struct {
 	Container   uint64
 	Destination netip.AddrPort
 	Protocol    uint8
+	// Family is that of a socket that would have been refused, which has no Destination.
+	Family      uint16
 	Reason      bpf.EgressReason
 	Count       uint64
 	First, Last uint64
