@@ -12,7 +12,8 @@ import (
 
 // YAML returns a config file that [ParseConfig] reads back as the same Config. comments
 // holds the lines to put above each key, named as in errors: block, smtp, smtp.exempt.
-// The lines of "" go to the head of the file.
+// The lines of "" go to the head of the file, and those of block[0], allow[0],
+// smtp.exempt[0] and containers[0] above the first entry of that list.
 func (c Config) YAML(comments map[string][]string) []byte {
 	var b bytes.Buffer
 	// Lists in flow style, each entry in quotes: IPv6 addresses and stars mean something in
@@ -32,16 +33,29 @@ func (c Config) YAML(comments map[string][]string) []byte {
 		comment(name, "")
 		fmt.Fprintf(&b, "%s: %s\n", name, value)
 	}
+	// An entry on a line of its own can be removed with its comment.
+	lines := func(path, indent string, entries []string) {
+		fmt.Fprintf(&b, "%s%s:\n", indent, path[strings.LastIndexByte(path, '.')+1:])
+		for i, e := range entries {
+			comment(entryKey(path, i), indent+"  ")
+			fmt.Fprintf(&b, "%s  - %q\n", indent, e)
+		}
+	}
+	commented := func(path string, entries []string) bool {
+		for i := range entries {
+			if len(comments[entryKey(path, i)]) > 0 {
+				return true
+			}
+		}
+		return false
+	}
 	rules := func(name string, rules []Rule) {
-		if len(rules) < 2 {
-			key(name, list(texts(rules)))
+		if all := texts(rules); len(rules) > 1 || commented(name, all) {
+			comment(name, "")
+			lines(name, "", all)
 			return
 		}
-		comment(name, "")
-		fmt.Fprintf(&b, "%s:\n", name)
-		for _, r := range rules {
-			fmt.Fprintf(&b, "  - %q\n", r.String())
-		}
+		key(name, list(texts(rules)))
 	}
 	comment("", "")
 	key("mode", string(c.Mode))
@@ -71,16 +85,22 @@ func (c Config) YAML(comments map[string][]string) []byte {
 		{"rate", c.SMTP.Rate.String()},
 		{"burst", strconv.FormatUint(uint64(c.SMTP.Burst), 10)},
 		{"over_limit", string(c.SMTP.OverLimit)},
-		{"exempt", list(exempt)},
+		{"exempt", list(slices.Clone(exempt))},
 	} {
-		comment("smtp."+k[0], "  ")
+		path := "smtp." + k[0]
+		comment(path, "  ")
+		if path == ListExempt && commented(path, exempt) {
+			lines(path, "  ", exempt)
+			continue
+		}
 		fmt.Fprintf(&b, "  %s: %s\n", k[0], k[1])
 	}
 	if len(c.Containers) > 0 {
 		comment("containers", "")
 		fmt.Fprintln(&b, "containers:")
 	}
-	for _, r := range c.Containers {
+	for i, r := range c.Containers {
+		comment(entryKey("containers", i), "  ")
 		begin := "  - "
 		for _, k := range [][2]string{{"name", r.Name}, {"image", r.Image}, {"label", r.Label}, {"metadata", string(r.Metadata)}, {"socket_families", string(r.Families)}} {
 			if k[1] != "" {
@@ -94,6 +114,8 @@ func (c Config) YAML(comments map[string][]string) []byte {
 	}
 	return b.Bytes()
 }
+
+func entryKey(path string, i int) string { return fmt.Sprintf("%s[%d]", path, i) }
 
 func strs[T ~string](list []T) []string {
 	all := make([]string, len(list))

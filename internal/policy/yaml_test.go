@@ -65,3 +65,31 @@ func TestYAMLComments(t *testing.T) {
 		}
 	}
 }
+
+// An entry that has a comment is on a line of its own, below the comment.
+func TestYAMLEntryComments(t *testing.T) {
+	cfg := Config{Cgroups: []string{}, Policy: Default()}
+	cfg.Allow = rules(t, "169.254.169.254:53/udp")
+	cfg.SMTP.Exempt = []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32"), netip.MustParsePrefix("2001:db8::/32")}
+	cfg.Containers = []ContainerRule{{Name: "web", Metadata: Allowed}, {Name: "mailer-*", SMTP: &Limit{Rate{1, time.Hour}, 2}}}
+	text := string(cfg.YAML(map[string][]string{
+		"allow[0]":       {"dns"},
+		"smtp.exempt[1]": {"relay\n  - 10.0.0.0/8"},
+		"containers[0]":  {"credentials"},
+		"containers[1]":  {"newsletters", "twice"},
+	}))
+	got, err := ParseConfig("config.yaml", []byte(text))
+	if err != nil || !reflect.DeepEqual(got, cfg) {
+		t.Errorf("got %+v, %v, want %+v\n%s", got, err, cfg, text)
+	}
+	for _, want := range []string{
+		"\nallow:\n  # dns\n  - \"169.254.169.254:53/udp\"\n",
+		"  exempt:\n    - \"192.0.2.1\"\n    # relay\uFFFD  - 10.0.0.0/8\n    - \"2001:db8::/32\"\n",
+		"\ncontainers:\n  # credentials\n  - name: \"web\"\n",
+		"  # newsletters\n  # twice\n  - name: \"mailer-*\"\n",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is missing in:\n%s", want, text)
+		}
+	}
+}
