@@ -212,29 +212,36 @@ func (r *Reader) ReadFirst(n int) (s *Stats, leftOut int, err error) {
 	return s, leftOut, nil
 }
 
-// counters returns what is counted for each container and in total. An attach may replace the
-// maps: then it reads those that replace them.
+// counters returns what is counted for each container and in total.
 func (r *Reader) counters() (known map[uint64]maps.Container, sum maps.Counters, err error) {
+	err = r.current(func(state *maps.State) (err error) {
+		// In this order no row shows more than the total.
+		if known, err = state.Containers(); err == nil {
+			sum, err = state.Totals()
+		}
+		return err
+	})
+	return known, sum, err
+}
+
+// current has the maps read. An attach may replace them: then those that replace them are read.
+func (r *Reader) current(read func(*maps.State) error) error {
 	for range 10 {
 		// The filter may have been taken off, or attached anew, since the last time.
 		state, err := r.filter.State()
 		if err != nil {
-			return nil, sum, err
+			return err
 		}
 		r.state.Close()
 		r.state = state
-		// In this order no row shows more than the total.
-		if known, err = state.Containers(); err != nil {
-			return nil, sum, err
-		}
-		if sum, err = state.Totals(); err != nil {
-			return nil, sum, err
+		if err := read(state); err != nil {
+			return err
 		}
 		if r.filter.IsCurrent(state) {
 			break
 		}
 	}
-	return known, sum, nil
+	return nil
 }
 
 // addIdle adds the containers below a policed cgroup that have no state. Those that are

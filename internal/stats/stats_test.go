@@ -553,3 +553,33 @@ func TestReadAgain(t *testing.T) {
 		t.Errorf("got %+v, %v, want %v", s, err, loader.ErrNotAttached)
 	}
 }
+
+// The tally has each refusal once, at whichever hook it was.
+func TestTally(t *testing.T) {
+	h := newHost(t, "docker")
+	web := h.mkdir("docker/web")
+	h.mkdir("docker/idle")
+	c := counters(1)
+	c.FamiliesDenied = 5
+	h.put(web, maps.Container{Counters: c})
+	tally, err := h.Tally()
+	check(t, err)
+	row := h.row(web)
+	all := func(b stats.Blocked) uint64 { return b.Packets + b.Connects }
+	want := stats.Refused{
+		all(row.Refused.Malformed) + row.HostReasons.Malformed.Packets,
+		all(row.Refused.Blocked) + row.HostReasons.Blocked.Packets,
+		all(row.Refused.RateLimited) + row.HostReasons.RateLimited.Packets,
+		all(row.Refused.NoBucket),
+		5,
+	}
+	if len(tally.Containers) != 1 || tally.Containers[web] != want || slices.Contains(want[:], 0) {
+		t.Errorf("got %v, want %v for %d alone", tally.Containers, want, web)
+	}
+	if tally.Mode != policy.Enforce {
+		t.Errorf("mode %q", tally.Mode)
+	}
+	if is, err := h.Identify(web); err != nil || is != row.Identity {
+		t.Errorf("identified as %v, %v, want %v", is, err, row.Identity)
+	}
+}
