@@ -1,0 +1,4 @@
+package notify
+
+// Scrub is what removes secrets from errors.
+var Scrub = scrub
