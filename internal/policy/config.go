@@ -13,6 +13,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/notify"
 )
 
 // Config is what the config file holds.
@@ -20,7 +21,10 @@ type Config struct {
 	// Cgroups are the absolute paths of the cgroups to police. If empty, those that are
 	// policed already, else the root.
 	Cgroups []string `json:"cgroups" yaml:"cgroups"`
-	Policy  `yaml:",inline"`
+	// Notify is who is told of refusals. The targets have secrets, so they are not part of the
+	// Policy, which everybody who may read the filter can read.
+	Notify []notify.Target `json:"-" yaml:"-"`
+	Policy `yaml:",inline"`
 }
 
 // ParseConfig reads the YAML of a config file over the defaults. A key that is
@@ -71,6 +75,7 @@ func ParseConfig(name string, data []byte) (Config, error) {
 			}
 			return nil
 		}},
+		{"notify", list(&cfg.Notify, notify.Parse, notify.Distinct)},
 		{"containers", func(at position, n *yaml.Node) error {
 			containers = func() error { return containerRules(&cfg.Containers, smtp.Limit())(at, n) }
 			return nil

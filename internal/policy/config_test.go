@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
@@ -141,7 +142,7 @@ func TestParseConfigRefused(t *testing.T) {
 		{"block: &x [10.0.0.0/8,\n  10.0.0.1/8]\nallow: *x\n", "2: block: "},
 
 		// Keys.
-		{"mode: enforce\nmodes: audit\n", `2: modes: unknown key (did you mean "mode"?); want mode, cgroups, presets, block, allow, allow_dns, socket_families, host_side, host_devices, scopes, smtp, containers`},
+		{"mode: enforce\nmodes: audit\n", `2: modes: unknown key (did you mean "mode"?); want mode, cgroups, presets, block, allow, allow_dns, socket_families, host_side, host_devices, scopes, smtp, notify, containers`},
 		{"socket_families: restrict,vsock\n", `1: socket_families: "restrict": no such family`},
 		{"socket_families: vsok\n", `1: socket_families: "vsok": no such family (did you mean "vsock"?)`},
 		{"socket_families: ''\n", `1: socket_families: "": no such family`},
@@ -263,5 +264,34 @@ func TestExampleConfig(t *testing.T) {
 	uncommented := strings.NewReplacer("\n#containers:", "\ncontainers:", "\n#  ", "\n  ").Replace(string(text))
 	if got, err := ParseConfig(path, []byte(uncommented)); err != nil || len(got.Containers) != 3 {
 		t.Errorf("got %+v, %v, want three rules", got.Containers, err)
+	}
+}
+
+// The targets of notifications are not part of the policy, which is kept where many can read
+// it, and no error shows their secrets.
+func TestNotify(t *testing.T) {
+	const secret = "S3cretS3cret"
+	cfg, err := ParseConfig("config.yaml", []byte("notify:\n- ntfy://:"+secret+"@ntfy.example/topic\n- ntfy://:"+secret+"@ntfy.example/topic\n"))
+	if err != nil || len(cfg.Notify) != 1 || cfg.Notify[0].String() != "ntfy://ntfy.example" {
+		t.Fatalf("got %v, %v", cfg.Notify, err)
+	}
+	whole, err := json.Marshal(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := fmt.Sprintf("%s %+v %#v", whole, cfg, cfg.Policy); strings.Contains(text, secret) {
+		t.Errorf("the secret is in %s", text)
+	}
+	for _, tt := range []struct{ in, want string }{
+		{"notify: ntfy://ntfy.example/" + secret, "1: notify: want a list"},
+		{"notify:\n- ntfy://ntfy.example/topic\n- slakc://" + secret + "\n", `3: notify: unknown service "slakc": want `},
+		{"notify:\n- [ntfy, " + secret + "]\n", "2: notify: want a single value"},
+		{"notify:\n- ntfy://:" + secret + "@ntfy.example/topic?prio=1\n", "2: notify: ntfy: "},
+		{"notify: [ntfy://:" + secret + "@ntfy.example/topic", "1: not YAML"},
+	} {
+		_, err := ParseConfig("config.yaml", []byte(tt.in))
+		if err == nil || !strings.HasPrefix(err.Error(), "config.yaml:"+tt.want) || strings.Contains(err.Error(), secret) {
+			t.Errorf("%q:\n got %v\nwant config.yaml:%s…", tt.in, err, tt.want)
+		}
 	}
 }

@@ -95,6 +95,13 @@ func (c Config) YAML(comments map[string][]string) []byte {
 		}
 		fmt.Fprintf(&b, "  %s: %s\n", k[0], k[1])
 	}
+	if len(c.Notify) > 0 {
+		urls := make([]string, len(c.Notify))
+		for i, target := range c.Notify {
+			urls[i] = target.URL()
+		}
+		key("notify", list(urls))
+	}
 	if len(c.Containers) > 0 {
 		comment("containers", "")
 		fmt.Fprintln(&b, "containers:")

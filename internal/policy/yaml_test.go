@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/egressbpf/egressbpf/internal/notify"
 )
 
 func TestYAML(t *testing.T) {
@@ -29,6 +31,13 @@ func TestYAML(t *testing.T) {
 				{Name: "dhcp", Families: "can,packet"},
 			},
 		},
+	}
+	for _, url := range []string{"ntfy://user:p%22ss@ntfy.example/topic", "generic+https://hooks.example/?template=json"} {
+		target, err := notify.Parse(url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		full.Notify = append(full.Notify, target)
 	}
 	none := Config{Cgroups: []string{}, Policy: Default()}
 	none.Presets, none.SMTP.Rate = []string{None}, Rate{}
