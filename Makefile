@@ -88,7 +88,7 @@ test-host: build test-tools compiler
 .PHONY: test-race
 test-race:
 	@$(INSTALL) gcc:gcc libc6-dev
-	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./internal/docker ./internal/container ./internal/daemon
+	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./internal/docker ./internal/container ./internal/daemon ./internal/tell
 
 .PHONY: test-kernels
 test-kernels: test-tools

@@ -65,6 +65,9 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err != nil {
 		return usageError{err}
 	}
+	if o.exposed {
+		fmt.Fprintf(stderr, "warning: %s\n", o.exposedRemedy())
+	}
 	names, err := o.names(stderr)
 	if err != nil {
 		return err

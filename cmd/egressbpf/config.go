@@ -16,6 +16,8 @@ type configOptions struct {
 	cgroups []string
 	config  string
 	policy  policyFlags
+	// exposed is set by read: whether the file has secrets and any user may read it.
+	exposed bool
 }
 
 func (o *configOptions) register(flags *pflag.FlagSet) {
@@ -42,9 +44,15 @@ func readAtMost(in io.Reader, name string, most int64) ([]byte, error) {
 	return text, nil
 }
 
+// exposedRemedy is what to do about a file for which exposed is set.
+func (o *configOptions) exposedRemedy() string {
+	return fmt.Sprintf("every user can read the secrets in %s: run `chmod o-rwx` on it", o.config)
+}
+
 // read returns the configuration of the file and the flags.
 func (o *configOptions) read(flags *pflag.FlagSet) (policy.Config, error) {
 	config := policy.Config{Policy: policy.Default()}
+	o.exposed = false
 	if o.config != "" {
 		f, err := os.Open(o.config)
 		if err != nil {
@@ -58,6 +66,11 @@ func (o *configOptions) read(flags *pflag.FlagSet) (policy.Config, error) {
 		if config, err = policy.ParseConfig(o.config, text); err != nil {
 			return config, err
 		}
+		info, err := f.Stat()
+		if err != nil {
+			return config, fmt.Errorf("--config: %w", err)
+		}
+		o.exposed = len(config.Notify) > 0 && info.Mode().Perm()&0o004 != 0
 	}
 	if flags.Changed("cgroup") {
 		config.Cgroups = o.cgroups

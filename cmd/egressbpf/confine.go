@@ -9,6 +9,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/egressbpf/egressbpf/internal/notify"
 )
 
 // needed are the capabilities that the commands use, in this order: to load, attach and read
@@ -64,11 +66,14 @@ var errKept = errors.New("built with cgo, so egressbpf keeps capabilities that i
 
 // confine drops all other capabilities, for good and in every thread, before anything is
 // read that somebody else has written. import starts iptables-legacy-save, which opens a raw
-// socket.
+// socket. The process that sends notifications needs none.
 func confine(args []string) error {
 	needed := uint64(needed)
 	if slices.Contains(args, "import") {
 		needed |= 1 << unix.CAP_NET_RAW
+	}
+	if slices.Equal(args, []string{notify.SendArg}) {
+		needed = 0
 	}
 	header, caps, err := capabilities()
 	if err != nil {

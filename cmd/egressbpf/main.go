@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/egressbpf/egressbpf/internal/notify"
 	"github.com/egressbpf/egressbpf/internal/preflight"
 )
 
@@ -43,6 +44,9 @@ func main() {
 			os.Exit(exitFailed)
 		}
 		return
+	}
+	if len(os.Args) == 2 && os.Args[1] == notify.SendArg {
+		os.Exit(notify.Child(os.Stdin, os.Stdout))
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	// A second signal ends a command that does not react to the first, such as one that waits

@@ -143,7 +143,7 @@ on this host (check, attach, run) or refused (explain).`,
 	flags.StringVar(&g.cgroupRoot, "cgroup-root", "", "mount point of the cgroup2 filesystem (default: from /proc/self/mountinfo)")
 	flags.StringVar(&g.dockerHost, "docker-host", "", "Docker daemon to ask for the names of containers: unix:///PATH or tcp://HOST:PORT (default: $DOCKER_HOST, or the usual socket)")
 	flags.BoolVar(&g.debug, "debug", false, "show the kernel verifier's full log if it rejects a program")
-	cmd.AddCommand(newAttach(g), newCheck(g), newDetach(g), newStatus(g), newStats(g), newMonitor(g), newTop(g), newExplain(g), newSuggest(g), newLimit(g), newImport(), newRun(g), newMan(), newVersion())
+	cmd.AddCommand(newAttach(g), newCheck(g), newDetach(g), newStatus(g), newStats(g), newMonitor(g), newTop(g), newExplain(g), newSuggest(g), newLimit(g), newNotify(), newImport(), newRun(g), newMan(), newVersion())
 	return cmd
 }
 

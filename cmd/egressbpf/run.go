@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"sync"
 
 	sd "github.com/coreos/go-systemd/v22/daemon"
 	prom "github.com/prometheus/client_golang/prometheus"
@@ -16,9 +17,17 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/container"
 	service "github.com/egressbpf/egressbpf/internal/daemon"
+	"github.com/egressbpf/egressbpf/internal/events"
+	"github.com/egressbpf/egressbpf/internal/journal"
+	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/metrics"
+	"github.com/egressbpf/egressbpf/internal/notify"
 	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/stats"
+	"github.com/egressbpf/egressbpf/internal/tell"
 	"github.com/egressbpf/egressbpf/internal/web"
 )
 
@@ -49,6 +58,10 @@ file's rules for single containers to the containers that Docker runs or starts,
 the file again when it changes and on SIGHUP, and restores what another program
 detaches. A file with an error is refused, and the policy that was in force stays.
 Until its rule is applied, a new container gets the default policy.
+
+run tells of refusals in its log: the first of each container and reason at once, then
+sums at most once a minute. The config file's key notify names who else is told; see
+egressbpf notify test.
 
 With --web-listen, run serves metrics for Prometheus at /metrics.
 
@@ -107,14 +120,56 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	defer signal.Stop(hangup)
 	d := service.Daemon{
 		Filter: filter, Root: root, Containers: containers,
-		Load: o.load(flags), File: o.config,
+		Load: o.warned(log, o.load(flags)), File: o.config,
 		Log:      log,
 		Notify:   func(state string) { _, _ = sd.SdNotify(false, state) },
 		Watchdog: watchdog,
 		Reload:   hangup,
 		Loaded:   reload.Done,
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	var telling sync.WaitGroup
+	defer telling.Wait()
+	defer cancel()
+	teller := newTeller(filter, root, containers, log)
+	d.InForce = func(config policy.Config) { teller.SetTargets(config.Notify) }
+	telling.Go(func() { teller.Run(ctx, nil) })
 	return d.Run(ctx)
+}
+
+// newTeller returns what tells of refusals in the log and to the targets of notifications.
+func newTeller(filter *loader.Filter, root cgroup.Root, containers *container.Inventory, log *slog.Logger) *tell.Teller {
+	node, _ := os.Hostname() // messages say "this host" instead
+	return tell.New(tell.Options{
+		Tally: func() (*stats.Tally, error) {
+			r, err := stats.Open(filter, root)
+			if err != nil {
+				return nil, err
+			}
+			defer r.Close()
+			return r.Tally()
+		},
+		Describe: func(id uint64) events.Container {
+			is, err := container.Identify(root, id)
+			if err != nil {
+				is = container.Identity{ID: fmt.Sprint("cgroup-", id), CgroupID: id}
+			}
+			known, _ := containers.Find(is.ID)
+			return events.Container{ID: is.ID, Name: known.Name, Image: known.Image, Cgroup: is.Cgroup, CgroupID: id}
+		},
+		Log: log, Node: node, Send: notify.Send,
+	})
+}
+
+// warned returns load, with a warning if the file has secrets that every user can read.
+func (o *runOptions) warned(log *slog.Logger, load func() (policy.Config, error)) func() (policy.Config, error) {
+	return func() (policy.Config, error) {
+		config, err := load()
+		if err == nil && o.exposed {
+			log.Warn(o.exposedRemedy())
+		}
+		return config, err
+	}
 }
 
 // serve serves metrics until stop is called, if the flags say so.
@@ -174,6 +229,7 @@ func (o *runOptions) load(flags *pflag.FlagSet) func() (policy.Config, error) {
 	optional := !flags.Changed("config")
 	return func() (policy.Config, error) {
 		if _, err := os.Stat(o.config); optional && errors.Is(err, fs.ErrNotExist) {
+			o.exposed = false
 			return o.withoutFile(flags)
 		}
 		optional = false
@@ -188,16 +244,18 @@ func (o *runOptions) withoutFile(flags *pflag.FlagSet) (policy.Config, error) {
 	return without.read(flags)
 }
 
-// newLogger returns a logger that writes lines, without the time if the journal adds that.
+// newLogger returns a logger that writes lines, without the time if the journal adds that. If
+// standard error is the journal, it gets the lines with fields.
 func newLogger(w io.Writer) *slog.Logger {
-	var options slog.HandlerOptions
-	if os.Getenv("JOURNAL_STREAM") != "" {
-		options.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
-			if len(groups) == 0 && a.Key == slog.TimeKey {
-				return slog.Attr{}
-			}
-			return a
+	inJournal := os.Getenv("JOURNAL_STREAM") != ""
+	text := slog.NewTextHandler(w, &slog.HandlerOptions{ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
+		if len(groups) == 0 && (a.Key == journal.MessageID || inJournal && a.Key == slog.TimeKey) {
+			return slog.Attr{}
 		}
+		return a
+	}})
+	if w == os.Stderr && journal.Enabled() {
+		return slog.New(journal.New(text))
 	}
-	return slog.New(slog.NewTextHandler(w, &options))
+	return slog.New(text)
 }

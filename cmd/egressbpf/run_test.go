@@ -329,7 +329,7 @@ func TestHelp(t *testing.T) {
 			}
 		}
 	})
-	for _, want := range []string{"attach", "detach", "status", "stats", "monitor", "limit set", "limit get", "limit unset", "import iptables", "version", "completion bash"} {
+	for _, want := range []string{"attach", "detach", "status", "stats", "monitor", "top", "explain", "suggest", "limit set", "limit get", "limit unset", "import iptables", "notify test", "version", "completion bash"} {
 		if !slices.Contains(names, want) {
 			t.Errorf("there is no command %q", want)
 		}

@@ -61,6 +61,8 @@ type Daemon struct {
 	// Loaded is told how each attempt to put the configuration in force went; nil if nobody
 	// wants to know.
 	Loaded func(error)
+	// InForce is told each configuration that is put in force; nil if nobody wants to know.
+	InForce func(policy.Config)
 
 	config policy.Config
 	// control changes what holds for containers.
@@ -186,6 +188,9 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 	// now.
 	d.revoke = d.revoke || before.Policy != nil && !reflect.DeepEqual(before.Policy.Containers, config.Containers)
 	d.config = config
+	if d.InForce != nil {
+		d.InForce(config)
+	}
 	if err := d.serve(); err != nil {
 		d.Log.Warn("other commands cannot tell that the service runs", "err", err)
 	}
