@@ -45,6 +45,9 @@ type Collector struct {
 	Containers bool
 	// Reload is what the service knows about its policy; nil outside of the service.
 	Reload *Reload
+	// Events tells what was left out of streams of events; nil if nothing can tell. It must
+	// not wait.
+	Events func() Events
 	// Log is told when the filter cannot be read, and when it can be again; nil if nobody
 	// wants to know.
 	Log *slog.Logger
@@ -102,7 +105,7 @@ func (c *Collector) Write(w io.Writer) error {
 
 // read reads everything.
 func (c *Collector) read() *reading {
-	r := &reading{engines: c.Engines, reload: c.Reload}
+	r := &reading{engines: c.Engines, reload: c.Reload, events: c.Events}
 	if c.Filter == nil {
 		r.err = errNoFilter
 		return r
@@ -130,6 +133,15 @@ func (c *Collector) read() *reading {
 	}
 	r.err = c.Filter.AddState(r.status)
 	return r
+}
+
+// Events are refusals of which no event told, though each of them was counted.
+type Events struct {
+	// Lost is how many were lost because a buffer was full, by the stage at which that was
+	// (events.StageKernel, events.StageReader). A stage of which nothing is known is missing.
+	Lost map[string]uint64
+	// Suppressed is how many were left out because a container had too many of them.
+	Suppressed uint64
 }
 
 // Reload is the success of the service at putting its configuration in force. The zero value

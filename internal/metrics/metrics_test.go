@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/container"
+	"github.com/egressbpf/egressbpf/internal/events"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -80,6 +81,9 @@ func full(containers ...stats.Container) *reading {
 		},
 		leftOut: 1,
 		reload:  reload,
+		events: func() Events {
+			return Events{Lost: map[string]uint64{events.StageKernel: 10, events.StageReader: 11}, Suppressed: 12}
+		},
 	}
 }
 
@@ -139,6 +143,9 @@ func TestValues(t *testing.T) {
 		`egressbpf_map_capacity{map="stateless"} 200`,
 		`egressbpf_policy_reload_successful 1`,
 		`egressbpf_policy_reload_timestamp_seconds 1.70000000025e+09`,
+		`egressbpf_events_lost_total{stage="kernel"} 10`,
+		`egressbpf_events_lost_total{stage="reader"} 11`,
+		`egressbpf_events_suppressed_total 12`,
 		`egressbpf_dropped_packets_total{reason="blocked"} 2`,
 		`egressbpf_dropped_packets_total{reason="malformed"} 1`,
 		`egressbpf_dropped_packets_total{reason="no_bucket"} 4`,

@@ -33,6 +33,8 @@ var (
 	capacity   = desc("map_capacity", "Entries for which a map of the filter has room.", "map")
 	reloadOK   = desc("policy_reload_successful", "Whether the service could put its configuration in force when it last tried (1).")
 	reloadTime = desc("policy_reload_timestamp_seconds", "When the service last put its configuration in force, in seconds since 1970.")
+	lost       = desc("events_lost_total", "Events about refusals that were lost because a buffer was full: that of the kernel or that of a reader. The refusals were counted.", "stage")
+	suppressed = desc("events_suppressed_total", "Events about refusals that were left out because a container had too many of them. The refusals were counted.")
 
 	all = counters{
 		packets:  desc("dropped_packets_total", "Packets of containers that were dropped, by reason; of all containers, those that are gone included.", "reason"),
@@ -57,7 +59,7 @@ var (
 // describe tells of all metrics that there can be.
 func describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		buildInfo, successful, enforcing, mode, defence, policed, uncovered, leftOut, entries, capacity, reloadOK, reloadTime, tokens, info,
+		buildInfo, successful, enforcing, mode, defence, policed, uncovered, leftOut, entries, capacity, reloadOK, reloadTime, lost, suppressed, tokens, info,
 	} {
 		ch <- d
 	}
@@ -80,6 +82,7 @@ type reading struct {
 	uncertain bool
 	engines   Engines
 	reload    *Reload
+	events    func() Events
 }
 
 // successful says whether everything that there is could be read.
@@ -96,6 +99,7 @@ func (r *reading) Collect(ch chan<- prometheus.Metric) {
 	s.gauge(buildInfo, 1, text(loader.Version()), runtime.Version())
 	s.gauge(successful, number(r.successful()))
 	r.collectReload(s)
+	r.collectEvents(s)
 	if !r.successful() {
 		s.gauge(enforcing, 0)
 		return
@@ -119,6 +123,17 @@ func (r *reading) collectReload(s sink) {
 	if !r.reload.last.IsZero() {
 		s.gauge(reloadTime, float64(r.reload.last.UnixMilli())/1000)
 	}
+}
+
+func (r *reading) collectEvents(s sink) {
+	if r.events == nil {
+		return
+	}
+	e := r.events()
+	for stage, n := range e.Lost {
+		s.count(lost, n, stage)
+	}
+	s.count(suppressed, e.Suppressed)
 }
 
 func (r *reading) collectStatus(s sink) {
@@ -207,9 +222,13 @@ func (s sink) gauge(d *prometheus.Desc, value float64, labels ...string) {
 	s <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
 }
 
+func (s sink) count(d *prometheus.Desc, n uint64, labels ...string) {
+	s <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), labels...)
+}
+
 func (s sink) counters(of counters, t stats.Total, labels ...string) {
 	counter := func(d *prometheus.Desc, n uint64, more ...string) {
-		s <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), append(labels[:len(labels):len(labels)], more...)...)
+		s.count(d, n, append(labels[:len(labels):len(labels)], more...)...)
 	}
 	for _, why := range []struct {
 		reason string
