@@ -4,39 +4,22 @@ import (
 	"bytes"
 	"cmp"
 	"fmt"
-	"html"
 	"image/color"
 	"math"
-	"regexp"
 	"slices"
 	"strings"
 
 	"gonum.org/v1/plot"
-	"gonum.org/v1/plot/font"
 	"gonum.org/v1/plot/plotter"
-	"gonum.org/v1/plot/text"
 	"gonum.org/v1/plot/vg"
 	"gonum.org/v1/plot/vg/draw"
 	"gonum.org/v1/plot/vg/vgsvg"
 
 	"github.com/egressbpf/egressbpf/internal/test/bench/results"
+	"github.com/egressbpf/egressbpf/internal/test/plots"
 )
 
 const width = 8 * vg.Inch
-
-// The palette of Okabe and Ito, which colour-blind readers can tell apart. Each series has a
-// shape of its own as well.
-var (
-	colours = []color.RGBA{
-		{0x00, 0x72, 0xb2, 0xff}, {0xd5, 0x5e, 0x00, 0xff}, {0xe6, 0x9f, 0x00, 0xff},
-		{0x00, 0x9e, 0x73, 0xff}, {0xcc, 0x79, 0xa7, 0xff}, {0x56, 0xb4, 0xe9, 0xff}, {0x00, 0x00, 0x00, 0xff},
-	}
-	shapes = []draw.GlyphDrawer{
-		draw.CircleGlyph{}, draw.BoxGlyph{}, draw.PyramidGlyph{},
-		draw.SquareGlyph{}, draw.TriangleGlyph{}, draw.RingGlyph{}, draw.CrossGlyph{},
-	}
-	grey = color.RGBA{0xdd, 0xdd, 0xdd, 0xff}
-)
 
 // plots draws what there is data for, by name.
 func (d data) plots() (map[string][]byte, error) {
@@ -117,11 +100,11 @@ func look(series string, used *[]int) int {
 	if filter == perContainer {
 		i = 1
 	}
-	for range colours {
+	for range plots.Colours {
 		if !slices.Contains(*used, i) {
 			break
 		}
-		i = (i + 1) % len(colours)
+		i = (i + 1) % len(plots.Colours)
 	}
 	*used = append(*used, i)
 	return i
@@ -146,12 +129,12 @@ func (q *quartiles) draw(p *plot.Plot, name string, i int, vertical bool) error 
 	if len(q.XYs) == 0 {
 		return nil
 	}
-	colour := colours[i%len(colours)]
+	colour := plots.Colours[i%len(plots.Colours)]
 	points, err := plotter.NewScatter(q.XYs)
 	if err != nil {
 		return err
 	}
-	points.GlyphStyle = draw.GlyphStyle{Color: colour, Radius: 3, Shape: shapes[i%len(shapes)]}
+	points.GlyphStyle = draw.GlyphStyle{Color: colour, Radius: 3, Shape: plots.Shapes[i%len(plots.Shapes)]}
 	if vertical {
 		whiskers, err := plotter.NewYErrorBars(struct {
 			plotter.XYer
@@ -186,7 +169,7 @@ type grid struct {
 
 func (g grid) Plot(c draw.Canvas, p *plot.Plot) {
 	x, y := p.Transforms(&c)
-	line := draw.LineStyle{Color: grey, Width: 0.5}
+	line := draw.LineStyle{Color: plots.Grey, Width: 0.5}
 	for i := 1; i < g.rows; i++ {
 		c.StrokeLine2(line, c.Min.X, y(float64(i)-0.5), c.Max.X, y(float64(i)-0.5))
 	}
@@ -214,13 +197,7 @@ func (s separated) Ticks(least, most float64) []plot.Tick {
 }
 
 func newPlot() *plot.Plot {
-	p := plot.New()
-	for _, style := range []*text.Style{
-		&p.X.Label.TextStyle, &p.Y.Label.TextStyle, &p.X.Tick.Label, &p.Y.Tick.Label, &p.Legend.TextStyle,
-	} {
-		style.Font = font.Font{Typeface: "Liberation", Variant: "Sans", Size: 10}
-	}
-	p.Title.TextStyle.Font = p.X.Label.TextStyle.Font
+	p := plots.New()
 	p.Legend.Top, p.Legend.Left = true, true
 	p.Legend.Padding = 4
 	p.Legend.ThumbnailWidth = 12
@@ -245,20 +222,7 @@ func svg(p *plot.Plot, height vg.Length) ([]byte, error) {
 	if _, err := out.WriteTo(&text); err != nil {
 		return nil, err
 	}
-	return portable(text.Bytes(), p.TextHandler.Cache().Lookup(p.X.Label.TextStyle.Font, p.X.Label.TextStyle.Font.Size)), nil
-}
-
-var texts = regexp.MustCompile(`(<text [^>]*)font-family:Liberation Sans;([^>]*)>([^<]*)<`)
-
-// portable makes text as wide as it is in the plot's font, since few readers have that font.
-// All texts are of one font.
-func portable(svg []byte, face font.Face) []byte {
-	return texts.ReplaceAllFunc(svg, func(element []byte) []byte {
-		part := texts.FindSubmatch(element)
-		width := face.Width(html.UnescapeString(string(part[3]))).Points()
-		return fmt.Appendf(nil, `%sfont-family:Liberation Sans,Arial,Helvetica,sans-serif;%s textLength="%.1f" lengthAdjust="spacingAndGlyphs">%s<`,
-			part[1], part[2], width, part[3])
-	})
+	return plots.Portable(text.Bytes()), nil
 }
 
 // compared are the filters in plots of traffic.
@@ -373,7 +337,7 @@ func (d data) containersPlot() ([]byte, error) {
 	p.X.Scale, p.Y.Scale = plot.LogScale{}, plot.LogScale{}
 	p.X.Tick.Marker, p.Y.Tick.Marker = separated{plot.LogTicks{Prec: -1}}, separated{plot.LogTicks{Prec: -1}}
 	lines := plotter.NewGrid()
-	lines.Vertical.Color, lines.Horizontal.Color = grey, grey
+	lines.Vertical.Color, lines.Horizontal.Color = plots.Grey, plots.Grey
 	p.Add(lines)
 	last := float64(w.rules[len(w.rules)-1].Containers)
 	var used []int
@@ -404,7 +368,7 @@ func (d data) containersPlot() ([]byte, error) {
 			return nil, err
 		}
 		style := look(of.name, &used)
-		line.Color = colours[style]
+		line.Color = plots.Colours[style]
 		p.Add(line)
 		if err := points.draw(p, name, style, true); err != nil {
 			return nil, err
