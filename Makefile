@@ -7,6 +7,7 @@
 #   make bench    measure what the filter costs, beside other ways to filter
 #   make performance
 #                 the same, and write docs/performance.md
+#   make pictures draw the pictures in docs/pictures
 
 SHELL := /bin/bash
 GO ?= go
@@ -33,6 +34,8 @@ install: build
 	rm -rf bin/man8 && bin/egressbpf man bin/man8
 	$(SUDO) install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 bin/man8/*
 	$(SUDO) install -D -m 644 dist/config.yaml $(DESTDIR)$(PREFIX)/share/doc/egressbpf/config.yaml
+	$(SUDO) install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/egressbpf/prometheus dist/prometheus/*.yml
+	$(SUDO) install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/egressbpf/grafana dist/grafana/egressbpf.json
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || { $(SUDO) systemctl daemon-reload && $(SUDO) systemctl try-restart egressbpf; }
 
 # The filter stays in force: run `egressbpf detach` first to remove it.
@@ -41,7 +44,7 @@ uninstall:
 	-[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --now egressbpf
 	$(SUDO) rm -f $(DESTDIR)$(PREFIX)/sbin/egressbpf $(DESTDIR)$(PREFIX)/lib/systemd/system/egressbpf.service
 	$(SUDO) rm -f $(DESTDIR)$(PREFIX)/share/man/man8/egressbpf*.8
-	$(SUDO) rm -rf $(DESTDIR)$(PREFIX)/share/doc/egressbpf
+	$(SUDO) rm -rf $(DESTDIR)$(PREFIX)/share/doc/egressbpf $(DESTDIR)$(PREFIX)/share/egressbpf
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl daemon-reload
 
 .PHONY: demo
@@ -75,6 +78,13 @@ performance: build bin/bench
 performance-report: bin/bench
 	bin/bench report
 
+# Draws the pictures in docs/pictures. The dashboard has two minutes of traffic.
+.PHONY: pictures
+pictures: test-tools
+	mkdir -p docs/pictures
+	$(GO) test -count=1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./internal/test/prometheus \
+		-run TestScrape/plain -args -picture $(CURDIR)/docs/pictures/dashboard.svg -traffic 2m
+
 # Packages run one after the other: some compare all BPF objects of the kernel before and
 # after.
 .PHONY: test
@@ -101,6 +111,7 @@ test-debian: test-tools
 .PHONY: test-tools
 test-tools:
 	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables tmux:tmux dockerd:docker.io $$(internal/test/vmtest/run.sh --packages)
+	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io prometheus:prometheus $$(internal/test/vmtest/run.sh --packages)
 	@$(INSTALL) docker:docker-cli # not part of docker.io on newer releases
 
 # For generated objects, and for tests that make a later version.
