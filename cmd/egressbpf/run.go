@@ -12,7 +12,6 @@ import (
 	"sync"
 
 	sd "github.com/coreos/go-systemd/v22/daemon"
-	prom "github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
@@ -180,11 +179,7 @@ func (o webOptions) serve(ctx context.Context, collector *metrics.Collector) (st
 		}
 		return func() {}, nil
 	}
-	registry := prom.NewRegistry()
-	if err := registry.Register(collector); err != nil {
-		return nil, err
-	}
-	server, err := web.Open(o.listen, o.config, registry, collector.Log)
+	server, err := web.Open(o.listen, o.config, collector.Write, collector.Log)
 	if usage := (web.UsageError{}); errors.As(err, &usage) {
 		return nil, usageError{fmt.Errorf("--web-listen: %w", err)}
 	}

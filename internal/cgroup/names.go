@@ -84,6 +84,12 @@ func systemOf(rel string) (System, bool) {
 // Containers returns the cgroups of all running containers, which it knows by name, and the
 // running containers that are run like machines, which may hold other containers.
 func (r Root) Containers() ([]Cgroup, []System, error) {
+	named, systems, err := r.Named()
+	return r.Running(named), systems, err
+}
+
+// Named is Containers, but also returns the cgroups of containers that do not run.
+func (r Root) Named() ([]Cgroup, []System, error) {
 	var systems []System
 	all, err := r.Outermost("/", func(rel string) bool {
 		if s, ok := systemOf(rel); ok {
@@ -91,9 +97,19 @@ func (r Root) Containers() ([]Cgroup, []System, error) {
 		}
 		return ContainerID(rel) != ""
 	})
-	all = slices.DeleteFunc(all, func(c Cgroup) bool { return !r.populated(c.Rel) })
 	systems = slices.DeleteFunc(systems, func(s System) bool { return !r.populated(s.Cgroup) })
 	return all, systems, err
+}
+
+// Running returns those cgroups in which a process runs, or below them.
+func (r Root) Running(all []Cgroup) []Cgroup {
+	running := make([]Cgroup, 0, len(all))
+	for _, c := range all {
+		if r.populated(c.Rel) {
+			running = append(running, c)
+		}
+	}
+	return running
 }
 
 // podParents are the cgroups that a kubelet makes in the root for its pods, with either

@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"io/fs"
@@ -58,8 +59,15 @@ func (r Root) untilProcess(rel string, fn func(pid int) bool) error {
 
 // populated says whether a process is in a cgroup or below it.
 func (r Root) populated(rel string) bool {
-	events, err := read(filepath.Join(r.Path(rel), "cgroup.events"))
-	return err == nil && strings.Contains(events, "populated 1")
+	// Status asks this of each container. The kernel gives the whole file at once.
+	fd, err := unix.Open(string(r)+rel+"/cgroup.events", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	var events [128]byte
+	n, err := unix.Read(fd, events[:])
+	return err == nil && bytes.Contains(events[:n], []byte("populated 1"))
 }
 
 // walk calls fn for the cgroup rel and all cgroups below it, until fn returns an error.
@@ -89,7 +97,7 @@ func (r Root) walkFrom(c Cgroup, fn func(Cgroup) error) error {
 		}
 		return err
 	}
-	children, err := r.children(c.Rel)
+	children, err := r.Children(c.Rel)
 	if err != nil && !outOfReach(err) {
 		return err
 	}
@@ -108,8 +116,9 @@ func outOfReach(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENAMETOOLONG)
 }
 
-// children returns the cgroups in the directory of another one, in order of their names.
-func (r Root) children(rel string) (found []Cgroup, err error) {
+// Children returns the cgroups in the directory of another one, in order of their names. The
+// error wraps fs.ErrNotExist if that is gone.
+func (r Root) Children(rel string) (found []Cgroup, err error) {
 	path := r.Path(rel)
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {

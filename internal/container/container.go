@@ -70,11 +70,11 @@ func Identify(root cgroup.Root, id uint64) (Identity, error) {
 	if err != nil {
 		return Identity{}, err
 	}
-	return identity(rel, id), nil
+	return IdentityOf(rel, id), nil
 }
 
-// identity returns the identity of the container in a cgroup, by the cgroup's name.
-func identity(rel string, id uint64) Identity {
+// IdentityOf returns the identity of the container in a cgroup, by the cgroup's name.
+func IdentityOf(rel string, id uint64) Identity {
 	name := cgroup.ContainerID(rel)
 	if name == "" {
 		name = path.Base(rel)

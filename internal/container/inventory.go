@@ -207,7 +207,7 @@ func (v *Inventory) Locate(root cgroup.Root, id string) (c Container, ok bool) {
 
 // container returns the container in a cgroup, with what a source told about it.
 func (v *Inventory) container(at cgroup.Cgroup) Container {
-	is := identity(at.Rel, at.ID)
+	is := IdentityOf(at.Rel, at.ID)
 	c, _ := v.Find(is.ID)
 	is.Name = c.Name
 	c.Identity = is

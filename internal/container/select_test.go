@@ -21,7 +21,7 @@ func TestSelect(t *testing.T) {
 		"/a/" + hexA, "/a/" + hexA[:63] + "2", "/b/docker-" + hexB + ".scope",
 		"/a/web", "/a/web-1", "/a/web-2", "/b/web-1", "/a/api-1", "/a/api-2", "/b/api",
 	} {
-		c := identity(rel, uint64(100+i))
+		c := IdentityOf(rel, uint64(100+i))
 		c.Name = names[rel]
 		all = append(all, c)
 	}

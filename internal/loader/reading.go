@@ -90,10 +90,11 @@ func (f *Filter) interrupted() (bool, error) {
 // AddState adds to a status how much room is left for containers, and which containers a
 // rule lets reach the metadata service or open more sockets.
 func (f *Filter) AddState(s *Status) error {
-	return f.withState(func(state *maps.State) error { return f.addState(s, state) })
+	return f.withState(func(state *maps.State) error { return f.AddStateOf(s, state) })
 }
 
-func (f *Filter) addState(s *Status, state *maps.State) error {
+// AddStateOf is AddState with a state that is open already.
+func (f *Filter) AddStateOf(s *Status, state *maps.State) error {
 	known, err := state.Containers()
 	if err != nil {
 		return err

@@ -61,6 +61,15 @@ type Status struct {
 
 	// running are the cgroups with names of containers in which a process runs.
 	running []cgroup.Cgroup
+	// paths are the paths of the cgroups with names of containers, by id.
+	paths map[uint64]string
+}
+
+// Path returns the path of the cgroup with an id, as [cgroup.Root.Rel] does, if it has a name of
+// a container. A cgroup keeps its path, but may be gone by now.
+func (s *Status) Path(id uint64) (rel string, ok bool) {
+	rel, ok = s.paths[id]
+	return rel, ok
 }
 
 // Hook is a place in the kernel where a program of the filter should run.

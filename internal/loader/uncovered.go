@@ -15,10 +15,15 @@ import (
 // findUncovered looks for running containers that are not policed, anywhere. It knows them
 // by the names of their cgroups.
 func (f *Filter) findUncovered(r *reading) error {
-	containers, systems, err := f.root.Containers()
+	named, systems, err := f.root.Named()
 	if err != nil {
 		return fmt.Errorf("look for containers: %w", err)
 	}
+	r.paths = make(map[uint64]string, len(named))
+	for _, c := range named {
+		r.paths[c.ID] = c.Rel
+	}
+	containers := f.root.Running(named)
 	r.Named = make(map[string]bool, len(containers))
 	r.running = containers
 	var found []Uncovered

@@ -61,12 +61,27 @@ func (s *State) Audience() (*Audience, error) {
 // Close ends the use of the memory.
 func (a *Audience) Close() error { return unix.Munmap(a.memory) }
 
-// LeftOut returns how many events nobody got, because their containers had too many, and Lost
-// how often a reader's buffer had no room for one; both since the maps were made.
+// LeftOut returns how many events nobody got because their containers had too many, since the
+// maps were made.
 func (a *Audience) LeftOut() uint64 { return atomic.LoadUint64(&a.shared.LeftOut) }
 
-// Lost is described at LeftOut.
-func (a *Audience) Lost() uint64 { return atomic.LoadUint64(&a.shared.Lost) }
+// Missed counts the events that no reader got, since the maps were made: LeftOut because a
+// container had too many, Lost because a reader's buffer had no room.
+type Missed struct{ LeftOut, Lost uint64 }
+
+// Missed returns what no reader got; nil if the programs in force tell no events.
+func (s *State) Missed() (*Missed, error) {
+	m := s.byName[bpf.EgressMapReaders]
+	if m == nil {
+		return nil, nil
+	}
+	value, err := m.LookupBytes(uint32(0))
+	if err != nil {
+		return nil, fmt.Errorf("read map %s: %w", bpf.EgressMapReaders, err)
+	}
+	a := decode[bpf.EgressAudience](value)
+	return &Missed{a.LeftOut, a.Lost}, nil
+}
 
 // Seat is the place of one reader.
 type Seat struct {

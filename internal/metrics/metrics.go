@@ -10,9 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/common/expfmt"
-
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/loader"
@@ -45,9 +42,9 @@ type Collector struct {
 	Containers bool
 	// Reload is what the service knows about its policy; nil outside of the service.
 	Reload *Reload
-	// Events tells what was left out of streams of events; nil if nothing can tell. It must
-	// not wait.
-	Events func() Events
+	// LostByReaders tells how many events the service's own readers have lost; nil outside of
+	// the service. It must not wait.
+	LostByReaders func() uint64
 	// Log is told when the filter cannot be read, and when it can be again; nil if nobody
 	// wants to know.
 	Log *slog.Logger
@@ -59,14 +56,32 @@ type Collector struct {
 // errNoFilter means that a Collector has no Filter.
 var errNoFilter = errors.New("the filter cannot be read")
 
-// Describe implements [prometheus.Collector].
-func (c *Collector) Describe(ch chan<- *prometheus.Desc) { describe(ch) }
+// Write writes all metrics in Prometheus's text format, in an order that does not change. The
+// error says why there are no numbers among them, and can wrap what stats.Open returns; what
+// is written says so too. Others can call Write while w takes its time.
+func (c *Collector) Write(w io.Writer) error {
+	r := c.read()
+	if err := r.write(w); err != nil {
+		return err
+	}
+	return r.err
+}
 
-// Collect implements [prometheus.Collector].
-func (c *Collector) Collect(ch chan<- prometheus.Metric) {
+// read reads everything.
+func (c *Collector) read() *reading {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	r := c.read()
+	r := &reading{}
+	leftOut := 0
+	leftOut, r.err = c.readFilter(r)
+	r.label(leftOut, c.Engines)
+	if c.Reload != nil {
+		r.reload = c.Reload.outcome()
+	}
+	if c.LostByReaders != nil {
+		lost := c.LostByReaders()
+		r.lostByReaders = &lost
+	}
 	failed := !r.successful()
 	if c.Log != nil && failed != c.failed {
 		if failed {
@@ -76,42 +91,16 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	c.failed = failed
-	r.Collect(ch)
+	return r
 }
 
-// Write writes all metrics in Prometheus's text format, in an order that does not change. The
-// error says why there are no numbers among them, and can wrap what stats.Open returns; what
-// is written says so too.
-func (c *Collector) Write(w io.Writer) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	r := c.read()
-	registry := prometheus.NewRegistry()
-	if err := registry.Register(r); err != nil {
-		return err
-	}
-	families, err := registry.Gather()
-	if err != nil {
-		return err
-	}
-	encoder := expfmt.NewEncoder(w, expfmt.NewFormat(expfmt.TypeTextPlain))
-	for _, family := range families {
-		if err := encoder.Encode(family); err != nil {
-			return err
-		}
-	}
-	return r.err
-}
-
-// read reads everything.
-func (c *Collector) read() *reading {
-	r := &reading{engines: c.Engines, reload: c.Reload, events: c.Events}
+// readFilter reads the filter. leftOut is how many containers it leaves out.
+func (c *Collector) readFilter(r *reading) (leftOut int, err error) {
 	if c.Filter == nil {
-		r.err = errNoFilter
-		return r
+		return 0, errNoFilter
 	}
-	if r.status, r.err = c.Filter.Status(); r.err != nil {
-		return r
+	if r.status, err = c.Filter.Status(); err != nil {
+		return 0, err
 	}
 	if c.Engines != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -120,45 +109,47 @@ func (c *Collector) read() *reading {
 	}
 	counters, err := stats.Open(c.Filter, c.Root)
 	if err != nil {
-		r.err = err
-		return r
+		return 0, err
 	}
 	defer counters.Close()
 	most := 0
 	if c.Containers {
 		most = MaxContainers
 	}
-	if r.stats, r.leftOut, r.err = counters.ReadFirst(most); r.err != nil {
-		return r
+	if r.stats, leftOut, err = counters.ReadFirst(most, r.status); err != nil {
+		return 0, err
 	}
-	r.err = c.Filter.AddState(r.status)
-	return r
-}
-
-// Events are refusals of which no event told, though each of them was counted.
-type Events struct {
-	// Lost is how many were lost because a buffer was full, by the stage at which that was
-	// (events.StageKernel, events.StageReader). A stage of which nothing is known is missing.
-	Lost map[string]uint64
-	// Suppressed is how many were left out because a container had too many of them.
-	Suppressed uint64
+	if r.missed, err = counters.Missed(); err != nil {
+		return 0, err
+	}
+	return leftOut, counters.AddState(r.status)
 }
 
 // Reload is the success of the service at putting its configuration in force. The zero value
 // is that of a service that has not tried yet.
 type Reload struct {
-	mu         sync.Mutex
-	tried      bool
-	successful bool
-	last       time.Time // of the last success
+	mu   sync.Mutex
+	last outcome
+}
+
+// outcome is that of the attempts so far.
+type outcome struct {
+	tried, successful bool      // the last one
+	last              time.Time // when one was successful
 }
 
 // Done notes an attempt.
 func (r *Reload) Done(err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.tried, r.successful = true, err == nil
-	if r.successful {
-		r.last = time.Now()
+	r.last.tried, r.last.successful = true, err == nil
+	if r.last.successful {
+		r.last.last = time.Now()
 	}
+}
+
+func (r *Reload) outcome() outcome {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.last
 }

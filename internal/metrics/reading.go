@@ -1,88 +1,253 @@
 package metrics
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"runtime"
-	"strings"
-
-	"github.com/prometheus/client_golang/prometheus"
+	"slices"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
 	"github.com/egressbpf/egressbpf/internal/stats"
 )
 
-const namespace = "egressbpf_"
+// families are all metrics that there can be, in order of their names.
+var families = func() []family {
+	all := slices.Concat(ofService, ofFilter, ofAll, ofContainers)
+	slices.SortFunc(all, func(a, b family) int { return cmp.Compare(a.name, b.name) })
+	return all
+}()
 
-func desc(name, help string, labels ...string) *prometheus.Desc {
-	return prometheus.NewDesc(namespace+name, help, labels, nil)
+// ofService are told even if the filter cannot be read.
+var ofService = []family{
+	{gauge, "build_info", "The version of egressbpf that reads these metrics, and of Go; always 1.", []string{"goversion", "version"},
+		func(_ *reading, to *text) { to.gauge(1, runtime.Version(), loader.Version()) }},
+	{gauge, "read_successful", "Whether the filter's state could be read (1). If not (0), the metrics that need it are missing.", nil,
+		func(r *reading, to *text) { to.gauge(float64(number(r.successful()))) }},
+	{gauge, "enforcing", "Whether packets are dropped (1), as read back from the kernel; 0 in mode audit, if nothing is attached, and if it cannot be read.", nil,
+		func(r *reading, to *text) { to.gauge(float64(number(r.successful() && r.status.Enforcing))) }},
+	{gauge, "policy_reload_successful", "Whether the service could put its configuration in force when it last tried (1).", nil,
+		func(r *reading, to *text) {
+			if r.reload.tried {
+				to.gauge(float64(number(r.reload.successful)))
+			}
+		}},
+	{gauge, "policy_reload_timestamp_seconds", "When the service last put its configuration in force, in seconds since 1970.", nil,
+		func(r *reading, to *text) {
+			if !r.reload.last.IsZero() {
+				to.gauge(float64(r.reload.last.UnixMilli()) / 1000)
+			}
+		}},
 }
 
-var (
-	buildInfo  = desc("build_info", "The version of egressbpf that reads these metrics, and of Go; always 1.", "version", "goversion")
-	successful = desc("read_successful", "Whether the filter's state could be read (1). If not (0), the metrics that need it are missing.")
-	enforcing  = desc("enforcing", "Whether packets are dropped (1), as read back from the kernel; 0 in mode audit, if nothing is attached, and if it cannot be read.")
-	mode       = desc("mode", "The mode of the policy in force: 1 for that mode, 0 for the other.", "mode")
-	defence    = desc("defence_active", "Whether a defence beside the filter is active (1).", "defence")
-	policed    = desc("policed_containers", "Containers that are policed.")
-	uncovered  = desc("uncovered_containers", "Running containers that are not policed. Missing while an engine does not answer that alone can tell.")
-	leftOut    = desc("containers_left_out", fmt.Sprintf("Policed containers without series of their own: those beyond the oldest %d, or all if they are turned off.", MaxContainers))
-	entries    = desc("map_entries", "Entries of a map of the filter.", "map")
-	capacity   = desc("map_capacity", "Entries for which a map of the filter has room.", "map")
-	reloadOK   = desc("policy_reload_successful", "Whether the service could put its configuration in force when it last tried (1).")
-	reloadTime = desc("policy_reload_timestamp_seconds", "When the service last put its configuration in force, in seconds since 1970.")
-	lost       = desc("events_lost_total", "Events about refusals that were lost because a buffer was full: that of the kernel or that of a reader. The refusals were counted.", "stage")
-	suppressed = desc("events_suppressed_total", "Events about refusals that were left out because a container had too many of them. The refusals were counted.")
+// ofFilter are told if the filter can be read.
+var ofFilter = each((*reading).successful, []family{
+	{counter, "events_lost_total", "Events about refusals that were lost because a buffer was full: that of the kernel or that of a reader. The refusals were counted.", []string{"stage"},
+		func(r *reading, to *text) {
+			if r.missed != nil {
+				to.counter(r.missed.Lost, "kernel")
+			}
+			if r.lostByReaders != nil {
+				to.counter(*r.lostByReaders, "reader")
+			}
+		}},
+	{counter, "events_suppressed_total", "Events about refusals that were left out because a container had too many of them. The refusals were counted.", nil,
+		func(r *reading, to *text) {
+			if r.missed != nil {
+				to.counter(r.missed.LeftOut)
+			}
+		}},
+	{gauge, "mode", "The mode of the policy in force: 1 for that mode, 0 for the other.", []string{"mode"},
+		func(r *reading, to *text) {
+			for _, m := range []policy.Mode{policy.Audit, policy.Enforce} {
+				to.gauge(float64(number(r.status.Mode == m)), string(m))
+			}
+		}},
+	{gauge, "defence_active", "Whether a defence beside the filter is active (1).", []string{"defence"},
+		func(r *reading, to *text) {
+			for _, d := range r.status.Defences {
+				to.gauge(float64(number(d.Active)), d.Name)
+			}
+		}},
+	{gauge, "uncovered_containers", "Running containers that are not policed. Missing while an engine does not answer that alone can tell.", nil,
+		func(r *reading, to *text) {
+			if !r.uncertain {
+				to.gauge(float64(len(r.status.Uncovered)))
+			}
+		}},
+	{gauge, "map_entries", "Entries of a map of the filter.", []string{"map"},
+		func(r *reading, to *text) {
+			if room := r.status.Room; room != nil {
+				to.gauge(float64(room.Containers), bpf.EgressMapContainers)
+				to.gauge(float64(room.Removed+room.Without), bpf.EgressMapStateless)
+			}
+		}},
+	{gauge, "map_capacity", "Entries for which a map of the filter has room.", []string{"map"},
+		func(r *reading, to *text) {
+			if room := r.status.Room; room != nil {
+				to.gauge(float64(room.Of), bpf.EgressMapContainers)
+				to.gauge(float64(room.OfStateless), bpf.EgressMapStateless)
+			}
+		}},
+})
 
-	all = counters{
-		packets:  desc("dropped_packets_total", "Packets of containers that were dropped, by reason; of all containers, those that are gone included.", "reason"),
-		bytes:    desc("dropped_bytes_total", "Bytes of the packets that were dropped, from the IP header on; of all containers, those that are gone included.", "reason"),
-		connects: desc("refused_connects_total", "Attempts to connect or send that were refused before there was a packet; of all containers, those that are gone included.", "reason"),
-		sockets:  desc("refused_sockets_total", "Sockets that were refused because they would bypass the filter; of all containers, those that are gone included."),
-		host:     desc("host_dropped_packets_total", "Packets that got past the filter and were dropped on the host; of all containers, those that are gone or unknown included."),
-		mail:     desc("smtp_connections_total", "New mail connections: allowed, over the limit (rate_limited; repeats count) or without a bucket (no_bucket); of all containers, those that are gone included.", "verdict"),
-	}
-	own = counters{
-		packets:  desc("container_dropped_packets_total", "Packets of a container that were dropped, by reason.", "id", "container", "reason"),
-		bytes:    desc("container_dropped_bytes_total", "Bytes of a container's packets that were dropped, from the IP header on.", "id", "container", "reason"),
-		connects: desc("container_refused_connects_total", "A container's attempts to connect or send that were refused before there was a packet.", "id", "container", "reason"),
-		sockets:  desc("container_refused_sockets_total", "Sockets that a container was refused because they would bypass the filter.", "id", "container"),
-		host:     desc("container_host_dropped_packets_total", "A container's packets that got past the filter and were dropped on the host.", "id", "container"),
-		mail:     desc("container_smtp_connections_total", "A container's new mail connections: allowed, over the limit (rate_limited; repeats count) or without a bucket (no_bucket).", "id", "container", "verdict"),
-	}
-	tokens = desc("container_smtp_tokens", "Mail connections that a container can open right now. Missing if they are not limited.", "id", "container")
-	info   = desc("container_info", "A policed container and the image that it was started from, as far as an engine tells; always 1.", "id", "container", "image")
-)
+const ofAllContainers = "; of all containers, those that are gone included."
 
-// describe tells of all metrics that there can be.
-func describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{
-		buildInfo, successful, enforcing, mode, defence, policed, uncovered, leftOut, entries, capacity, reloadOK, reloadTime, lost, suppressed, tokens, info,
-	} {
-		ch <- d
-	}
-	for _, c := range []counters{all, own} {
-		for _, d := range []*prometheus.Desc{c.packets, c.bytes, c.connects, c.sockets, c.host, c.mail} {
-			ch <- d
+// ofAll are totals, told if something is attached.
+var ofAll = each((*reading).counted, []family{
+	{counter, "dropped_packets_total", "Packets of containers that were dropped, by reason" + ofAllContainers, []string{"reason"},
+		func(r *reading, to *text) {
+			for _, why := range reasons {
+				to.counter(why.of(&r.stats.Total.Refused).Packets, why.name)
+			}
+		}},
+	{counter, "dropped_bytes_total", "Bytes of the packets that were dropped, from the IP header on" + ofAllContainers, []string{"reason"},
+		func(r *reading, to *text) {
+			for _, why := range reasons {
+				to.counter(why.of(&r.stats.Total.Refused).Bytes, why.name)
+			}
+		}},
+	{counter, "refused_connects_total", "Attempts to connect or send that were refused before there was a packet" + ofAllContainers, []string{"reason"},
+		func(r *reading, to *text) {
+			for _, why := range reasons {
+				if why.connects {
+					to.counter(why.of(&r.stats.Total.Refused).Connects, why.name)
+				}
+			}
+		}},
+	{counter, "refused_sockets_total", "Sockets that were refused because they would bypass the filter" + ofAllContainers, nil,
+		func(r *reading, to *text) { to.counter(r.stats.Total.Families.Denied) }},
+	{counter, "host_dropped_packets_total", "Packets that got past the filter and were dropped on the host; of all containers, those that are gone or unknown included.", nil,
+		func(r *reading, to *text) { to.counter(r.stats.Total.HostSide.Packets) }},
+	{counter, "smtp_connections_total", "New mail connections: allowed, over the limit (rate_limited; repeats count) or without a bucket (no_bucket)" + ofAllContainers, []string{"verdict"},
+		func(r *reading, to *text) {
+			for _, v := range verdicts {
+				to.counter(v.of(&r.stats.Total.SMTP), v.name)
+			}
+		}},
+	{gauge, "policed_containers", "Containers that are policed.", nil,
+		func(r *reading, to *text) { to.gauge(float64(r.there)) }},
+	{gauge, "containers_left_out", fmt.Sprintf("Policed containers without series of their own: those beyond the oldest %d, or all if they are turned off.", MaxContainers), nil,
+		func(r *reading, to *text) { to.gauge(float64(r.there - len(r.containers))) }},
+})
+
+// ofContainers are of single containers.
+var ofContainers = []family{
+	{gauge, "container_info", "A policed container and the image that it was started from, as far as an engine tells; always 1.", []string{"container", "id", "image"},
+		ofEach(func(c *labelled, to *text) {
+			to.of(c, "")
+			// The image can be empty, and is no name that this package knows.
+			to.buf = append(to.buf[:len(to.buf)-len("} ")], `,image="`+escape(c.image)+`"} 1`...)
+			to.end()
+		})},
+	{counter, "container_dropped_packets_total", "Packets of a container that were dropped, by reason.", []string{"container", "id", "reason"},
+		ofEach(func(c *labelled, to *text) {
+			for _, why := range reasons {
+				to.count(c, why.of(&c.Refused).Packets, why.name)
+			}
+		})},
+	{counter, "container_dropped_bytes_total", "Bytes of a container's packets that were dropped, from the IP header on.", []string{"container", "id", "reason"},
+		ofEach(func(c *labelled, to *text) {
+			for _, why := range reasons {
+				to.count(c, why.of(&c.Refused).Bytes, why.name)
+			}
+		})},
+	{counter, "container_refused_connects_total", "A container's attempts to connect or send that were refused before there was a packet.", []string{"container", "id", "reason"},
+		ofEach(func(c *labelled, to *text) {
+			for _, why := range reasons {
+				if why.connects {
+					to.count(c, why.of(&c.Refused).Connects, why.name)
+				}
+			}
+		})},
+	{counter, "container_refused_sockets_total", "Sockets that a container was refused because they would bypass the filter.", []string{"container", "id"},
+		ofEach(func(c *labelled, to *text) { to.count(c, c.Families.Denied, "") })},
+	{counter, "container_host_dropped_packets_total", "A container's packets that got past the filter and were dropped on the host.", []string{"container", "id"},
+		ofEach(func(c *labelled, to *text) { to.count(c, c.HostSide.Packets, "") })},
+	{counter, "container_smtp_connections_total", "A container's new mail connections: allowed, over the limit (rate_limited; repeats count) or without a bucket (no_bucket).", []string{"container", "id", "verdict"},
+		ofEach(func(c *labelled, to *text) {
+			for _, v := range verdicts {
+				to.count(c, v.of(&c.SMTP.SMTP), v.name)
+			}
+		})},
+	{gauge, "container_smtp_tokens", "Mail connections that a container can open right now. Missing if they are not limited.", []string{"container", "id"},
+		ofEach(func(c *labelled, to *text) {
+			if c.SMTP.Tokens != nil {
+				to.measure(c, *c.SMTP.Tokens)
+			}
+		})},
+}
+
+// each has families tell only of readings for which when holds.
+func each(when func(*reading) bool, all []family) []family {
+	for i, tell := range all {
+		all[i].tell = func(r *reading, to *text) {
+			if when(r) {
+				tell.tell(r, to)
+			}
 		}
 	}
+	return all
+}
+
+// ofEach tells of each container of a reading.
+func ofEach(tell func(c *labelled, to *text)) func(*reading, *text) {
+	return func(r *reading, to *text) {
+		for i := range r.containers {
+			tell(&r.containers[i], to)
+		}
+	}
+}
+
+// reasons are why packets are dropped, and attempts refused.
+var reasons = []struct {
+	name     string
+	connects bool // whether attempts are refused for it
+	of       func(*stats.Refusals) *stats.Blocked
+}{
+	{"blocked", true, func(r *stats.Refusals) *stats.Blocked { return &r.Blocked }},
+	{"malformed", false, func(r *stats.Refusals) *stats.Blocked { return &r.Malformed }},
+	{"no_bucket", false, func(r *stats.Refusals) *stats.Blocked { return &r.NoBucket }},
+	{"rate_limited", true, func(r *stats.Refusals) *stats.Blocked { return &r.RateLimited }},
+}
+
+// verdicts are what can happen to mail connections.
+var verdicts = []struct {
+	name string
+	of   func(*stats.SMTP) uint64
+}{
+	{"allowed", func(s *stats.SMTP) uint64 { return s.Allowed }},
+	{"no_bucket", func(s *stats.SMTP) uint64 { return s.NoBucket }},
+	{"rate_limited", func(s *stats.SMTP) uint64 { return s.RateLimited }},
+}
+
+// labelled is a container with the text of its labels container and id.
+type labelled struct {
+	*stats.Container
+	labels, image string
 }
 
 // reading is what was read at one time.
 type reading struct {
 	// err is why the filter cannot be read. It wraps loader.ErrNotAttached if there is
 	// nothing to read.
-	err     error
-	status  *loader.Status
-	stats   *stats.Stats
-	leftOut int
+	err    error
+	status *loader.Status
+	stats  *stats.Stats
 	// uncertain is whether there may be more uncovered containers than in status.
 	uncertain bool
-	engines   Engines
-	reload    *Reload
-	events    func() Events
+	reload    outcome
+	// missed are the events that no reader got; nil if the programs tell none.
+	missed        *maps.Missed
+	lostByReaders *uint64
+	// there is how many containers are policed, and containers are those of them that have
+	// series of their own.
+	there      int
+	containers []labelled
 }
 
 // successful says whether everything that there is could be read.
@@ -90,119 +255,53 @@ func (r *reading) successful() bool {
 	return r.err == nil || r.status != nil && len(r.status.Cgroups) == 0 && errors.Is(r.err, loader.ErrNotAttached)
 }
 
-// Describe implements [prometheus.Collector].
-func (r *reading) Describe(ch chan<- *prometheus.Desc) { describe(ch) }
+// counted says whether there are counters.
+func (r *reading) counted() bool { return r.successful() && r.stats != nil }
 
-// Collect implements [prometheus.Collector].
-func (r *reading) Collect(ch chan<- prometheus.Metric) {
-	s := sink(ch)
-	s.gauge(buildInfo, 1, text(loader.Version()), runtime.Version())
-	s.gauge(successful, number(r.successful()))
-	r.collectReload(s)
-	r.collectEvents(s)
-	if !r.successful() {
-		s.gauge(enforcing, 0)
+// label prepares the labels of the containers. leftOut more have none.
+func (r *reading) label(leftOut int, engines Engines) {
+	if !r.counted() {
 		return
 	}
-	r.collectStatus(s)
-	if r.stats != nil {
-		s.counters(all, r.stats.Total)
-		r.collectContainers(s)
-	}
-}
-
-func (r *reading) collectReload(s sink) {
-	if r.reload == nil {
-		return
-	}
-	r.reload.mu.Lock()
-	defer r.reload.mu.Unlock()
-	if r.reload.tried {
-		s.gauge(reloadOK, number(r.reload.successful))
-	}
-	if !r.reload.last.IsZero() {
-		s.gauge(reloadTime, float64(r.reload.last.UnixMilli())/1000)
-	}
-}
-
-func (r *reading) collectEvents(s sink) {
-	if r.events == nil {
-		return
-	}
-	e := r.events()
-	for stage, n := range e.Lost {
-		s.count(lost, n, stage)
-	}
-	s.count(suppressed, e.Suppressed)
-}
-
-func (r *reading) collectStatus(s sink) {
-	s.gauge(enforcing, number(r.status.Enforcing))
-	for _, m := range []policy.Mode{policy.Enforce, policy.Audit} {
-		s.gauge(mode, number(r.status.Mode == m), string(m))
-	}
-	for _, d := range r.status.Defences {
-		s.gauge(defence, number(d.Active), text(d.Name))
-	}
-	if !r.uncertain {
-		s.gauge(uncovered, float64(len(r.status.Uncovered)))
-	}
-	if room := r.status.Room; room != nil {
-		s.gauge(entries, float64(room.Containers), bpf.EgressMapContainers)
-		s.gauge(capacity, float64(room.Of), bpf.EgressMapContainers)
-		s.gauge(entries, float64(room.Removed+room.Without), bpf.EgressMapStateless)
-		s.gauge(capacity, float64(room.OfStateless), bpf.EgressMapStateless)
-	}
-}
-
-func (r *reading) collectContainers(s sink) {
 	// A series goes with its container, though the kernel may keep the entry of a container
 	// for a while.
-	var there []stats.Container
-	for _, c := range r.stats.Containers {
-		if c.Cgroup != "" {
+	var there []*stats.Container
+	for i := range r.stats.Containers {
+		if c := &r.stats.Containers[i]; c.Cgroup != "" {
 			there = append(there, c)
 		}
 	}
-	s.gauge(policed, float64(len(there)+r.leftOut))
-	labels := labelIDs(there)
-	left := r.leftOut
+	r.there = len(there) + leftOut
+	r.containers = make([]labelled, 0, len(there))
+	ids := labelIDs(there)
 	for i, c := range there {
-		id := labels[i]
-		if id == "" {
-			left++
+		if ids[i] == "" {
 			continue
 		}
 		name, image := c.Name, ""
-		if r.engines != nil {
-			if known, ok := r.engines.Find(c.ID); ok {
+		if engines != nil {
+			if known, ok := engines.Find(c.ID); ok {
 				name, image = known.Name, known.Image
 			}
 		}
-		name = text(name)
-		s.gauge(info, 1, id, name, text(image))
-		s.counters(own, stats.Total{Families: c.Families, HostSide: c.HostSide, SMTP: c.SMTP.SMTP, Refused: c.Refused}, id, name)
-		if c.SMTP.Tokens != nil {
-			s.gauge(tokens, *c.SMTP.Tokens, id, name)
-		}
+		r.containers = append(r.containers, labelled{c, `container="` + escape(name) + `",id="` + escape(ids[i]) + `"`, image})
 	}
-	s.gauge(leftOut, float64(left))
 }
 
 // labelIDs returns the label id of each container: its id. Containers that share one, such as
 // web below two policed cgroups, get their cgroups instead. A container that would still share
 // one gets none.
-func labelIDs(containers []stats.Container) []string {
+func labelIDs(containers []*stats.Container) []string {
 	ids := make([]string, len(containers))
-	taken := map[string]int{}
+	taken := make(map[string]int, len(ids))
 	for i, c := range containers {
-		ids[i] = text(c.ID)
+		ids[i] = valid(c.ID)
 		taken[ids[i]]++
 	}
-	used := map[string]bool{}
+	used := make(map[string]bool, len(ids))
 	for i, c := range containers {
 		if taken[ids[i]] > 1 {
-			ids[i] = text(c.Cgroup)
+			ids[i] = valid(c.Cgroup)
 		}
 		if used[ids[i]] {
 			ids[i] = ""
@@ -212,53 +311,13 @@ func labelIDs(containers []stats.Container) []string {
 	return ids
 }
 
-// counters are the counters that there are of each container, and of all.
-type counters struct{ packets, bytes, connects, sockets, host, mail *prometheus.Desc }
-
-// sink takes metrics.
-type sink chan<- prometheus.Metric
-
-func (s sink) gauge(d *prometheus.Desc, value float64, labels ...string) {
-	s <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
-}
-
-func (s sink) count(d *prometheus.Desc, n uint64, labels ...string) {
-	s <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), labels...)
-}
-
-func (s sink) counters(of counters, t stats.Total, labels ...string) {
-	counter := func(d *prometheus.Desc, n uint64, more ...string) {
-		s.count(d, n, append(labels[:len(labels):len(labels)], more...)...)
+// write writes the reading in Prometheus's text format, some of it at a time.
+func (r *reading) write(w io.Writer) error {
+	to := &text{w: w, buf: make([]byte, 0, flushAt+4096)}
+	for i := range families {
+		to.begin(&families[i])
+		families[i].tell(r, to)
 	}
-	for _, why := range []struct {
-		reason string
-		stats.Blocked
-		connects bool // whether attempts are refused for it
-	}{
-		{"malformed", t.Refused.Malformed, false},
-		{"blocked", t.Refused.Blocked, true},
-		{"rate_limited", t.Refused.RateLimited, true},
-		{"no_bucket", t.Refused.NoBucket, false},
-	} {
-		counter(of.packets, why.Packets, why.reason)
-		counter(of.bytes, why.Bytes, why.reason)
-		if why.connects {
-			counter(of.connects, why.Connects, why.reason)
-		}
-	}
-	counter(of.sockets, t.Families.Denied)
-	counter(of.host, t.HostSide.Packets)
-	counter(of.mail, t.SMTP.Allowed, "allowed")
-	counter(of.mail, t.SMTP.RateLimited, "rate_limited")
-	counter(of.mail, t.SMTP.NoBucket, "no_bucket")
-}
-
-// text makes a label's value of what others may have chosen.
-func text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
-
-func number(b bool) float64 {
-	if b {
-		return 1
-	}
-	return 0
+	to.flush()
+	return to.err
 }

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io/fs"
 	"math"
-	"os"
 	"slices"
 	"strings"
 
@@ -140,6 +139,8 @@ type Reader struct {
 	filter *loader.Filter
 	root   cgroup.Root
 	state  *maps.State
+	// fresh is whether the state was opened for the reading that comes.
+	fresh bool
 }
 
 // Open returns a Reader, which the caller closes. The error can wrap
@@ -149,7 +150,7 @@ func Open(filter *loader.Filter, root cgroup.Root) (*Reader, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Reader{filter, root, state}, nil
+	return &Reader{filter, root, state, true}, nil
 }
 
 // Close closes the Reader.
@@ -158,31 +159,34 @@ func (r *Reader) Close() error { return r.state.Close() }
 // Read returns the present counters. Containers for which nothing was counted have a row
 // too.
 func (r *Reader) Read() (*Stats, error) {
-	s, _, err := r.ReadFirst(math.MaxInt)
+	policed, p, err := r.filter.Policed()
+	if err != nil {
+		return nil, err
+	}
+	s, _, err := r.ReadFirst(math.MaxInt, &loader.Status{Cgroups: policed, Policy: p})
 	return s, err
 }
 
 // ReadFirst returns the present counters, as Read does, with rows for at most n containers,
 // those with the lowest ids of their cgroups. These are the oldest, so a container that has a
-// row keeps it. leftOut is how many containers have none.
-func (r *Reader) ReadFirst(n int) (s *Stats, leftOut int, err error) {
-	policed, p, err := r.filter.Policed()
-	if err != nil {
-		return nil, 0, err
-	}
-	s = &Stats{Cgroups: policed, Containers: []Container{}}
+// row keeps it. leftOut is how many containers have none. What status has just read is not read
+// again.
+func (r *Reader) ReadFirst(n int, status *loader.Status) (s *Stats, leftOut int, err error) {
+	policed, p := status.Cgroups, status.Policy
+	s = &Stats{Cgroups: policed}
 	known, sum, err := r.counters()
 	if err != nil {
 		return nil, 0, err
 	}
 	s.Total = total(sum)
 	var def *policy.Limit
+	paths := map[uint64]string{}
 	if p != nil {
 		s.Mode = p.Mode
 		limit := p.SMTP.Limit()
 		def = &limit
 		for _, path := range policed {
-			if err := r.addIdle(known, path, p); err != nil {
+			if err := r.addIdle(known, paths, path, p); err != nil {
 				return nil, 0, err
 			}
 		}
@@ -199,18 +203,32 @@ func (r *Reader) ReadFirst(n int) (s *Stats, leftOut int, err error) {
 	if len(ids) > n {
 		ids, leftOut = ids[:n], len(ids)-n
 	}
+	s.Containers = make([]Container, 0, len(ids))
 	for _, id := range ids {
-		row, err := r.row(id, known[id], def, now)
-		if err != nil {
-			return nil, 0, err
+		rel, ok := status.Path(id)
+		if !ok {
+			rel, ok = paths[id]
 		}
-		s.Containers = append(s.Containers, row)
+		is := container.IdentityOf(rel, id)
+		if !ok {
+			if is, err = container.Identify(r.root, id); err != nil {
+				return nil, 0, err
+			}
+		}
+		s.Containers = append(s.Containers, row(is, known[id], def, now))
 	}
 	slices.SortFunc(s.Containers, func(a, b Container) int {
 		return cmp.Or(strings.Compare(a.Cgroup, b.Cgroup), cmp.Compare(a.CgroupID, b.CgroupID))
 	})
 	return s, leftOut, nil
 }
+
+// AddState adds to a status what the state tells that the last reading read, as
+// [loader.Filter.AddState] does.
+func (r *Reader) AddState(s *loader.Status) error { return r.filter.AddStateOf(s, r.state) }
+
+// Missed returns the events that no reader got, as the state tells that the last reading read.
+func (r *Reader) Missed() (*maps.Missed, error) { return r.state.Missed() }
 
 // counters returns what is counted for each container and in total.
 func (r *Reader) counters() (known map[uint64]maps.Container, sum maps.Counters, err error) {
@@ -227,26 +245,29 @@ func (r *Reader) counters() (known map[uint64]maps.Container, sum maps.Counters,
 // current has the maps read. An attach may replace them: then those that replace them are read.
 func (r *Reader) current(read func(*maps.State) error) error {
 	for range 10 {
-		// The filter may have been taken off, or attached anew, since the last time.
-		state, err := r.filter.State()
-		if err != nil {
+		if !r.fresh {
+			// The filter may have been taken off, or attached anew, since the last time.
+			state, err := r.filter.State()
+			if err != nil {
+				return err
+			}
+			r.state.Close()
+			r.state = state
+		}
+		r.fresh = false
+		if err := read(r.state); err != nil {
 			return err
 		}
-		r.state.Close()
-		r.state = state
-		if err := read(state); err != nil {
-			return err
-		}
-		if r.filter.IsCurrent(state) {
+		if r.filter.IsCurrent(r.state) {
 			break
 		}
 	}
 	return nil
 }
 
-// addIdle adds the containers below a policed cgroup that have no state. Those that are
-// recognised have some from the beginning.
-func (r *Reader) addIdle(known map[uint64]maps.Container, path string, p *policy.Policy) error {
+// addIdle adds the containers below a policed cgroup that have no state, and notes the paths of
+// all of them. Those that are recognised have some from the beginning.
+func (r *Reader) addIdle(known map[uint64]maps.Container, paths map[uint64]string, path string, p *policy.Policy) error {
 	parent, err := r.root.Rel(path)
 	if err != nil {
 		return err
@@ -254,41 +275,31 @@ func (r *Reader) addIdle(known map[uint64]maps.Container, path string, p *policy
 	if p.Recognises(parent) {
 		return nil
 	}
-	entries, err := os.ReadDir(path)
+	children, err := r.root.Children(parent)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	for _, entry := range entries {
-		if !entry.IsDir() {
-			continue
-		}
-		id, err := r.root.ID(parent + "/" + entry.Name())
-		if err != nil {
-			continue // removed meanwhile
-		}
-		if _, ok := known[id]; !ok {
-			known[id] = maps.Container{}
+	for _, c := range children {
+		paths[c.ID] = c.Rel
+		if _, ok := known[c.ID]; !ok {
+			known[c.ID] = maps.Container{}
 		}
 	}
 	return nil
 }
 
 // row returns the row of a container. def is the policy's limit; nil if it is not known.
-func (r *Reader) row(id uint64, c maps.Container, def *policy.Limit, now uint64) (Container, error) {
-	is, err := container.Identify(r.root, id)
-	if err != nil {
-		return Container{}, err
-	}
+func row(is container.Identity, c maps.Container, def *policy.Limit, now uint64) Container {
 	row := Container{Identity: is}
 	t := total(c.Counters)
 	row.Blocked, row.Malformed, row.Families, row.HostSide, row.HostReasons = t.Blocked, t.Malformed, t.Families, t.HostSide, t.HostReasons
 	row.SMTP.SMTP, row.Refused = t.SMTP, t.Refused
 	limit := c.Limit
 	if limit.Burst == 0 && def == nil {
-		return row, nil
+		return row
 	}
 	if limit.Burst == 0 {
 		limit = maps.LimitOf(*def)
@@ -299,7 +310,7 @@ func (r *Reader) row(id uint64, c maps.Container, def *policy.Limit, now uint64)
 		tokens = math.Floor(tokens*1000) / 1000
 		row.SMTP.Tokens = &tokens
 	}
-	return row, nil
+	return row
 }
 
 // Select returns the container that name stands for, as [container.Select] does.

@@ -4,6 +4,7 @@ package web
 import (
 	"context"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -12,8 +13,6 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	toolkit "github.com/prometheus/exporter-toolkit/web"
 	"go.yaml.in/yaml/v3"
 	"golang.org/x/net/netutil"
@@ -29,7 +28,6 @@ const (
 	maxConnections = 32
 	maxScrapes     = 2 // at the same time
 	maxHeader      = 16 << 10
-	scrapePatience = 20 * time.Second
 	writePatience  = 30 * time.Second
 	readPatience   = 5 * time.Second
 	idlePatience   = 2 * time.Minute
@@ -47,7 +45,7 @@ type Server struct {
 // Open opens a Server's address. config is a file in the format of Prometheus's
 // exporter-toolkit, with TLS and users; empty for neither. Nothing is served before Run, which
 // closes the Server. The error is a UsageError if the address or the file is wrong.
-func Open(address, config string, metrics prometheus.Gatherer, log *slog.Logger) (*Server, error) {
+func Open(address, config string, metrics Metrics, log *slog.Logger) (*Server, error) {
 	at, err := parse(address)
 	if err != nil {
 		return nil, err
@@ -65,13 +63,7 @@ func Open(address, config string, metrics prometheus.Gatherer, log *slog.Logger)
 		return nil, fmt.Errorf("serve metrics: %w", err)
 	}
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", plain(promhttp.HandlerFor(metrics, promhttp.HandlerOpts{
-		ErrorLog:            slog.NewLogLogger(log.Handler(), slog.LevelError),
-		MaxRequestsInFlight: maxScrapes,
-		// Answers wait in memory for slow clients, not a scrape.
-		Timeout:             scrapePatience,
-		OfferedCompressions: []promhttp.Compression{promhttp.Identity, promhttp.Gzip},
-	})))
+	mux.Handle("GET /metrics", serve(metrics))
 	return &Server{
 		listener: netutil.LimitListener(listener, maxConnections),
 		config:   config,
@@ -113,11 +105,25 @@ func (s *Server) Run(ctx context.Context) {
 	<-stopped
 }
 
-// plain keeps browsers from taking an answer for anything but text.
-func plain(h http.Handler) http.Handler {
+// Metrics writes metrics in Prometheus's text format.
+type Metrics func(io.Writer) error
+
+// serve answers with metrics. Some clients at a time get an answer, since each costs a reading.
+func serve(metrics Metrics) http.Handler {
+	scrapes := make(chan struct{}, maxScrapes)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case scrapes <- struct{}{}:
+			defer func() { <-scrapes }()
+		default:
+			http.Error(w, "others are being answered", http.StatusServiceUnavailable)
+			return
+		}
+		// Browsers are not to take it for anything but text.
 		w.Header().Set("X-Content-Type-Options", "nosniff")
-		h.ServeHTTP(w, r)
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		// What is written says why there are no numbers.
+		_ = metrics(w)
 	})
 }
 

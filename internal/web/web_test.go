@@ -23,7 +23,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/crypto/bcrypt"
 
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
@@ -36,18 +35,17 @@ func check(t testing.TB, err error) {
 	}
 }
 
-// registry has one metric.
-func registry(t testing.TB) *prometheus.Registry {
-	r := prometheus.NewRegistry()
-	check(t, r.Register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "test_answer", Help: "Help."}, func() float64 { return 42 })))
-	return r
+// answer has one metric.
+func answer(w io.Writer) error {
+	_, err := io.WriteString(w, "# TYPE test_answer gauge\ntest_answer 42\n")
+	return err
 }
 
 // start serves until the test ends or stop is called.
 func start(t *testing.T, address, config string) (s *Server, log *testenv.Log, stop func()) {
 	t.Helper()
 	log = new(testenv.Log)
-	s, err := Open(address, config, registry(t), slog.New(slog.NewTextHandler(log, nil)))
+	s, err := Open(address, config, answer, slog.New(slog.NewTextHandler(log, nil)))
 	check(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
@@ -105,7 +103,7 @@ func TestServe(t *testing.T) {
 		t.Errorf("on loopback: %s", log)
 	}
 
-	if _, err := Open(s.Addr().String(), "", registry(t), slog.New(slog.NewTextHandler(log, nil))); !errors.Is(err, syscall.EADDRINUSE) {
+	if _, err := Open(s.Addr().String(), "", answer, slog.New(slog.NewTextHandler(log, nil))); !errors.Is(err, syscall.EADDRINUSE) {
 		t.Errorf("a second one: %v", err)
 	}
 	client.CloseIdleConnections()
@@ -174,12 +172,12 @@ func TestOpenToAll(t *testing.T) {
 		"an unknown key": "nonsense: yes\n", "YAML": "[", "a password": "basic_auth_users: {a: secret}\n",
 		"a missing file": "tls_server_config: {cert_file: missing, key_file: missing}\n",
 	} {
-		_, err := Open("0", write("bad", text), registry(t), slog.New(slog.DiscardHandler))
+		_, err := Open("0", write("bad", text), answer, slog.New(slog.DiscardHandler))
 		if usage := (UsageError{}); !errors.As(err, &usage) || !strings.Contains(err.Error(), dir+"/bad") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	if _, err := Open("0", dir+"/none", registry(t), slog.New(slog.DiscardHandler)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := Open("0", dir+"/none", answer, slog.New(slog.DiscardHandler)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no file: %v", err)
 	}
 }
