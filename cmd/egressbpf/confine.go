@@ -34,6 +34,12 @@ type capability struct {
 	name string
 }
 
+// webCapabilities are those that run needs besides with --web-listen: to start a process without
+// privileges that serves, and to end it, also when run ends.
+var webCapabilities = []capability{
+	{unix.CAP_SETUID, "CAP_SETUID"}, {unix.CAP_SETGID, "CAP_SETGID"}, {unix.CAP_SETPCAP, "CAP_SETPCAP"}, {unix.CAP_KILL, "CAP_KILL"},
+}
+
 // required are the capabilities without which no command can say what is in force.
 var required = []capability{
 	{unix.CAP_BPF, "CAP_BPF"}, {unix.CAP_PERFMON, "CAP_PERFMON"}, {unix.CAP_NET_ADMIN, "CAP_NET_ADMIN"},
@@ -66,7 +72,8 @@ var errKept = errors.New("built with cgo, so egressbpf keeps capabilities that i
 
 // confine drops all other capabilities, for good and in every thread, before anything is
 // read that somebody else has written. import starts iptables-legacy-save, which opens a raw
-// socket. The process that sends notifications needs none.
+// socket, run may start a process of another user, and the process that sends notifications needs
+// none.
 func confine(args []string) error {
 	needed := uint64(needed)
 	if slices.Contains(args, "import") {
@@ -74,6 +81,11 @@ func confine(args []string) error {
 	}
 	if slices.Equal(args, []string{notify.SendArg}) {
 		needed = 0
+	}
+	if slices.Contains(args, "run") && slices.ContainsFunc(args, func(arg string) bool { return strings.HasPrefix(arg, "--web-listen") }) {
+		for _, c := range webCapabilities {
+			needed |= 1 << c.bit
+		}
 	}
 	header, caps, err := capabilities()
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/egressbpf/egressbpf/internal/notify"
 	"github.com/egressbpf/egressbpf/internal/preflight"
+	"github.com/egressbpf/egressbpf/internal/web"
 )
 
 // inTest is for tests, which have a bpf filesystem of their own and may be built with cgo.
@@ -29,6 +30,9 @@ func main() {
 			os.Exit(exitFailed)
 		}
 	}()
+	if len(os.Args) > 1 && os.Args[1] == web.ServeArg {
+		exit(web.Serve(os.Args[2:]))
+	}
 	switch err := confine(os.Args[1:]); {
 	case errors.Is(err, errKept):
 		if !inTest {
@@ -39,11 +43,7 @@ func main() {
 		os.Exit(exitFailed)
 	}
 	if len(os.Args) == 3 && os.Args[1] == preflight.SelfTestArg {
-		if err := preflight.SelfTest(os.Args[2]); err != nil {
-			fmt.Fprintf(os.Stderr, "egressbpf: %v\n", err)
-			os.Exit(exitFailed)
-		}
-		return
+		exit(preflight.SelfTest(os.Args[2]))
 	}
 	if len(os.Args) == 2 && os.Args[1] == notify.SendArg {
 		os.Exit(notify.Child(os.Stdin, os.Stdout))
@@ -55,4 +55,13 @@ func main() {
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
+}
+
+// exit ends a process that this program has started.
+func exit(err error) {
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "egressbpf: %v\n", err)
+		os.Exit(exitFailed)
+	}
+	os.Exit(exitDone)
 }

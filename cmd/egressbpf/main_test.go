@@ -21,6 +21,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
+	"github.com/egressbpf/egressbpf/internal/web"
 )
 
 // commands are the commands that scripts can run, each as a process of its own.
@@ -53,6 +54,9 @@ var commands = map[string]func(){
 func TestMain(m *testing.M) {
 	const marker = "EGRESSBPF_TEST_MOUNTS"
 	inTest = true
+	if len(os.Args) > 1 && os.Args[1] == web.ServeArg {
+		exit(web.Serve(os.Args[2:]))
+	}
 	if commands[filepath.Base(os.Args[0])] == nil {
 		if os.Getenv(marker) == "" {
 			os.Exit(runAgain(marker))

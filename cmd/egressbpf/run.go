@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"sync"
+	"time"
 
 	sd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -40,7 +41,7 @@ type runOptions struct {
 	web        webOptions
 }
 
-// webOptions say where and how metrics are served.
+// webOptions say where and how metrics and the page are served.
 type webOptions struct {
 	listen     string
 	config     string
@@ -62,7 +63,9 @@ run tells of refusals in its log: the first of each container and reason at once
 sums at most once a minute. The config file's key notify names who else is told; see
 egressbpf notify test.
 
-With --web-listen, run serves metrics for Prometheus at /metrics.
+With --web-listen, run serves a page at / that shows what is in force and what was
+refused, and metrics for Prometheus at /metrics. A process without privileges serves
+them.
 
 When run ends, however that happens, the filter stays in force; detach removes it. run
 works as a systemd service of Type=notify or notify-reload, with a watchdog.`,
@@ -75,8 +78,8 @@ works as a systemd service of Type=notify or notify-reload, with a watchdog.`,
 		},
 	}
 	o.register(cmd.Flags())
-	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if the config file is refused or metrics cannot be served, and nothing is in force, put the defaults and the other flags in force before failing")
-	cmd.Flags().StringVar(&o.web.listen, "web-listen", "", "serve metrics for Prometheus at ADDR:PORT; PORT alone is served to this machine only (default: no metrics)")
+	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if the config file is refused or --web-listen fails, and nothing is in force, put the defaults and the other flags in force before failing")
+	cmd.Flags().StringVar(&o.web.listen, "web-listen", "", "serve a page and metrics for Prometheus at ADDR:PORT; PORT alone is served to this machine only (default: neither)")
 	cmd.Flags().StringVar(&o.web.config, "web-config-file", "", "file with TLS and users for --web-listen, in the format of Prometheus's exporter-toolkit")
 	cmd.Flags().BoolVar(&o.web.containers, "metrics-containers", true, "serve metrics of each container, besides the totals")
 	cmd.Flags().SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
@@ -105,6 +108,7 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	var reload metrics.Reload
 	stop, err := o.web.serve(ctx, &metrics.Collector{
 		Filter: filter, Root: root, Engines: containers, Containers: o.web.containers, Reload: &reload, Log: log,
+		MaxAge: time.Second,
 	})
 	if err != nil {
 		return errors.Join(err, o.putDefaults(ctx, flags, stderr))
@@ -171,7 +175,7 @@ func (o *runOptions) warned(log *slog.Logger, load func() (policy.Config, error)
 	}
 }
 
-// serve serves metrics until stop is called, if the flags say so.
+// serve serves metrics and the page until stop is called, if the flags say so.
 func (o webOptions) serve(ctx context.Context, collector *metrics.Collector) (stop func(), err error) {
 	if o.listen == "" {
 		if o.config != "" {
@@ -179,7 +183,21 @@ func (o webOptions) serve(ctx context.Context, collector *metrics.Collector) (st
 		}
 		return func() {}, nil
 	}
-	server, err := web.Open(o.listen, o.config, collector.Write, collector.Log)
+	if err := checkCapabilities(webCapabilities...); err != nil {
+		return nil, fmt.Errorf("--web-listen: %w", err)
+	}
+	node, err := os.Hostname()
+	if err != nil {
+		return nil, err
+	}
+	server, err := web.Open(o.listen, o.config, web.Source{
+		Metrics: func(w io.Writer) error { return collector.Read().Write(w) },
+		Page: func() web.Page {
+			page := collector.Read().Page()
+			page.Node = node
+			return page
+		},
+	}, collector.Log)
 	if usage := (web.UsageError{}); errors.As(err, &usage) {
 		return nil, usageError{fmt.Errorf("--web-listen: %w", err)}
 	}

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -552,4 +553,67 @@ func TestWeb(t *testing.T) {
 	if _, err := net.Dial("tcp", address); err == nil {
 		t.Error("it still listens")
 	}
+}
+
+// TestWebProcess ends a service whose process that serves does nothing any more.
+func TestWebProcess(t *testing.T) {
+	lockHost(t)
+	base := newBase(t)
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	address := free.Addr().String()
+	check(t, free.Close())
+	cmd := exec.Command("/proc/self/exe", "run", "--cgroup", base+"/a", "--web-listen", address)
+	cmd.Args[0] = "egressbpf"
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	check(t, cmd.Start())
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	testenv.Eventually(t, "the page", func() bool {
+		resp, err := http.Get("http://" + address + "/")
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		return err == nil && strings.Contains(string(text), ">In force")
+	})
+	children, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", cmd.Process.Pid))
+	check(t, err)
+	pid := 0
+	for _, list := range children {
+		text, err := os.ReadFile(list)
+		check(t, err)
+		for _, field := range strings.Fields(string(text)) {
+			pid, err = strconv.Atoi(field)
+			check(t, err)
+		}
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	check(t, err)
+	if !strings.Contains(string(status), "\nCapBnd:\t0000000000000000\n") || !strings.Contains(string(status), "\nUid:\t65534\t") {
+		t.Errorf("the process that serves:\n%s", status)
+	}
+	status, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+	check(t, err)
+	_, own, err := capabilities()
+	check(t, err)
+	want := uint64(needed)
+	for _, c := range webCapabilities {
+		want |= 1 << c.bit
+	}
+	want &= uint64(own[1].Permitted)<<32 | uint64(own[0].Permitted) // this machine may lack some
+	if !strings.Contains(string(status), fmt.Sprintf("\nCapEff:\t%016x\n", want)) {
+		t.Errorf("the service should have %016x:\n%s", want, status)
+	}
+	check(t, syscall.Kill(pid, syscall.SIGSTOP))
+	check(t, cmd.Process.Kill())
+	_ = cmd.Wait()
+	testenv.Eventually(t, "the end of the process that serves", func() bool {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		return err != nil || strings.Contains(string(text), "State:\tZ")
+	})
 }

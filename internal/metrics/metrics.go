@@ -49,8 +49,13 @@ type Collector struct {
 	// wants to know.
 	Log *slog.Logger
 
+	// MaxAge is how old a reading may be that is told again; 0 for none. A reading of
+	// thousands of containers costs some milliseconds.
+	MaxAge time.Duration
+
 	mu     sync.Mutex // one reading at a time
 	failed bool       // the last reading
+	last   *Reading   // nil if none may be told again
 }
 
 // errNoFilter means that a Collector has no Filter.
@@ -60,18 +65,21 @@ var errNoFilter = errors.New("the filter cannot be read")
 // error says why there are no numbers among them, and can wrap what stats.Open returns; what
 // is written says so too. Others can call Write while w takes its time.
 func (c *Collector) Write(w io.Writer) error {
-	r := c.read()
-	if err := r.write(w); err != nil {
+	r := c.Read()
+	if err := r.Write(w); err != nil {
 		return err
 	}
 	return r.err
 }
 
-// read reads everything.
-func (c *Collector) read() *reading {
+// Read reads everything.
+func (c *Collector) Read() *Reading {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	r := &reading{}
+	if c.last != nil && time.Since(c.last.at) < c.MaxAge {
+		return c.last
+	}
+	r := &Reading{at: time.Now()}
 	leftOut := 0
 	leftOut, r.err = c.readFilter(r)
 	r.label(leftOut, c.Engines)
@@ -91,11 +99,14 @@ func (c *Collector) read() *reading {
 		}
 	}
 	c.failed = failed
+	if c.MaxAge > 0 {
+		c.last = r
+	}
 	return r
 }
 
 // readFilter reads the filter. leftOut is how many containers it leaves out.
-func (c *Collector) readFilter(r *reading) (leftOut int, err error) {
+func (c *Collector) readFilter(r *Reading) (leftOut int, err error) {
 	if c.Filter == nil {
 		return 0, errNoFilter
 	}

@@ -62,9 +62,9 @@ func row(id string, cgroupID uint64) stats.Container {
 }
 
 // full has every metric.
-func full(containers ...stats.Container) *reading {
+func full(containers ...stats.Container) *Reading {
 	c := row("", 0)
-	return &reading{
+	return &Reading{
 		status: &loader.Status{
 			Enforcing: true, Mode: policy.Enforce, Cgroups: []string{"/sys/fs/cgroup/docker"},
 			Defences:  []loader.Defence{{Name: loader.SocketFamilies, Active: true}, {Name: loader.HostSide}},
@@ -82,18 +82,18 @@ func full(containers ...stats.Container) *reading {
 }
 
 // show returns the text that Prometheus gets, without comments. One more container is left out.
-func show(t testing.TB, r *reading, known engines) string {
+func show(t testing.TB, r *Reading, known engines) string {
 	t.Helper()
 	lines := strings.Split(written(t, r, known), "\n")
 	return strings.Join(slices.DeleteFunc(lines, func(line string) bool { return strings.HasPrefix(line, "#") }), "\n")
 }
 
 // written returns the text with its comments, after it has checked that a library reads the same.
-func written(t testing.TB, r *reading, known engines) string {
+func written(t testing.TB, r *Reading, known engines) string {
 	t.Helper()
 	r.label(1, known)
 	var out bytes.Buffer
-	check(t, r.write(&out))
+	check(t, r.Write(&out))
 	var again bytes.Buffer
 	for _, family := range parse(t, out.String()) {
 		_, err := expfmt.MetricFamilyToText(&again, family)
@@ -209,15 +209,15 @@ func TestFailure(t *testing.T) {
 	const failed = "egressbpf_read_successful 0\n"
 	for _, tt := range []struct {
 		what   string
-		change func(*reading)
+		change func(*Reading)
 		want   string
 		not    string
 	}{
-		{"no status", func(r *reading) { r.status, r.stats, r.err = nil, nil, errors.New("no") }, failed, "mode"},
-		{"no counters", func(r *reading) { r.stats, r.err = nil, errors.New("no") }, failed, "mode"},
-		{"no state", func(r *reading) { r.err = errors.New("no") }, failed, "dropped"},
-		{"detached meanwhile", func(r *reading) { r.stats, r.err = nil, loader.ErrNotAttached }, failed, "mode"},
-		{"not attached", func(r *reading) {
+		{"no status", func(r *Reading) { r.status, r.stats, r.err = nil, nil, errors.New("no") }, failed, "mode"},
+		{"no counters", func(r *Reading) { r.stats, r.err = nil, errors.New("no") }, failed, "mode"},
+		{"no state", func(r *Reading) { r.err = errors.New("no") }, failed, "dropped"},
+		{"detached meanwhile", func(r *Reading) { r.stats, r.err = nil, loader.ErrNotAttached }, failed, "mode"},
+		{"not attached", func(r *Reading) {
 			*r.status = loader.Status{Cgroups: []string{}}
 			r.stats, r.err = nil, fmt.Errorf("x: %w", loader.ErrNotAttached)
 		}, `egressbpf_mode{mode="enforce"} 0` + "\n", "dropped"},

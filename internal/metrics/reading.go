@@ -7,6 +7,7 @@ import (
 	"io"
 	"runtime"
 	"slices"
+	"time"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/loader"
@@ -25,19 +26,19 @@ var families = func() []family {
 // ofService are told even if the filter cannot be read.
 var ofService = []family{
 	{gauge, "build_info", "The version of egressbpf that reads these metrics, and of Go; always 1.", []string{"goversion", "version"},
-		func(_ *reading, to *text) { to.gauge(1, runtime.Version(), loader.Version()) }},
+		func(_ *Reading, to *text) { to.gauge(1, runtime.Version(), loader.Version()) }},
 	{gauge, "read_successful", "Whether the filter's state could be read (1). If not (0), the metrics that need it are missing.", nil,
-		func(r *reading, to *text) { to.gauge(float64(number(r.successful()))) }},
+		func(r *Reading, to *text) { to.gauge(float64(number(r.successful()))) }},
 	{gauge, "enforcing", "Whether packets are dropped (1), as read back from the kernel; 0 in mode audit, if nothing is attached, and if it cannot be read.", nil,
-		func(r *reading, to *text) { to.gauge(float64(number(r.successful() && r.status.Enforcing))) }},
+		func(r *Reading, to *text) { to.gauge(float64(number(r.successful() && r.status.Enforcing))) }},
 	{gauge, "policy_reload_successful", "Whether the service could put its configuration in force when it last tried (1).", nil,
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			if r.reload.tried {
 				to.gauge(float64(number(r.reload.successful)))
 			}
 		}},
 	{gauge, "policy_reload_timestamp_seconds", "When the service last put its configuration in force, in seconds since 1970.", nil,
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			if !r.reload.last.IsZero() {
 				to.gauge(float64(r.reload.last.UnixMilli()) / 1000)
 			}
@@ -45,9 +46,9 @@ var ofService = []family{
 }
 
 // ofFilter are told if the filter can be read.
-var ofFilter = each((*reading).successful, []family{
+var ofFilter = each((*Reading).successful, []family{
 	{counter, "events_lost_total", "Events about refusals that were lost because a buffer was full: that of the kernel or that of a reader. The refusals were counted.", []string{"stage"},
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			if r.missed != nil {
 				to.counter(r.missed.Lost, "kernel")
 			}
@@ -56,38 +57,38 @@ var ofFilter = each((*reading).successful, []family{
 			}
 		}},
 	{counter, "events_suppressed_total", "Events about refusals that were left out because a container had too many of them. The refusals were counted.", nil,
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			if r.missed != nil {
 				to.counter(r.missed.LeftOut)
 			}
 		}},
 	{gauge, "mode", "The mode of the policy in force: 1 for that mode, 0 for the other.", []string{"mode"},
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			for _, m := range []policy.Mode{policy.Audit, policy.Enforce} {
 				to.gauge(float64(number(r.status.Mode == m)), string(m))
 			}
 		}},
 	{gauge, "defence_active", "Whether a defence beside the filter is active (1).", []string{"defence"},
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			for _, d := range r.status.Defences {
 				to.gauge(float64(number(d.Active)), d.Name)
 			}
 		}},
 	{gauge, "uncovered_containers", "Running containers that are not policed. Missing while an engine does not answer that alone can tell.", nil,
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			if !r.uncertain {
 				to.gauge(float64(len(r.status.Uncovered)))
 			}
 		}},
 	{gauge, "map_entries", "Entries of a map of the filter.", []string{"map"},
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			if room := r.status.Room; room != nil {
 				to.gauge(float64(room.Containers), bpf.EgressMapContainers)
 				to.gauge(float64(room.Removed+room.Without), bpf.EgressMapStateless)
 			}
 		}},
 	{gauge, "map_capacity", "Entries for which a map of the filter has room.", []string{"map"},
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			if room := r.status.Room; room != nil {
 				to.gauge(float64(room.Of), bpf.EgressMapContainers)
 				to.gauge(float64(room.OfStateless), bpf.EgressMapStateless)
@@ -98,21 +99,21 @@ var ofFilter = each((*reading).successful, []family{
 const ofAllContainers = "; of all containers, those that are gone included."
 
 // ofAll are totals, told if something is attached.
-var ofAll = each((*reading).counted, []family{
+var ofAll = each((*Reading).counted, []family{
 	{counter, "dropped_packets_total", "Packets of containers that were dropped, by reason" + ofAllContainers, []string{"reason"},
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			for _, why := range reasons {
 				to.counter(why.of(&r.stats.Total.Refused).Packets, why.name)
 			}
 		}},
 	{counter, "dropped_bytes_total", "Bytes of the packets that were dropped, from the IP header on" + ofAllContainers, []string{"reason"},
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			for _, why := range reasons {
 				to.counter(why.of(&r.stats.Total.Refused).Bytes, why.name)
 			}
 		}},
 	{counter, "refused_connects_total", "Attempts to connect or send that were refused before there was a packet" + ofAllContainers, []string{"reason"},
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			for _, why := range reasons {
 				if why.connects {
 					to.counter(why.of(&r.stats.Total.Refused).Connects, why.name)
@@ -120,19 +121,19 @@ var ofAll = each((*reading).counted, []family{
 			}
 		}},
 	{counter, "refused_sockets_total", "Sockets that were refused because they would bypass the filter" + ofAllContainers, nil,
-		func(r *reading, to *text) { to.counter(r.stats.Total.Families.Denied) }},
+		func(r *Reading, to *text) { to.counter(r.stats.Total.Families.Denied) }},
 	{counter, "host_dropped_packets_total", "Packets that got past the filter and were dropped on the host; of all containers, those that are gone or unknown included.", nil,
-		func(r *reading, to *text) { to.counter(r.stats.Total.HostSide.Packets) }},
+		func(r *Reading, to *text) { to.counter(r.stats.Total.HostSide.Packets) }},
 	{counter, "smtp_connections_total", "New mail connections: allowed, over the limit (rate_limited; repeats count) or without a bucket (no_bucket)" + ofAllContainers, []string{"verdict"},
-		func(r *reading, to *text) {
+		func(r *Reading, to *text) {
 			for _, v := range verdicts {
 				to.counter(v.of(&r.stats.Total.SMTP), v.name)
 			}
 		}},
 	{gauge, "policed_containers", "Containers that are policed.", nil,
-		func(r *reading, to *text) { to.gauge(float64(r.there)) }},
+		func(r *Reading, to *text) { to.gauge(float64(r.there)) }},
 	{gauge, "containers_left_out", fmt.Sprintf("Policed containers without series of their own: those beyond the oldest %d, or all if they are turned off.", MaxContainers), nil,
-		func(r *reading, to *text) { to.gauge(float64(r.there - len(r.containers))) }},
+		func(r *Reading, to *text) { to.gauge(float64(r.there - len(r.containers))) }},
 })
 
 // ofContainers are of single containers.
@@ -183,9 +184,9 @@ var ofContainers = []family{
 }
 
 // each has families tell only of readings for which when holds.
-func each(when func(*reading) bool, all []family) []family {
+func each(when func(*Reading) bool, all []family) []family {
 	for i, tell := range all {
-		all[i].tell = func(r *reading, to *text) {
+		all[i].tell = func(r *Reading, to *text) {
 			if when(r) {
 				tell.tell(r, to)
 			}
@@ -195,8 +196,8 @@ func each(when func(*reading) bool, all []family) []family {
 }
 
 // ofEach tells of each container of a reading.
-func ofEach(tell func(c *labelled, to *text)) func(*reading, *text) {
-	return func(r *reading, to *text) {
+func ofEach(tell func(c *labelled, to *text)) func(*Reading, *text) {
+	return func(r *Reading, to *text) {
 		for i := range r.containers {
 			tell(&r.containers[i], to)
 		}
@@ -225,14 +226,15 @@ var verdicts = []struct {
 	{"rate_limited", func(s *stats.SMTP) uint64 { return s.RateLimited }},
 }
 
-// labelled is a container with the text of its labels container and id.
+// labelled is a container with the text of its labels container and id, and what an engine tells.
 type labelled struct {
 	*stats.Container
-	labels, image string
+	labels, name, image string
 }
 
-// reading is what was read at one time.
-type reading struct {
+// Reading is what was read at one time.
+type Reading struct {
+	at time.Time
 	// err is why the filter cannot be read. It wraps loader.ErrNotAttached if there is
 	// nothing to read.
 	err    error
@@ -251,15 +253,15 @@ type reading struct {
 }
 
 // successful says whether everything that there is could be read.
-func (r *reading) successful() bool {
+func (r *Reading) successful() bool {
 	return r.err == nil || r.status != nil && len(r.status.Cgroups) == 0 && errors.Is(r.err, loader.ErrNotAttached)
 }
 
 // counted says whether there are counters.
-func (r *reading) counted() bool { return r.successful() && r.stats != nil }
+func (r *Reading) counted() bool { return r.successful() && r.stats != nil }
 
 // label prepares the labels of the containers. leftOut more have none.
-func (r *reading) label(leftOut int, engines Engines) {
+func (r *Reading) label(leftOut int, engines Engines) {
 	if !r.counted() {
 		return
 	}
@@ -284,7 +286,7 @@ func (r *reading) label(leftOut int, engines Engines) {
 				name, image = known.Name, known.Image
 			}
 		}
-		r.containers = append(r.containers, labelled{c, `container="` + escape(name) + `",id="` + escape(ids[i]) + `"`, image})
+		r.containers = append(r.containers, labelled{c, `container="` + escape(name) + `",id="` + escape(ids[i]) + `"`, name, image})
 	}
 }
 
@@ -311,8 +313,9 @@ func labelIDs(containers []*stats.Container) []string {
 	return ids
 }
 
-// write writes the reading in Prometheus's text format, some of it at a time.
-func (r *reading) write(w io.Writer) error {
+// Write writes the reading in Prometheus's text format, some of it at a time. An error is one of
+// w: if there are no numbers, what is written says so.
+func (r *Reading) Write(w io.Writer) error {
 	to := &text{w: w, buf: make([]byte, 0, flushAt+4096)}
 	for i := range families {
 		to.begin(&families[i])

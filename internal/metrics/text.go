@@ -21,7 +21,7 @@ type family struct {
 	// labels are the names of the labels.
 	labels []string
 	// tell adds the series of a reading.
-	tell func(r *reading, to *text)
+	tell func(r *Reading, to *text)
 }
 
 // flushAt is how much text is written at a time, in bytes.

@@ -1,21 +1,18 @@
-// Package web serves metrics over HTTP.
+// Package web serves metrics and a page over HTTP.
+//
+// The service opens the address, and starts a process without privileges that speaks HTTP and
+// TLS there (Serve). That process knows nothing: it asks the service, which answers some
+// questions at a time and waits for nobody.
 package web
 
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
-	"os"
 	"strconv"
 	"time"
-
-	toolkit "github.com/prometheus/exporter-toolkit/web"
-	"go.yaml.in/yaml/v3"
-	"golang.org/x/net/netutil"
 )
 
 // UsageError means that an address or a web config file is wrong.
@@ -23,108 +20,119 @@ type UsageError struct{ error }
 
 func (e UsageError) Unwrap() error { return e.error }
 
-// What clients can take of the process that serves them.
-const (
-	maxConnections = 32
-	maxScrapes     = 2 // at the same time
-	maxHeader      = 16 << 10
-	writePatience  = 30 * time.Second
-	readPatience   = 5 * time.Second
-	idlePatience   = 2 * time.Minute
-	stopPatience   = time.Second
-)
-
-// Server serves metrics at one address.
+// Server serves at one address.
 type Server struct {
-	listener net.Listener
-	server   *http.Server
+	listener *net.TCPListener
+	at       netip.AddrPort
 	config   string
+	settings settings
+	answers  *answers
 	log      *slog.Logger
 }
 
 // Open opens a Server's address. config is a file in the format of Prometheus's
 // exporter-toolkit, with TLS and users; empty for neither. Nothing is served before Run, which
 // closes the Server. The error is a UsageError if the address or the file is wrong.
-func Open(address, config string, metrics Metrics, log *slog.Logger) (*Server, error) {
+func Open(address, config string, source Source, log *slog.Logger) (*Server, error) {
 	at, err := parse(address)
 	if err != nil {
 		return nil, err
 	}
-	if err := toolkit.Validate(config); err != nil {
-		return nil, UsageError{fmt.Errorf("web config file %s: %w", config, err)}
-	}
-	if open, err := openTo(at, config); err != nil {
+	settings, err := readSettings(config)
+	if err != nil {
 		return nil, err
-	} else if open != "" {
-		log.Warn("anyone who reaches the address can see the metrics, or the passwords: there is no "+open, "address", at)
+	}
+	if open := settings.missing(); open != "" && !at.Addr().Unmap().IsLoopback() {
+		log.Warn("anyone who reaches the address can see the metrics and the page, or the passwords: there is no "+open, "address", at)
 	}
 	listener, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(at))
 	if err != nil {
 		return nil, fmt.Errorf("serve metrics: %w", err)
 	}
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", serve(metrics))
-	return &Server{
-		listener: netutil.LimitListener(listener, maxConnections),
-		config:   config,
-		log:      log,
-		server: &http.Server{
-			Handler:           mux,
-			ReadHeaderTimeout: readPatience,
-			ReadTimeout:       readPatience,
-			WriteTimeout:      writePatience,
-			IdleTimeout:       idlePatience,
-			MaxHeaderBytes:    maxHeader,
-			// Clients can make it say something for each connection.
-			ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		},
-	}, nil
+	return &Server{listener: listener, at: at, config: config, settings: settings, answers: newAnswers(source), log: log}, nil
 }
 
 // Addr is the address that is served.
 func (s *Server) Addr() net.Addr { return s.listener.Addr() }
 
-// Run serves until ctx ends.
+// When a process is started again, and the web config file is looked at.
+const (
+	soonest     = time.Second
+	latest      = time.Minute
+	lookAgain   = 5 * time.Second
+	endPatience = 2*stopPatience + time.Second
+)
+
+// Run serves until ctx ends. If the process that serves ends, Run starts it again, soon at first.
 func (s *Server) Run(ctx context.Context) {
-	stopped := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(stopped)
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopPatience)
-		defer cancel()
-		if s.server.Shutdown(ctx) != nil {
-			s.server.Close()
-		}
-	})
 	defer s.listener.Close()
-	err := toolkit.Serve(s.listener, s.server, &toolkit.FlagConfig{WebConfigFile: &s.config}, s.log)
-	if stop() { // nobody has asked for the end
-		s.log.Error("metrics are not served any more", "err", err)
-		s.server.Close()
-		return
-	}
-	<-stopped
-}
-
-// Metrics writes metrics in Prometheus's text format.
-type Metrics func(io.Writer) error
-
-// serve answers with metrics. Some clients at a time get an answer, since each costs a reading.
-func serve(metrics Metrics) http.Handler {
-	scrapes := make(chan struct{}, maxScrapes)
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		select {
-		case scrapes <- struct{}{}:
-			defer func() { <-scrapes }()
-		default:
-			http.Error(w, "others are being answered", http.StatusServiceUnavailable)
+	wait := soonest
+	for ctx.Err() == nil {
+		began := time.Now()
+		err := s.serve(ctx)
+		if ctx.Err() != nil {
 			return
 		}
-		// Browsers are not to take it for anything but text.
-		w.Header().Set("X-Content-Type-Options", "nosniff")
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		// What is written says why there are no numbers.
-		_ = metrics(w)
-	})
+		if err == nil { // for another web config file
+			wait = soonest
+			continue
+		}
+		if time.Since(began) > latest {
+			wait = soonest
+		}
+		s.log.Error("the process that serves metrics and the page has ended; the filter does not need it", "err", err, "again_in", wait)
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+		}
+		wait = min(2*wait, latest)
+	}
+}
+
+// serve serves by one process until that ends, ctx ends, or the web config file is another.
+func (s *Server) serve(ctx context.Context) error {
+	p, err := s.start()
+	if err != nil {
+		return err
+	}
+	asked := make(chan error, 1)
+	go func() { asked <- s.answers.serve(ctx, p.asked) }()
+	look := time.NewTicker(lookAgain)
+	defer look.Stop()
+	var complained string
+	for {
+		select {
+		case <-ctx.Done():
+			p.end()
+			return nil
+		case <-p.ended:
+			p.asked.Close()
+			return p.why
+		case err := <-asked:
+			if err == nil {
+				asked = nil // it is about to end
+				continue
+			}
+			p.kill()
+			return err
+		case <-look.C:
+			now, err := readSettings(s.config)
+			if err != nil {
+				if err.Error() != complained {
+					s.log.Error("the web config file stays as it was", "err", err)
+					complained = err.Error()
+				}
+				continue
+			}
+			complained = ""
+			if !now.equal(s.settings) {
+				s.log.Info("the web config file has changed")
+				s.settings = now
+				p.end()
+				return nil
+			}
+		}
+	}
 }
 
 // parse reads an address: ADDR:PORT, or a port alone for this machine only.
@@ -144,35 +152,4 @@ func parse(s string) (netip.AddrPort, error) {
 		}
 	}
 	return netip.AddrPort{}, UsageError{fmt.Errorf("%q: want ADDR:PORT, or PORT for this machine alone: 9750, 192.0.2.1:9750, [::]:9750", s)}
-}
-
-// openTo says what keeps others from reading what is served at an address is missing; empty if
-// nothing, or if there are no others.
-func openTo(at netip.AddrPort, config string) (missing string, err error) {
-	if at.Addr().Unmap().IsLoopback() {
-		return "", nil
-	}
-	if config == "" {
-		return "TLS and no authentication", nil
-	}
-	text, err := os.ReadFile(config)
-	if err != nil {
-		return "", err
-	}
-	var c struct {
-		TLS   map[string]any `yaml:"tls_server_config"`
-		Users map[string]any `yaml:"basic_auth_users"`
-	}
-	if err := yaml.Unmarshal(text, &c); err != nil {
-		return "", UsageError{fmt.Errorf("web config file %s: %w", config, err)}
-	}
-	switch {
-	case len(c.TLS) == 0 && len(c.Users) == 0:
-		return "TLS and no authentication", nil
-	case len(c.TLS) == 0:
-		return "TLS", nil
-	case len(c.Users) == 0 && c.TLS["client_auth_type"] == nil:
-		return "authentication", nil
-	}
-	return "", nil
 }

@@ -35,17 +35,46 @@ func check(t testing.TB, err error) {
 	}
 }
 
-// answer has one metric.
-func answer(w io.Writer) error {
-	_, err := io.WriteString(w, "# TYPE test_answer gauge\ntest_answer 42\n")
-	return err
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == ServeArg {
+		if err := Serve(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	switch {
+	case len(os.Args) > 1 && os.Args[1] == argProbe:
+		probe()
+	case len(os.Args) > 1 && os.Args[1] == argService:
+		s, err := Open("0", "", source(Page{}, nil), slog.Default())
+		if err != nil {
+			panic(err)
+		}
+		fmt.Println(s.Addr())
+		s.Run(context.Background())
+	default:
+		os.Exit(m.Run())
+	}
+}
+
+// source has one metric, and what it is given.
+func source(page Page, recent *Recent) Source {
+	return Source{
+		Metrics: func(w io.Writer) error {
+			_, err := io.WriteString(w, "# TYPE test_answer gauge\ntest_answer 42\n")
+			return err
+		},
+		Page:   func() Page { return page },
+		Recent: recent,
+	}
 }
 
 // start serves until the test ends or stop is called.
-func start(t *testing.T, address, config string) (s *Server, log *testenv.Log, stop func()) {
+func start(t *testing.T, address, config string, from Source) (s *Server, log *testenv.Log, stop func()) {
 	t.Helper()
 	log = new(testenv.Log)
-	s, err := Open(address, config, answer, slog.New(slog.NewTextHandler(log, nil)))
+	s, err := Open(address, config, from, slog.New(slog.NewTextHandler(log, nil)))
 	check(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
@@ -85,13 +114,13 @@ func TestParse(t *testing.T) {
 }
 
 func TestServe(t *testing.T) {
-	s, log, stop := start(t, "0", "")
+	s, log, stop := start(t, "0", "", source(Page{}, nil))
 	client := &http.Client{}
 	url := "http://" + s.Addr().String()
 	if code, body := get(t, client, url+"/metrics"); code != 200 || !strings.Contains(body, "\ntest_answer 42\n") {
 		t.Errorf("got %d, %s", code, body)
 	}
-	for _, path := range []string{"/", "/metrics/x", "/debug/pprof/"} {
+	for _, path := range []string{"/metrics/x", "/debug/pprof/", "/page/page.html", "/../etc/passwd"} {
 		if code, _ := get(t, client, url+path); code != 404 {
 			t.Errorf("%s: %d", path, code)
 		}
@@ -103,7 +132,7 @@ func TestServe(t *testing.T) {
 		t.Errorf("on loopback: %s", log)
 	}
 
-	if _, err := Open(s.Addr().String(), "", answer, slog.New(slog.NewTextHandler(log, nil))); !errors.Is(err, syscall.EADDRINUSE) {
+	if _, err := Open(s.Addr().String(), "", source(Page{}, nil), slog.New(slog.NewTextHandler(log, nil))); !errors.Is(err, syscall.EADDRINUSE) {
 		t.Errorf("a second one: %v", err)
 	}
 	client.CloseIdleConnections()
@@ -124,7 +153,7 @@ func TestServe(t *testing.T) {
 		conn.Close()
 		t.Error("it still listens")
 	}
-	if strings.Contains(log.String(), "not served any more") {
+	if strings.Contains(log.String(), "has ended") || strings.Contains(log.String(), "says") {
 		t.Errorf("an end that was asked for: %s", log)
 	}
 }
@@ -150,7 +179,7 @@ func TestOpenToAll(t *testing.T) {
 		"both":    {write("both", withTLS+users), ""},
 		"empty":   {write("empty", ""), "no TLS and no authentication"},
 	} {
-		s, log, stop := start(t, "0.0.0.0:0", tt.config)
+		s, log, stop := start(t, "0.0.0.0:0", tt.config, source(Page{}, nil))
 		if warned := strings.Contains(log.String(), "WARN"); warned != (tt.want != "") || !strings.Contains(log.String(), tt.want) {
 			t.Errorf("%s: %s", what, log)
 		}
@@ -172,12 +201,12 @@ func TestOpenToAll(t *testing.T) {
 		"an unknown key": "nonsense: yes\n", "YAML": "[", "a password": "basic_auth_users: {a: secret}\n",
 		"a missing file": "tls_server_config: {cert_file: missing, key_file: missing}\n",
 	} {
-		_, err := Open("0", write("bad", text), answer, slog.New(slog.DiscardHandler))
+		_, err := Open("0", write("bad", text), source(Page{}, nil), slog.New(slog.DiscardHandler))
 		if usage := (UsageError{}); !errors.As(err, &usage) || !strings.Contains(err.Error(), dir+"/bad") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	if _, err := Open("0", dir+"/none", answer, slog.New(slog.DiscardHandler)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := Open("0", dir+"/none", source(Page{}, nil), slog.New(slog.DiscardHandler)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no file: %v", err)
 	}
 }
