@@ -8,6 +8,7 @@
 #   make performance
 #                 the same, and write docs/performance.md
 #   make pictures draw the pictures in docs/pictures
+#   make pictures draw docs/pictures anew
 
 SHELL := /bin/bash
 GO ?= go
@@ -84,6 +85,12 @@ pictures: test-tools
 	mkdir -p docs/pictures
 	$(GO) test -count=1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./internal/test/prometheus \
 		-run TestScrape/plain -args -picture $(CURDIR)/docs/pictures/dashboard.svg -traffic 2m
+# Draws the pictures of the documentation.
+.PHONY: pictures
+pictures:
+	@$(INSTALL) chromium:chromium fonts-dejavu-core
+	CGO_ENABLED=0 $(GO) build -o bin/pictures ./internal/test/pictures
+	$(SUDO) bin/pictures docs/pictures
 
 # Packages run one after the other: some compare all BPF objects of the kernel before and
 # after.
@@ -112,6 +119,7 @@ test-debian: test-tools
 test-tools:
 	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables tmux:tmux dockerd:docker.io $$(internal/test/vmtest/run.sh --packages)
 	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io prometheus:prometheus $$(internal/test/vmtest/run.sh --packages)
+	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io chromium:chromium fonts-dejavu-core $$(internal/test/vmtest/run.sh --packages)
 	@$(INSTALL) docker:docker-cli # not part of docker.io on newer releases
 
 # For generated objects, and for tests that make a later version.

@@ -42,12 +42,12 @@ func (r *Recent) Follow(ctx context.Context, source events.Source) error {
 		if err != nil {
 			return err
 		}
-		r.add(record)
+		r.Add(record)
 	}
 }
 
-// add adds a record, and waits for nobody. That a stream has begun is nothing to show.
-func (r *Recent) add(record events.Record) {
+// Add adds a record, and waits for nobody. That a stream has begun is nothing to show.
+func (r *Recent) Add(record events.Record) {
 	if record.Type == events.Start {
 		return
 	}

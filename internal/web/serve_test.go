@@ -125,7 +125,7 @@ func TestCutOff(t *testing.T) {
 
 func TestEvents(t *testing.T) {
 	recent := &Recent{}
-	recent.add(refusal("before"))
+	recent.Add(refusal("before"))
 	s := httptest.NewServer(handled(t, source(Page{}, recent), true))
 	defer s.Close()
 	resp, err := http.Get(s.URL + "/events")
@@ -150,7 +150,7 @@ func TestEvents(t *testing.T) {
 		t.Errorf("got %+v", r)
 	}
 	hostile := "a\n\ndata: x\r\x00\xff<script>"
-	recent.add(refusal(hostile))
+	recent.Add(refusal(hostile))
 	if r := next(); r.Container.Name != strings.ToValidUTF8(hostile, "\uFFFD") {
 		t.Errorf("got %q", r.Container.Name)
 	}
@@ -180,9 +180,9 @@ func TestRecent(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	slow := recent.Records(ctx)
 	for range kept + queued + 7 {
-		recent.add(refusal("flood"))
+		recent.Add(refusal("flood"))
 	}
-	recent.add(events.Record{Type: events.Start})
+	recent.Add(events.Record{Type: events.Start})
 	if n := len(recent.Last()); n != kept {
 		t.Errorf("%d are kept", n)
 	}
@@ -191,7 +191,7 @@ func TestRecent(t *testing.T) {
 			t.Errorf("got %+v", r)
 		}
 	}
-	recent.add(refusal("after"))
+	recent.Add(refusal("after"))
 	if r := <-slow; r.Type != events.Lost || r.Count != 7 || r.Stage != events.StageReader || r.Since == nil {
 		t.Errorf("got %+v", r)
 	}
@@ -253,7 +253,7 @@ func TestDescribe(t *testing.T) {
 func TestPage(t *testing.T) {
 	hostile := `<script>alert(1)</script>"'&` + "\x00\xff"
 	recent := &Recent{}
-	recent.add(refusal(hostile))
+	recent.Add(refusal(hostile))
 	h := handled(t, source(Page{
 		Node: hostile, Error: hostile, Why: []string{hostile}, Defences: []Defence{{Name: hostile, Reason: hostile}},
 		Containers: 3, Rows: []Row{{ID: hostile, Name: hostile, Image: hostile, Limit: hostile}, {ID: "without a name"}},
