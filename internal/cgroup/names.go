@@ -101,16 +101,19 @@ func (r Root) Named() ([]Cgroup, []System, error) {
 	return all, systems, err
 }
 
-// Running returns those cgroups in which a process runs, or below them.
+// Running returns those of the cgroups that Runs holds for.
 func (r Root) Running(all []Cgroup) []Cgroup {
 	running := make([]Cgroup, 0, len(all))
 	for _, c := range all {
-		if r.populated(c.Rel) {
+		if r.Runs(c) {
 			running = append(running, c)
 		}
 	}
 	return running
 }
+
+// Runs says whether a process runs in a cgroup, or below it.
+func (r Root) Runs(c Cgroup) bool { return r.populated(c.Rel) }
 
 // podParents are the cgroups that a kubelet makes in the root for its pods, with either
 // cgroup driver.

@@ -49,6 +49,8 @@ func (a *attachment) close() {
 // reading is a status in the making.
 type reading struct {
 	*Status
+	// before is an earlier status; nil if there is none.
+	before  *Status
 	policed []*policed
 	// last is the number of the last attach; 0 if one is in progress, or the last one
 	// wrote none.

@@ -61,6 +61,8 @@ type Status struct {
 
 	// running are the cgroups with names of containers in which a process runs.
 	running []cgroup.Cgroup
+	// nth counts the calls of StatusAfter.
+	nth uint64
 	// paths are the paths of the cgroups with names of containers, by id.
 	paths map[uint64]string
 }

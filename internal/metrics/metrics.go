@@ -53,9 +53,10 @@ type Collector struct {
 	// thousands of containers costs some milliseconds.
 	MaxAge time.Duration
 
-	mu     sync.Mutex // one reading at a time
-	failed bool       // the last reading
-	last   *Reading   // nil if none may be told again
+	mu     sync.Mutex     // one reading at a time
+	failed bool           // the last reading
+	last   *Reading       // nil if none may be told again
+	status *loader.Status // the last one; nil if there is none
 }
 
 // errNoFilter means that a Collector has no Filter.
@@ -110,9 +111,10 @@ func (c *Collector) readFilter(r *Reading) (leftOut int, err error) {
 	if c.Filter == nil {
 		return 0, errNoFilter
 	}
-	if r.status, err = c.Filter.Status(); err != nil {
+	if r.status, err = c.Filter.StatusAfter(c.status); err != nil {
 		return 0, err
 	}
+	c.status = r.status
 	if c.Engines != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
