@@ -135,7 +135,7 @@ func TestHostileNames(t *testing.T) {
 			got := value[[]string](t, b, fmt.Sprintf(`[...document.querySelectorAll(%q)].map(e => e.textContent)`, at))
 			for _, name := range hostile {
 				want := string([]rune(name)) // each byte that is not UTF-8 is replaced
-				if !script { // HTML has no NUL, nor CR
+				if !script {                 // HTML has no NUL, nor CR
 					want = strings.NewReplacer("\x00", "\uFFFD", "\r", "\n").Replace(want)
 				}
 				found := false
