@@ -44,7 +44,7 @@ static __always_inline bool may_tell(struct audience *r, const struct event *e)
 	return true;
 }
 
-/* Notes what mode audit lets through. */
+/* Notes what mode audit lets through: what a container asked for itself. */
 static __always_inline void note_seen(const struct event *e)
 {
 	struct seen_key key = {
@@ -80,7 +80,7 @@ static __noinline int tell(struct event *e)
 
 	e->time = bpf_ktime_get_ns();
 	e->refused = enforce;
-	if (!enforce)
+	if (!enforce && e->hook != HOOK_HOST)
 		note_seen(e);
 	if (!r || !may_tell(r, e))
 		return 0;

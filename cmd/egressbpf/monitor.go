@@ -17,6 +17,7 @@ import (
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/events"
+	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
@@ -183,9 +184,34 @@ func (o *monitorOptions) source(ctx context.Context, stdin io.Reader, stderr io.
 	return s, func() error { return errors.Join(s.Close(), f.Close()) }, nil
 }
 
-// refusals opens the refusals of this host as they happen.
-func (g *globals) refusals(context.Context, io.Writer) (events.Source, func() error, error) {
-	return nil, nil, errors.New("this build cannot read events from the kernel; --input shows stored ones")
+// bufferSize is how many bytes of events can wait in the kernel for a command: 10,000 events.
+const bufferSize = 1 << 20
+
+// refusals opens the refusals of this host as they happen. The caller closes what it returns.
+func (g *globals) refusals(ctx context.Context, stderr io.Writer) (events.Source, func() error, error) {
+	filter, root, err := g.filter()
+	if err != nil {
+		return nil, nil, err
+	}
+	names, err := g.names(stderr)
+	if err != nil {
+		return nil, nil, err
+	}
+	names.refresh(ctx)
+	return names.events(filter, root)
+}
+
+// events opens the refusals of this host, with these names. The caller closes what it returns.
+func (n *names) events(filter *loader.Filter, root cgroup.Root) (events.Source, func() error, error) {
+	node, err := os.Hostname()
+	if err != nil {
+		return nil, nil, err
+	}
+	reader, err := events.Open(filter, &events.Names{Node: node, Filter: filter, Root: root, Find: n.find}, bufferSize)
+	if err != nil {
+		return nil, nil, err
+	}
+	return reader, reader.Close, nil
 }
 
 // show prints what is selected until the stream or ctx ends.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
@@ -25,17 +26,22 @@ const (
 	namesAge = time.Second
 	// namesRetry is how long to wait before asking a daemon again that has not answered.
 	namesRetry = 30 * time.Second
+	// maxMissing is how many containers without a name are remembered.
+	maxMissing = 10_000
 )
 
 // names are what sources call the containers. If no source answers there are none; the user is
 // warned only if the user has named a source.
 type names struct {
+	mu         sync.Mutex
 	containers *container.Inventory // nil if there is nobody to ask
 	asked      bool                 // a source was named
 	stderr     io.Writer
 	next       time.Time // when to ask again
 	err        error     // of the last time
 	warned     bool
+	// missing are containers that no source knew, and when to ask for them again.
+	missing map[string]time.Time
 }
 
 // names returns those that the sources of the inventory tell.
@@ -60,6 +66,8 @@ func (g *globals) inventory() (*container.Inventory, error) {
 
 // refresh asks for the names, unless it has just done so.
 func (n *names) refresh(ctx context.Context) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	if now := time.Now(); n.containers != nil && !now.Before(n.next) {
 		ctx, cancel := context.WithTimeout(ctx, namesPatience)
 		defer cancel()
@@ -72,6 +80,33 @@ func (n *names) refresh(ctx context.Context) {
 	if n.asked {
 		n.warn()
 	}
+}
+
+// find returns what is known about the container with an id. It may be called at any time. A
+// container that has just started is asked for, alone.
+func (n *names) find(id string) (container.Container, bool) {
+	if n.containers == nil || cgroup.ContainerID(id) == "" {
+		return container.Container{}, false
+	}
+	c, ok := n.containers.Find(id)
+	if ok || !n.containers.Started() {
+		return c, ok
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if time.Now().Before(n.missing[id]) {
+		return c, false
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), namesPatience)
+	defer cancel()
+	if n.containers.Learn(ctx, id) {
+		return n.containers.Find(id)
+	}
+	if n.missing == nil || len(n.missing) > maxMissing {
+		n.missing = map[string]time.Time{}
+	}
+	n.missing[id] = time.Now().Add(namesRetry)
+	return c, false
 }
 
 // of returns what users call the container with an id.

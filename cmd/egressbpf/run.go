@@ -105,10 +105,13 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 		return err
 	}
 	log := newLogger(stderr)
+	node, _ := os.Hostname() // then nobody is told where something happened
+	named := &events.Names{Node: node, Filter: filter, Root: root, Find: patiently(containers.Find)}
+	hub := newHub(filter, named, log)
 	var reload metrics.Reload
-	stop, err := o.web.serve(ctx, &metrics.Collector{
+	stop, err := o.web.serve(ctx, hub, &metrics.Collector{
 		Filter: filter, Root: root, Engines: containers, Containers: o.web.containers, Reload: &reload, Log: log,
-		MaxAge: time.Second,
+		LostByReaders: hub.Lost, MaxAge: time.Second,
 	})
 	if err != nil {
 		return errors.Join(err, o.putDefaults(ctx, flags, stderr))
@@ -134,15 +137,53 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	var telling sync.WaitGroup
 	defer telling.Wait()
 	defer cancel()
-	teller := newTeller(filter, root, containers, log)
-	d.InForce = func(config policy.Config) { teller.SetTargets(config.Notify) }
-	telling.Go(func() { teller.Run(ctx, nil) })
+	teller := newTeller(filter, root, named, log)
+	var first sync.Once
+	d.InForce = func(config policy.Config) {
+		teller.SetTargets(config.Notify)
+		first.Do(func() { telling.Go(func() { hub.Run(ctx) }) })
+	}
+	telling.Go(func() { teller.Run(ctx, hub.Subscribe()) })
 	return d.Run(ctx)
 }
 
+// newHub returns what reads the events of the filter for all parts of the service.
+func newHub(filter *loader.Filter, names *events.Names, log *slog.Logger) *events.Hub {
+	const size = 1 << 19
+	return &events.Hub{
+		Open:   func() (events.SourceCloser, error) { return events.Open(filter, names, size) },
+		Failed: func(err error) { log.Warn("refusals are counted, but not told as they happen", "err", err) },
+	}
+}
+
+// patiently returns find for events: a container may be refused something before its engine has
+// told of it. It waits for that once for each container.
+func patiently(find func(id string) (container.Container, bool)) func(id string) (container.Container, bool) {
+	const patience, step = 500 * time.Millisecond, 20 * time.Millisecond
+	var mu sync.Mutex
+	missing := map[string]bool{}
+	return func(id string) (container.Container, bool) {
+		c, ok := find(id)
+		if ok || cgroup.ContainerID(id) == "" {
+			return c, ok
+		}
+		mu.Lock()
+		known := missing[id]
+		if len(missing) > maxMissing {
+			clear(missing)
+		}
+		missing[id] = true
+		mu.Unlock()
+		for deadline := time.Now().Add(patience); !ok && !known && time.Now().Before(deadline); {
+			time.Sleep(step)
+			c, ok = find(id)
+		}
+		return c, ok
+	}
+}
+
 // newTeller returns what tells of refusals in the log and to the targets of notifications.
-func newTeller(filter *loader.Filter, root cgroup.Root, containers *container.Inventory, log *slog.Logger) *tell.Teller {
-	node, _ := os.Hostname() // messages say "this host" instead
+func newTeller(filter *loader.Filter, root cgroup.Root, names *events.Names, log *slog.Logger) *tell.Teller {
 	return tell.New(tell.Options{
 		Tally: func() (*stats.Tally, error) {
 			r, err := stats.Open(filter, root)
@@ -152,15 +193,8 @@ func newTeller(filter *loader.Filter, root cgroup.Root, containers *container.In
 			defer r.Close()
 			return r.Tally()
 		},
-		Describe: func(id uint64) events.Container {
-			is, err := container.Identify(root, id)
-			if err != nil {
-				is = container.Identity{ID: fmt.Sprint("cgroup-", id), CgroupID: id}
-			}
-			known, _ := containers.Find(is.ID)
-			return events.Container{ID: is.ID, Name: known.Name, Image: known.Image, Cgroup: is.Cgroup, CgroupID: id}
-		},
-		Log: log, Node: node, Send: notify.Send,
+		Describe: names.Container,
+		Log:      log, Node: names.Node, Send: notify.Send,
 	})
 }
 
@@ -176,7 +210,7 @@ func (o *runOptions) warned(log *slog.Logger, load func() (policy.Config, error)
 }
 
 // serve serves metrics and the page until stop is called, if the flags say so.
-func (o webOptions) serve(ctx context.Context, collector *metrics.Collector) (stop func(), err error) {
+func (o webOptions) serve(ctx context.Context, hub *events.Hub, collector *metrics.Collector) (stop func(), err error) {
 	if o.listen == "" {
 		if o.config != "" {
 			return nil, usageError{errors.New("--web-config-file: want --web-listen too")}
@@ -190,7 +224,9 @@ func (o webOptions) serve(ctx context.Context, collector *metrics.Collector) (st
 	if err != nil {
 		return nil, err
 	}
+	recent := &web.Recent{}
 	server, err := web.Open(o.listen, o.config, web.Source{
+		Recent:  recent,
 		Metrics: func(w io.Writer) error { return collector.Read().Write(w) },
 		Page: func() web.Page {
 			page := collector.Read().Page()
@@ -205,12 +241,10 @@ func (o webOptions) serve(ctx context.Context, collector *metrics.Collector) (st
 		return nil, fmt.Errorf("--web-listen: %w", err)
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	stopped := make(chan struct{})
-	go func() {
-		defer close(stopped)
-		server.Run(ctx)
-	}()
-	return func() { cancel(); <-stopped }, nil
+	var running sync.WaitGroup
+	running.Go(func() { server.Run(ctx) })
+	running.Go(func() { _ = recent.Follow(ctx, hub.Subscribe()) }) // ends with the hub
+	return func() { cancel(); running.Wait() }, nil
 }
 
 // putDefaults puts the defaults in force if run cannot start and nothing is in force, as after

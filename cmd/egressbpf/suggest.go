@@ -111,6 +111,14 @@ func observe(ctx context.Context, filter *loader.Filter, root cgroup.Root, names
 	if o.Clock, err = maps.Now(); err != nil {
 		return nil, err
 	}
+	state, err := filter.State()
+	if err != nil {
+		return nil, err
+	}
+	defer state.Close()
+	if o.Seen, err = state.Seen(); err != nil {
+		return nil, err
+	}
 	for _, h := range status.Hooks {
 		if h.Cgroup != "" && !h.Since.IsZero() && (o.Since.IsZero() || h.Since.Before(o.Since)) {
 			o.Since = h.Since

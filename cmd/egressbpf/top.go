@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/egressbpf/egressbpf/internal/events"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/stats"
 	"github.com/egressbpf/egressbpf/internal/top"
@@ -94,7 +95,15 @@ func (o *topOptions) run(ctx context.Context, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	var source events.Source
+	if opened, closeEvents, err := names.events(filter, root); err != nil {
+		fmt.Fprintf(&warnings, "warning: destinations and processes are not shown: %s\n", strings.Map(visible, err.Error()))
+	} else {
+		defer closeEvents()
+		source = opened
+	}
 	return top.Run(ctx, top.Options{
+		Events:   source,
 		Read:     topReading(filter, reader, names),
 		Interval: o.interval,
 		Title:    fmt.Sprintf("%s, egressbpf %s", host, loader.Version()),

@@ -125,6 +125,27 @@ func (v *Inventory) Update(ctx context.Context, e Event) (changed bool, err erro
 	return true, nil
 }
 
+// Learn asks the sources about a container that none of them has told of, and says whether one
+// knows it. A source that did not answer when it was last asked is not asked.
+func (v *Inventory) Learn(ctx context.Context, id string) bool {
+	for _, a := range v.accounts {
+		if a.stale {
+			continue
+		}
+		c, err := a.Inspect(ctx, id)
+		a.mu.Lock()
+		a.stale = err != nil && !errors.Is(err, ErrNoContainer)
+		if err == nil {
+			a.running[id] = c
+		}
+		a.mu.Unlock()
+		if err == nil {
+			return true
+		}
+	}
+	return false
+}
+
 // Stale returns the sources that did not answer when they were last asked. A Resync [Event]
 // makes Update ask a source again.
 func (v *Inventory) Stale() (sources []Source) {

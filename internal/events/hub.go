@@ -8,8 +8,6 @@ import (
 )
 
 const (
-	// kept is how many records a [Hub] keeps for those who come later.
-	kept = 100
 	// queue is how many records can wait for one subscriber.
 	queue = 1024
 	// retry is how long a Hub waits before it opens its source again.
@@ -25,7 +23,6 @@ type Hub struct {
 	Failed func(error)
 
 	mu          sync.Mutex
-	last        []Record
 	subscribers map[*Subscription]bool
 	ended       bool
 	lost        uint64
@@ -77,12 +74,6 @@ func (h *Hub) read(ctx context.Context, opened func()) error {
 func (h *Hub) publish(record Record) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if record.Type == Refusal {
-		if len(h.last) == kept {
-			h.last = append(h.last[:0], h.last[1:]...)
-		}
-		h.last = append(h.last, record)
-	}
 	for s := range h.subscribers {
 		h.lost += s.push(record)
 	}
@@ -96,13 +87,6 @@ func (h *Hub) end() {
 		close(s.records)
 	}
 	h.subscribers = nil
-}
-
-// Last returns the last refusals, the oldest first.
-func (h *Hub) Last() []Record {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return append([]Record(nil), h.last...)
 }
 
 // Lost returns how many records subscribers have lost.

@@ -54,6 +54,15 @@ func (n *Names) container(id uint64) (*Container, container.Container) {
 	return &Container{ID: is.ID, Name: is.Name, Image: known.Image, Cgroup: is.Cgroup, CgroupID: id}, known
 }
 
+// Container returns the container whose cgroup has an id, as records show it.
+func (n *Names) Container(id uint64) Container {
+	c, _ := n.container(id)
+	if c == nil {
+		return Container{}
+	}
+	return *c
+}
+
 func (n *Names) identity(id uint64) container.Identity {
 	n.mu.Lock()
 	defer n.mu.Unlock()

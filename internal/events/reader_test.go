@@ -41,13 +41,6 @@ func newScene(t *testing.T, p policy.Policy) *scene {
 	return s
 }
 
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // open opens a reader.
 func (s *scene) open() *Reader {
 	s.Helper()

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -82,9 +83,15 @@ func (f *Filter) Rehearse(rel string, id uint64) (_ *Rehearsal, err error) {
 // noLevel is deeper than any cgroup.
 const noLevel = 1 << 20
 
+// newContainer stands for the id of a new container's cgroup. To the programs, 0 means none.
+const newContainer = math.MaxUint64
+
 // RehearsePolicy returns a Rehearsal of a policy, which need not be in force, with a copy of
-// what state holds about the container with a cgroup id. The caller closes it.
+// what state holds about the container with a cgroup id, or 0 for a new one. The caller closes it.
 func RehearsePolicy(p policy.Policy, state *maps.State, id uint64) (_ *Rehearsal, err error) {
+	if id == 0 {
+		id = newContainer
+	}
 	r := &Rehearsal{Policy: p, id: id}
 	if r.state, err = state.CopyFor(id); err != nil {
 		return nil, err

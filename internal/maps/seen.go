@@ -23,7 +23,7 @@ type Seen struct {
 }
 
 // Seen returns what mode audit has let through, as far as there was room to note it: what was
-// noted long ago makes room for what is new. Sockets are not part of it.
+// noted long ago makes room for what is new. What the host side let through is not part of it.
 func (s *State) Seen() (all []Seen, err error) {
 	m := s.byName[bpf.EgressMapSeen]
 	if m == nil {
@@ -35,16 +35,17 @@ func (s *State) Seen() (all []Seen, err error) {
 	)
 	entries := m.Iterate()
 	for entries.Next(&key, &value) {
-		if bpf.EgressReason(key.Reason) == bpf.EgressReasonREASON_FAMILY {
-			continue
+		s := Seen{
+			Container: key.Container,
+			Protocol:  uint8(key.Proto),
+			Family:    key.Family,
+			Reason:    bpf.EgressReason(key.Reason),
+			Count:     value.Count, First: value.First, Last: value.Last,
 		}
-		all = append(all, Seen{
-			Container:   key.Container,
-			Destination: netip.AddrPortFrom(netip.AddrFrom16(key.Dst).Unmap(), bits.ReverseBytes16(key.Dport)),
-			Protocol:    uint8(key.Proto),
-			Reason:      bpf.EgressReason(key.Reason),
-			Count:       value.Count, First: value.First, Last: value.Last,
-		})
+		if s.Reason != bpf.EgressReasonREASON_FAMILY {
+			s.Destination = netip.AddrPortFrom(netip.AddrFrom16(key.Dst).Unmap(), bits.ReverseBytes16(key.Dport))
+		}
+		all = append(all, s)
 	}
 	if err := entries.Err(); err != nil {
 		return nil, fmt.Errorf("read map %s: %w", bpf.EgressMapSeen, err)
