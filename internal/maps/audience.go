@@ -22,9 +22,9 @@ const MaxReaders = len(bpf.EgressAudience{}.Reader)
 const (
 	// Lease is for how long a reader gets events. It has to renew that, so that a reader that
 	// was killed costs nothing for long.
-	Lease = 10 * time.Second
+	Lease = 5 * time.Second
 	// grace is how long a reader that does not renew keeps its seat. It may only be stopped.
-	grace = 30 * time.Second
+	grace = 5 * time.Second
 )
 
 var (
