@@ -79,18 +79,14 @@ performance: build bin/bench
 performance-report: bin/bench
 	bin/bench report
 
-# Draws the pictures in docs/pictures. The dashboard has two minutes of traffic.
+# Draws the pictures of the documentation. The dashboard has two minutes of traffic.
 .PHONY: pictures
 pictures: test-tools
 	mkdir -p docs/pictures
-	$(GO) test -count=1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./internal/test/prometheus \
-		-run TestScrape/plain -args -picture $(CURDIR)/docs/pictures/dashboard.svg -traffic 2m
-# Draws the pictures of the documentation.
-.PHONY: pictures
-pictures:
-	@$(INSTALL) chromium:chromium fonts-dejavu-core
 	CGO_ENABLED=0 $(GO) build -o bin/pictures ./internal/test/pictures
 	$(SUDO) bin/pictures docs/pictures
+	$(GO) test -count=1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./internal/test/prometheus \
+		-run TestScrape/plain -args -picture $(CURDIR)/docs/pictures/dashboard.svg -traffic 2m
 
 # Packages run one after the other: some compare all BPF objects of the kernel before and
 # after.
@@ -105,7 +101,7 @@ test-host: build test-tools compiler
 .PHONY: test-race
 test-race:
 	@$(INSTALL) gcc:gcc libc6-dev
-	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./internal/docker ./internal/container ./internal/daemon ./internal/tell
+	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./internal/docker ./internal/container ./internal/daemon ./internal/tell ./internal/events ./internal/top
 
 .PHONY: test-kernels
 test-kernels: test-tools
@@ -117,9 +113,8 @@ test-debian: test-tools
 
 .PHONY: test-tools
 test-tools:
-	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables tmux:tmux dockerd:docker.io $$(internal/test/vmtest/run.sh --packages)
-	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io prometheus:prometheus $$(internal/test/vmtest/run.sh --packages)
-	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables dockerd:docker.io chromium:chromium fonts-dejavu-core $$(internal/test/vmtest/run.sh --packages)
+	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables tmux:tmux dockerd:docker.io prometheus:prometheus \
+		chromium:chromium fonts-dejavu-core $$(internal/test/vmtest/run.sh --packages)
 	@$(INSTALL) docker:docker-cli # not part of docker.io on newer releases
 
 # For generated objects, and for tests that make a later version.
