@@ -210,6 +210,9 @@ func (r *Reader) look() error {
 	if err != nil {
 		return err
 	}
+	if err := s.audience.Sweep(); err != nil {
+		return err
+	}
 	gap, err := s.Renew()
 	switch {
 	case errors.Is(err, maps.ErrSeatLost):

@@ -202,6 +202,9 @@ func (f *Filter) finish(a *attachment, plan *plan) error {
 	if err := f.pins.RemoveFormer(); err != nil {
 		return err
 	}
+	if err := a.state.SweepReaders(); err != nil {
+		return err
+	}
 	if len(plan.inner) > 0 {
 		// The cgroups around them are in force, and what is detached now cannot come back.
 		a.change.Commit()

@@ -120,6 +120,18 @@ func (a *Audience) Sit(buffer *ebpf.Map) (*Seat, error) {
 	return nil, ErrNoSeat
 }
 
+// SweepReaders is [Audience.Sweep].
+func (s *State) SweepReaders() error {
+	a, err := s.Audience()
+	if errors.Is(err, ErrNoEvents) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(a.Sweep(), a.Close())
+}
+
 // Sweep frees the seats of readers that are gone without having left.
 func (a *Audience) Sweep() error {
 	now, err := Now()
