@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -148,14 +149,22 @@ func TestFlood(t *testing.T) {
 	quiet := testenv.Child(t, filepath.Dir(s.container), "quiet")
 	r := s.open()
 	var flood sync.WaitGroup
+	var floods atomic.Int32
 	for range runtime.NumCPU() {
-		flood.Go(func() { s.connect(s.container, n) })
+		floods.Add(1)
+		flood.Go(func() { s.connect(s.container, n); floods.Add(-1) })
 	}
 	all, got := tally{}, uint64(0)
-	for range 3 {
+	for all["web"].suppressed == 0 {
+		got += all.add(next(t, r))
+	}
+	for i := range 3 {
 		s.connect(quiet, 1)
 		for before := all["quiet"].refusals; all["quiet"].refusals == before; {
 			got += all.add(next(t, r))
+		}
+		if i == 0 && floods.Load() == 0 && !testing.Short() {
+			t.Error("the refusal of the quiet container was told after the flood")
 		}
 	}
 	flood.Wait()
@@ -204,6 +213,39 @@ func TestReaders(t *testing.T) {
 	defer state.Close()
 	if m := state.ByName()[bpf.EgressMapBuffers]; m.Lookup(uint32(0), new(uint32)) == nil {
 		t.Error("a buffer is left")
+	}
+}
+
+// TestReadersComeAndGo leaves nothing behind.
+func TestReadersComeAndGo(t *testing.T) {
+	s := newScene(t, testPolicy())
+	open := func() {
+		r, err := Open(s.filter, &Names{Filter: s.filter, Root: testenv.Root(t)}, 1<<16)
+		check(t, err)
+		check(t, r.Close())
+	}
+	open() // what is opened once
+	files := func() int {
+		all, err := os.ReadDir("/proc/self/fd")
+		check(t, err)
+		return len(all)
+	}
+	before := files()
+	for range 100 {
+		open()
+	}
+	if now := files(); now > before {
+		t.Errorf("%d files are open, %d were", now, before)
+	}
+	state, err := s.filter.State()
+	check(t, err)
+	defer state.Close()
+	var a bpf.EgressAudience
+	check(t, state.ByName()[bpf.EgressMapReaders].Lookup(uint32(0), &a))
+	for i, r := range a.Reader {
+		if r.Owner != 0 || a.Waiting[i] != 0 {
+			t.Errorf("seat %d is taken", i)
+		}
 	}
 }
 

@@ -535,8 +535,8 @@ func TestPinsOfOtherVersion(t *testing.T) {
 	inCgroup, beside := fmt.Sprintf("%s/cgroup-%d/sock_create", h.pins, h.id("a")), filepath.Join(h.pins, "events")
 	spec := ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1}
 	pinMap(t, beside, spec)
-	check(t, os.Mkdir(filepath.Join(h.pins, "readers"), 0o700))
-	pinMap(t, filepath.Join(h.pins, "readers", "first"), spec)
+	check(t, os.Mkdir(filepath.Join(h.pins, "listeners"), 0o700))
+	pinMap(t, filepath.Join(h.pins, "listeners", "first"), spec)
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Type: ebpf.CGroupSock, AttachType: ebpf.AttachCGroupInetSockCreate, License: "GPL",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},

@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -111,6 +113,21 @@ func (s *scene) expectTold(m *monitor, c *container) {
 	})
 }
 
+// metric returns how much was refused of a container, by the metrics.
+func (s *scene) metric(c *container) (n uint64) {
+	s.t.Helper()
+	counter := regexp.MustCompile(`(?m)^egressbpf_container_(?:dropped_packets|refused_connects|refused_sockets|host_dropped_packets)_total\{[^}]*id="` +
+		filepath.Base(c.cgroup) + `"[^}]*\} (\d+)$`)
+	for _, match := range counter.FindAllStringSubmatch(s.Egressbpf(s.t, "stats", "--output", "prometheus"), -1) {
+		value, err := strconv.ParseUint(match[1], 10, 64)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		n += value
+	}
+	return n
+}
+
 // TestMonitor compares what monitor tells with the counters and with what arrives.
 func TestMonitor(t *testing.T) {
 	s := newScene(t)
@@ -144,6 +161,10 @@ func TestMonitor(t *testing.T) {
 		if !hooks[hook] {
 			t.Errorf("nothing was told of hook %s", hook)
 		}
+	}
+
+	if counted, metric := refusedOf(s.row(s.a)), s.metric(s.a); counted != metric || counted == 0 {
+		t.Errorf("%d refusals are counted, %d by the metrics", counted, metric)
 	}
 
 	s.b.ConnectAtOnce(at(lab.Mail4, 25), 60)
