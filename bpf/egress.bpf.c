@@ -218,16 +218,21 @@ __noinline __u64 id_of_sender(struct __sk_buff *skb)
 }
 
 /* Tells of a packet that is refused. */
-__noinline int tell_of_packet(struct __sk_buff *skb, __u32 reason, __u32 proto, __u32 has_ports, __u32 transport)
+__noinline int tell_of_packet(struct __sk_buff *skb, __u32 reason, __u32 proto, __u32 sport, __u32 dport)
 {
-	struct event e = { .proto = proto, .bytes = skb->len, .hook = HOOK_EGRESS, .reason = reason };
+	struct event e = {
+		.proto = proto,
+		.sport = sport,
+		.dport = dport,
+		.bytes = skb->len,
+		.hook = HOOK_EGRESS,
+		.reason = reason,
+	};
 	struct bpf_sock *sk = tcp_socket(skb);
 	struct process *p = NULL;
 
 	e.container = id_of_sender(skb);
 	read_addresses(skb, &e);
-	if (has_ports)
-		bpf_skb_load_bytes(skb, transport, &e.sport, 2 * sizeof(e.sport));
 	if (sk)
 		p = bpf_sk_storage_get(&callers, sk, NULL, 0);
 	if (p)
@@ -238,7 +243,7 @@ __noinline int tell_of_packet(struct __sk_buff *skb, __u32 reason, __u32 proto, 
 static __always_inline int drop(struct __sk_buff *skb, struct container *c, const struct flow *f, enum reason reason)
 {
 	if (refuse(c, HOOK_EGRESS, reason, skb->len))
-		tell_of_packet(skb, reason, f->proto, f->has_ports, f->transport);
+		tell_of_packet(skb, reason, f->proto, f->sport, f->dport);
 	return !enforce;
 }
 
@@ -475,7 +480,7 @@ int egress(struct __sk_buff *skb)
 	if (why)
 		announce_permitted(&f);
 	if (verdict != MAIL_PASSES)
-		tell_of_packet(skb, verdict == MAIL_OVER_LIMIT ? REASON_RATE_LIMITED : REASON_NO_BUCKET, f.proto, f.has_ports, f.transport);
+		tell_of_packet(skb, verdict == MAIL_OVER_LIMIT ? REASON_RATE_LIMITED : REASON_NO_BUCKET, f.proto, f.sport, f.dport);
 	return 1;
 }
 

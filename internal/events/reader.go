@@ -74,7 +74,7 @@ type account struct {
 	leftOut uint64 // since a container had too many
 }
 
-// Open begins to read the events of a filter that is attached. size is how many bytes of events
+// Open begins to read the events of a filter that is attached. The first record is a Start. size is how many bytes of events
 // can wait for the reader. names tells whose they are. The caller closes the Reader. The error
 // can wrap [loader.ErrNotAttached], [maps.ErrNoEvents] and [maps.ErrNoSeat].
 func Open(filter *loader.Filter, names *Names, size int) (*Reader, error) {
@@ -91,6 +91,7 @@ func Open(filter *loader.Filter, names *Names, size int) (*Reader, error) {
 	if r.at, err = r.sit(); err != nil {
 		return nil, err
 	}
+	r.notes = []Record{{Type: Start, Time: time.Now().UTC(), Version: loader.Version(), Node: names.Node}}
 	var ctx context.Context
 	ctx, r.stop = context.WithCancel(context.Background())
 	go r.keep(ctx)
@@ -275,7 +276,7 @@ func (r *Reader) noteGap(s *seat, now account) {
 	if refused > known {
 		since := s.looked
 		r.notes = append(r.notes, Record{
-			Type: Lost, Time: time.Now(), Node: r.names.Node, Stage: StageReader, Count: refused - known, Since: &since,
+			Type: Lost, Time: time.Now().UTC(), Node: r.names.Node, Stage: StageReader, Count: refused - known, Since: &since,
 		})
 	}
 }
@@ -283,7 +284,7 @@ func (r *Reader) noteGap(s *seat, now account) {
 // note notes the events that were left out or lost since the last time.
 func (r *Reader) note(s *seat, now account) error {
 	since := s.looked
-	record := Record{Time: time.Now(), Node: r.names.Node, Since: &since}
+	record := Record{Time: time.Now().UTC(), Node: r.names.Node, Since: &since}
 	if now.lost > s.lost {
 		record := record
 		record.Type, record.Stage, record.Count = Lost, StageKernel, now.lost-s.lost

@@ -82,14 +82,18 @@ func (s *scene) connect(container string, n int) {
 	}
 }
 
-// next returns the next record of a source.
+// next returns the next record of a source, after its Start.
 func next(t *testing.T, from Source) Record {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	r, err := from.Next(ctx)
-	check(t, err)
-	return r
+	for {
+		r, err := from.Next(ctx)
+		check(t, err)
+		if r.Type != Start {
+			return r
+		}
+	}
 }
 
 // testPolicy has each child of the policed cgroup be a container, and leaves the rest of this
@@ -280,6 +284,8 @@ func TestMovedMaps(t *testing.T) {
 func TestDetached(t *testing.T) {
 	s := newScene(t, testPolicy())
 	r := s.open()
+	s.connect(s.container, 1)
+	next(t, r)
 	check(t, s.filter.Detach(t.Context(), nil))
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()

@@ -95,18 +95,20 @@ func (m *monitor) told(c *container) (n uint64) {
 	return n
 }
 
-// refused returns how much was refused of a container, by the counters.
+// refusedOf returns how much was refused of a container, by the counters.
 func refusedOf(row stats.Container) uint64 {
-	n := row.Families.Denied + row.HostSide.Packets
-	for _, d := range []stats.Blocked{row.Refused.Blocked, row.Refused.Malformed, row.Refused.RateLimited, row.Refused.NoBucket} {
-		n += d.Packets + d.Connects
-	}
-	return n
+	return row.Blocked.Packets + row.Blocked.Connects + row.Malformed.Packets + row.SMTP.RateLimited + row.SMTP.NoBucket +
+		row.Families.Denied + row.HostSide.Packets
 }
 
 // expectTold waits until a monitor has told of all that was refused of a container.
 func (s *scene) expectTold(m *monitor, c *container) {
 	s.t.Helper()
+	defer func() {
+		if s.t.Failed() {
+			s.t.Logf("%d are told, %d counted", m.told(c), refusedOf(s.row(c)))
+		}
+	}()
 	soon(s.t, "monitor tells what the counters say", func() bool {
 		before := refusedOf(s.row(c))
 		return before == m.told(c) && before == refusedOf(s.row(c))
