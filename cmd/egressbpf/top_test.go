@@ -91,7 +91,7 @@ func TestTop(t *testing.T) {
 	for range 3 {
 		refuse("web")
 	}
-	w.shows(`^web +0 +3 blocked`)
+	w.shows(`^web +0 +3 blocked .* 169\.254\.169\.254:80 +connect`)
 	refuse(hostile)
 	w.shows(`^"x\S* +0 +1 blocked`)
 	refuse(wide)
