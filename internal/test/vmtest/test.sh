@@ -20,7 +20,7 @@ fi
 
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-for package in internal/loader internal/test/{verdict,dockertest,e2e}; do
+for package in internal/loader internal/events internal/test/{verdict,dockertest,e2e}; do
     CGO_ENABLED=0 go test -c -o "$dir/${package##*/}" "./$package"
 done
 CGO_ENABLED=0 go build -buildvcs=false -o "$dir/egressbpf" ./cmd/egressbpf
@@ -67,6 +67,7 @@ on_kernel() {
     6.12) in_root "$1" e2e '^TestUnusualTunnels$' || failed=1 ;;
     esac
     alone "$1" loader "$loader" || failed=1
+    alone "$1" events . || failed=1
     [ "$1" = 6.1 ] || alone "$1" loader "$on_some" || failed=1
     [ "$1" != 6.12 ] || alone "$1" loader '^TestLockedDown$' --root --append lockdown=confidentiality || failed=1
     # What connect() says differs on 5.10.
