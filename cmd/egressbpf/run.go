@@ -157,27 +157,42 @@ func newHub(filter *loader.Filter, names *events.Names, log *slog.Logger) *event
 }
 
 // patiently returns find for events: a container may be refused something before its engine has
-// told of it. It waits for that once for each container.
+// told of it. It waits for that once for each container, and no more than a tenth of the time, since
+// the events of all other containers wait too.
 func patiently(find func(id string) (container.Container, bool)) func(id string) (container.Container, bool) {
-	const patience, step = 500 * time.Millisecond, 20 * time.Millisecond
-	var mu sync.Mutex
-	missing := map[string]bool{}
-	return func(id string) (container.Container, bool) {
-		c, ok := find(id)
-		if ok || cgroup.ContainerID(id) == "" {
-			return c, ok
-		}
+	const patience, step, rest = 500 * time.Millisecond, 20 * time.Millisecond, 9
+	var (
+		mu      sync.Mutex
+		missing = map[string]bool{}
+		next    time.Time // when to wait again
+	)
+	// waits says whether to wait for a container.
+	waits := func(id string) bool {
 		mu.Lock()
-		known := missing[id]
+		defer mu.Unlock()
+		if missing[id] || time.Now().Before(next) {
+			return false
+		}
 		if len(missing) > maxMissing {
 			clear(missing)
 		}
 		missing[id] = true
-		mu.Unlock()
-		for deadline := time.Now().Add(patience); !ok && !known && time.Now().Before(deadline); {
+		next = time.Now().Add((rest + 1) * patience)
+		return true
+	}
+	return func(id string) (container.Container, bool) {
+		c, ok := find(id)
+		if ok || cgroup.ContainerID(id) == "" || !waits(id) {
+			return c, ok
+		}
+		begun := time.Now()
+		for !ok && time.Since(begun) < patience {
 			time.Sleep(step)
 			c, ok = find(id)
 		}
+		mu.Lock()
+		defer mu.Unlock()
+		next = time.Now().Add(rest * time.Since(begun))
 		return c, ok
 	}
 }

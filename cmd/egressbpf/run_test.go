@@ -20,6 +20,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -28,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/stats"
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
@@ -615,5 +617,30 @@ func TestWebProcess(t *testing.T) {
 	testenv.Eventually(t, "the end of the process that serves", func() bool {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 		return err != nil || strings.Contains(string(text), "State:\tZ")
+	})
+}
+
+// TestPatiently has the service wait for the names of containers that nobody knows: they must not
+// hold up the events of others.
+func TestPatiently(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const slow = "0000000000000000000000000000000000000000000000000000000000000000"
+		told := time.Now().Add(100 * time.Millisecond)
+		find := patiently(func(id string) (container.Container, bool) {
+			return container.Container{}, id == slow && time.Now().After(told)
+		})
+		if _, ok := find(slow); !ok {
+			t.Error("not found, though it was told of a moment later")
+		}
+		time.Sleep(time.Minute)
+		begun := time.Now()
+		for i := range 100 {
+			if _, ok := find(fmt.Sprintf("%064x", i+1)); ok {
+				t.Error("found one that nobody knows")
+			}
+		}
+		if took := time.Since(begun); took > time.Second {
+			t.Errorf("100 unknown containers take %v", took)
+		}
 	})
 }
