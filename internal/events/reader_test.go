@@ -281,6 +281,28 @@ func TestMovedMaps(t *testing.T) {
 	}
 }
 
+// TestPassedOver has the programs pass a reader over that has just renewed its seat, as one that had
+// read the old time before can. The reader says what it has missed.
+func TestPassedOver(t *testing.T) {
+	s := newScene(t, testPolicy())
+	r := s.open()
+	state, err := s.filter.State()
+	check(t, err)
+	defer state.Close()
+	m := state.ByName()[bpf.EgressMapReaders]
+	var a bpf.EgressAudience
+	check(t, m.Lookup(uint32(0), &a))
+	a.Waiting = [maps.MaxReaders]uint8{}
+	check(t, m.Put(uint32(0), a))
+	s.connect(s.container, 3)
+	for got := uint64(0); got < 3; {
+		record := next(t, r)
+		if got++; record.Type == Lost {
+			got += record.Count - 1
+		}
+	}
+}
+
 func TestDetached(t *testing.T) {
 	s := newScene(t, testPolicy())
 	r := s.open()

@@ -171,19 +171,21 @@ func (a *Audience) free(i uint32) error {
 	return nil
 }
 
-// wait sets whether the reader of a seat waits for events. Programs change the other bytes of
-// the word meanwhile.
-func (a *Audience) wait(i uint32, waits bool) {
+// wait sets whether the reader of a seat waits for events, and returns whether it did before.
+// Programs change the other bytes of the word meanwhile.
+func (a *Audience) wait(i uint32, waits bool) (before bool) {
 	word := (*uint64)(unsafe.Pointer(&a.shared.Waiting))
 	var bytes [MaxReaders]uint8
 	bytes[i] = 0xff
 	mask := *(*uint64)(unsafe.Pointer(&bytes))
 	bytes[i] = 1
+	var old uint64
 	if waits {
-		atomic.OrUint64(word, *(*uint64)(unsafe.Pointer(&bytes)))
+		old = atomic.OrUint64(word, *(*uint64)(unsafe.Pointer(&bytes)))
 	} else {
-		atomic.AndUint64(word, ^mask)
+		old = atomic.AndUint64(word, ^mask)
 	}
+	return old&mask != 0
 }
 
 // Renew has the reader get events for another Lease. gap says that it got none for a while, or
@@ -198,8 +200,9 @@ func (s *Seat) Renew() (gap bool, err error) {
 		return false, err
 	}
 	until := atomic.SwapUint64(&r.Until, now+uint64(Lease))
-	s.audience.wait(s.index, true)
-	return until < now, nil
+	// A program that has read the old time just before may pass the reader over after this.
+	waited := s.audience.wait(s.index, true)
+	return until < now || !waited, nil
 }
 
 // Lost returns how many events the reader's buffer had no room for.
@@ -209,7 +212,12 @@ func (s *Seat) Lost() uint64 {
 
 // Leave frees the seat. The reader's buffer gets nothing any more.
 func (s *Seat) Leave() error {
-	if atomic.LoadUint64(&s.audience.shared.Reader[s.index].Owner) != s.owner {
+	now, err := Now()
+	if err != nil {
+		return err
+	}
+	// As in Sweep. The seat may be another reader's.
+	if !atomic.CompareAndSwapUint64(&s.audience.shared.Reader[s.index].Owner, s.owner, now) {
 		return nil
 	}
 	return s.audience.free(s.index)
