@@ -100,19 +100,20 @@ func (n *Names) device(index uint32) string {
 }
 
 // refresh looks whether another policy is in force, and forgets the names of devices, which can
-// be renamed.
-func (n *Names) refresh() {
+// be renamed. It returns the filter's fingerprint.
+func (n *Names) refresh() string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.devices = nil
 	fingerprint := n.Filter.Fingerprint()
 	if fingerprint == n.fingerprint {
-		return
+		return fingerprint
 	}
 	// Without a policy, records only lack the rule.
 	if _, p, err := n.Filter.Policed(); err == nil {
 		n.policy, n.fingerprint = p, fingerprint
 	}
+	return fingerprint
 }
 
 // rule names the entry of the policy in force by which the container c was refused something.

@@ -41,6 +41,10 @@ type Reader struct {
 	notes []Record
 	// err is why there will be no more events.
 	err error
+	// fingerprint is the filter's when the reader last looked, and telling whether its programs
+	// were found to tell events since it became that.
+	fingerprint string
+	telling     bool
 	// offset is CLOCK_REALTIME less CLOCK_MONOTONIC, in ns.
 	offset atomic.Int64
 }
@@ -90,6 +94,12 @@ func Open(filter *loader.Filter, names *Names, size int) (*Reader, error) {
 	var err error
 	if r.at, err = r.sit(); err != nil {
 		return nil, err
+	}
+	if r.telling, err = r.filter.InForce(r.at.state, bpf.EgressMapReaders); err == nil && !r.telling {
+		err = maps.ErrNoEvents
+	}
+	if err != nil {
+		return nil, errors.Join(err, r.at.close())
 	}
 	r.notes = []Record{{Type: Start, Time: time.Now().UTC(), Version: loader.Version(), Node: names.Node}}
 	var ctx context.Context
@@ -205,7 +215,7 @@ func (r *Reader) look() error {
 	if err := r.setClock(); err != nil {
 		return err
 	}
-	r.names.refresh()
+	fingerprint := r.names.refresh()
 	s := r.at
 	moved, err := r.replaced(s)
 	if err != nil {
@@ -229,12 +239,34 @@ func (r *Reader) look() error {
 		return err
 	}
 	if moved {
+		r.telling = false
 		return r.move(s, now)
+	}
+	if err := r.checkTelling(s, fingerprint); err != nil {
+		return err
 	}
 	if gap {
 		r.noteGap(s, now)
 	}
 	s.account, s.looked = now, time.Now()
+	return nil
+}
+
+// checkTelling looks at the programs whenever others are in force. The error is maps.ErrNoEvents if
+// they are of a version that tells none: their maps can stay pinned.
+func (r *Reader) checkTelling(s *seat, fingerprint string) (err error) {
+	changed := fingerprint != r.fingerprint
+	r.fingerprint = fingerprint
+	if r.telling && !changed {
+		return nil
+	}
+	if r.telling, err = r.filter.InForce(s.state, bpf.EgressMapReaders); err != nil {
+		return err
+	}
+	// An attach may be replacing the programs.
+	if !r.telling && !changed {
+		return maps.ErrNoEvents
+	}
 	return nil
 }
 

@@ -15,11 +15,14 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/pins"
 	"github.com/egressbpf/egressbpf/internal/policy"
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
@@ -300,6 +303,45 @@ func TestPassedOver(t *testing.T) {
 		if got++; record.Type == Lost {
 			got += record.Count - 1
 		}
+	}
+}
+
+// TestOtherPrograms puts programs in force that do not know the maps of events, as a version does that
+// tells none. It leaves the pins.
+func TestOtherPrograms(t *testing.T) {
+	s := newScene(t, testPolicy())
+	r := s.open()
+	s.connect(s.container, 1)
+	next(t, r)
+	all, err := pins.At(s.pins).Links()
+	check(t, err)
+	for _, pin := range all {
+		l, err := link.LoadPinnedLink(pin, nil)
+		check(t, err)
+		defer l.Close()
+		info, err := l.Info()
+		check(t, err)
+		if info.Cgroup() == nil {
+			continue // it tells nothing
+		}
+		before, err := ebpf.NewProgramFromID(info.Program)
+		check(t, err)
+		defer before.Close()
+		other, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+			Type: before.Type(), AttachType: ebpf.AttachType(info.Cgroup().AttachType), License: "GPL",
+			Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+		})
+		check(t, err)
+		defer other.Close()
+		check(t, l.Update(other))
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if got, err := r.Next(ctx); !errors.Is(err, maps.ErrNoEvents) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if _, err := Open(s.filter, r.names, 1<<16); !errors.Is(err, maps.ErrNoEvents) {
+		t.Errorf("another reader: %v", err)
 	}
 }
 

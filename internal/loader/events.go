@@ -27,3 +27,14 @@ func (f *Filter) Uses(state *maps.State, name string) (bool, error) {
 	defer now.Close()
 	return state.Uses(name, now), nil
 }
+
+// InForce says whether programs in force use a map of a state. Those of a version that does not know
+// the map leave its pin alone.
+func (f *Filter) InForce(state *maps.State, name string) (bool, error) {
+	used, err := f.pins.MapInUse(name)
+	if err != nil || used == nil {
+		return false, err
+	}
+	defer used.Close()
+	return state.Uses(name, used), nil
+}

@@ -94,13 +94,13 @@ func (p Path) Map(name string) (m *ebpf.Map, pinned bool, err error) {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return m, err == nil, err
 	}
-	m, err = p.mapInUse(name)
+	m, err = p.MapInUse(name)
 	return m, false, err
 }
 
-// mapInUse opens the map of the state that the programs in force use, whether or not it is
+// MapInUse opens the map of the state that the programs in force use, whether or not it is
 // pinned; nil if they use none.
-func (p Path) mapInUse(name string) (*ebpf.Map, error) {
+func (p Path) MapInUse(name string) (*ebpf.Map, error) {
 	pins, err := p.Links()
 	if err != nil {
 		return nil, err
