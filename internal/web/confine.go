@@ -2,6 +2,7 @@ package web
 
 import (
 	"fmt"
+	"os"
 	"runtime"
 	"slices"
 	"syscall"
@@ -94,15 +95,52 @@ func leaveFiles() error {
 }
 
 // forbidden are system calls by which a process starts others, looks for others, opens new
-// connections, or reaches parts of the kernel that a web server does not need.
+// connections, reaches or slows down others of its user, or reaches parts of the kernel that a
+// web server does not need.
 var forbidden = []uint32{
 	unix.SYS_EXECVE, unix.SYS_EXECVEAT, unix.SYS_UNSHARE, unix.SYS_SETNS,
-	unix.SYS_SOCKET, unix.SYS_SOCKETPAIR, unix.SYS_CONNECT, unix.SYS_BIND,
+	unix.SYS_SOCKET, unix.SYS_SOCKETPAIR, unix.SYS_CONNECT, unix.SYS_BIND, unix.SYS_LISTEN,
 	unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_PIDFD_OPEN, unix.SYS_PIDFD_GETFD, unix.SYS_KCMP,
+	unix.SYS_TKILL, unix.SYS_RT_SIGQUEUEINFO, unix.SYS_RT_TGSIGQUEUEINFO, unix.SYS_PIDFD_SEND_SIGNAL,
+	unix.SYS_SETPRIORITY, unix.SYS_IOPRIO_SET, unix.SYS_SCHED_SETAFFINITY, unix.SYS_SCHED_SETSCHEDULER, unix.SYS_SCHED_SETPARAM, unix.SYS_SCHED_SETATTR,
+	unix.SYS_MIGRATE_PAGES, unix.SYS_MOVE_PAGES, unix.SYS_PROCESS_MADVISE, unix.SYS_PROCESS_MRELEASE,
 	unix.SYS_BPF, unix.SYS_PERF_EVENT_OPEN, unix.SYS_USERFAULTFD, unix.SYS_IO_URING_SETUP, unix.SYS_MEMFD_CREATE, unix.SYS_MEMFD_SECRET,
-	unix.SYS_ADD_KEY, unix.SYS_REQUEST_KEY, unix.SYS_KEYCTL,
+	unix.SYS_ADD_KEY, unix.SYS_REQUEST_KEY, unix.SYS_KEYCTL, unix.SYS_IOCTL, unix.SYS_SYSLOG,
 	unix.SYS_MOUNT, unix.SYS_OPEN_TREE, unix.SYS_MOVE_MOUNT, unix.SYS_FSOPEN, unix.SYS_CHROOT, unix.SYS_PIVOT_ROOT,
-	unix.SYS_SHMGET, unix.SYS_MSGGET, unix.SYS_SEMGET, unix.SYS_MQ_OPEN, unix.SYS_INOTIFY_INIT1, unix.SYS_FANOTIFY_INIT,
+	unix.SYS_SHMGET, unix.SYS_SHMAT, unix.SYS_SHMCTL, unix.SYS_MSGGET, unix.SYS_MSGSND, unix.SYS_MSGRCV, unix.SYS_MSGCTL,
+	unix.SYS_SEMGET, unix.SYS_SEMOP, unix.SYS_SEMTIMEDOP, unix.SYS_SEMCTL,
+	unix.SYS_MQ_OPEN, unix.SYS_INOTIFY_INIT1, unix.SYS_FANOTIFY_INIT,
+}
+
+// argument is what an argument of a system call has to be: equal to a value or not, or with one
+// of some bits set or with none.
+type argument struct {
+	call  uint32
+	index uint32 // from 0
+	is    bool
+	how   uint16 // BPF_JEQ or BPF_JSET
+	value uint32
+}
+
+// arguments are those of system calls that a web server needs. pid is of this process.
+func arguments(pid int) []argument {
+	own := uint32(pid)
+	return []argument{
+		// Threads may come to be, processes not.
+		{unix.SYS_CLONE, 0, true, unix.BPF_JSET, unix.CLONE_THREAD},
+		// Go's scheduler interrupts threads by signals. Others have the same user.
+		{unix.SYS_KILL, 0, true, unix.BPF_JEQ, own},
+		{unix.SYS_TGKILL, 0, true, unix.BPF_JEQ, own},
+		{unix.SYS_PRLIMIT64, 0, true, unix.BPF_JEQ, 0},
+		// The kernel sends signals for a file too.
+		{unix.SYS_FCNTL, 1, false, unix.BPF_JEQ, unix.F_SETOWN},
+		{unix.SYS_FCNTL, 1, false, unix.BPF_JEQ, unix.F_SETOWN_EX},
+		{unix.SYS_FCNTL, 1, false, unix.BPF_JEQ, unix.F_SETSIG},
+		// This connects like connect(2): a listening socket can, after shutdown(2).
+		{unix.SYS_SENDTO, 3, false, unix.BPF_JSET, unix.MSG_FASTOPEN},
+		{unix.SYS_SENDMSG, 2, false, unix.BPF_JSET, unix.MSG_FASTOPEN},
+		{unix.SYS_SENDMMSG, 3, false, unix.BPF_JSET, unix.MSG_FASTOPEN},
+	}
 }
 
 // architectures are those that egressbpf runs on: the number by which seccomp knows one, and
@@ -119,7 +157,7 @@ var architectures = map[string]struct {
 func filterCalls() error {
 	const (
 		// Offsets in struct seccomp_data (include/uapi/linux/seccomp.h).
-		number, architecture, flags = 0, 4, 16 // the last is the first argument
+		number, architecture, first = 0, 4, 16 // the last is the first argument, of 8 bytes
 		// Calls of the x32 ABI have numbers from here on.
 		x32 = 0x40000000
 	)
@@ -144,9 +182,16 @@ func filterCalls() error {
 		answer(fail | uint32(unix.EPERM)),
 		load(number),
 		when(unix.BPF_JGE, x32, 1), answer(fail | uint32(unix.EPERM)),
-		// Threads may come to be, processes not. C libraries fall back on clone.
+		// Its arguments are out of reach. C libraries fall back on clone.
 		when(unix.BPF_JEQ, unix.SYS_CLONE3, 1), answer(fail | uint32(unix.ENOSYS)),
-		when(unix.BPF_JEQ, unix.SYS_CLONE, 4), load(flags), when(unix.BPF_JSET, unix.CLONE_THREAD, 1), answer(unix.SECCOMP_RET_ALLOW), answer(fail | uint32(unix.EPERM)),
+	}
+	for _, a := range arguments(os.Getpid()) {
+		// The lower half, which is all that these arguments have.
+		compare := unix.SockFilter{Code: unix.BPF_JMP | a.how | unix.BPF_K, K: a.value, Jf: 1}
+		if a.is {
+			compare.Jt, compare.Jf = 1, 0
+		}
+		program = append(program, when(unix.BPF_JEQ, a.call, 4), load(first+8*a.index), compare, answer(fail|uint32(unix.EPERM)), load(number))
 	}
 	for _, call := range slices.Concat(forbidden, own.forbidden) {
 		program = append(program, when(unix.BPF_JEQ, call, 1), answer(fail|uint32(unix.EPERM)))

@@ -3,6 +3,7 @@ package web
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -119,6 +120,25 @@ func TestUnprivileged(t *testing.T) {
 
 // probe tries what a process that serves must not do, and prints what it could.
 func probe() {
+	// Another process of the same user; and two listening sockets, one of which has clients.
+	other := exec.Command("sleep", "60")
+	var sockets [2]int
+	var address unix.Sockaddr
+	var err error
+	for i := range sockets {
+		sockets[i], err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+		err = errors.Join(err, unix.Bind(sockets[i], &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(sockets[i], 1))
+		if err != nil {
+			fmt.Println("listen:", err)
+			return
+		}
+		address, _ = unix.Getsockname(sockets[i])
+	}
+	if err := other.Start(); err != nil {
+		fmt.Println("start:", err)
+		return
+	}
+	pid := other.Process.Pid
 	if err := confine(); err != nil {
 		fmt.Println("confine:", err)
 		return
@@ -139,18 +159,32 @@ func probe() {
 			fmt.Println(what+":", errno)
 		}
 	}
-	_, err := os.ReadFile("/etc/passwd")
+	_, err = os.ReadFile("/etc/passwd")
 	can("read files", err)
 	_, err = os.ReadDir("/")
 	can("list files", err)
 	can("write files", os.WriteFile("/dev/shm/egressbpf", nil, 0o600))
-	can("signal others", unix.Kill(os.Getppid(), 0))
+	can("signal others", unix.Kill(pid, unix.SIGKILL))
+	can("signal others' threads", unix.Tgkill(pid, pid, unix.SIGKILL))
+	can("signal all", unix.Kill(-1, 0))
+	_, err = unix.FcntlInt(uintptr(sockets[0]), unix.F_SETOWN, pid)
+	can("have the kernel signal others", err)
+	can("limit others", unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{}, nil))
+	can("slow down others", unix.Setpriority(unix.PRIO_PROCESS, pid, 19))
+	can("choose the CPUs of others", unix.SchedSetaffinity(pid, &unix.CPUSet{1}))
+	// A listening socket can become one that connects.
+	if err := unix.Shutdown(sockets[0], unix.SHUT_RDWR); err != nil {
+		fmt.Println("shutdown:", err)
+	}
+	can("connect", unix.Sendto(sockets[0], []byte("x"), unix.MSG_FASTOPEN, address))
+	can("connect by a message", unix.Sendmsg(sockets[0], []byte("x"), nil, address, unix.MSG_FASTOPEN))
 	can("have more files open", unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1024, Max: 1024}))
 	can("be root", syscall.Setuid(0))
 	call("socket", unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_STREAM)
 	call("execve", unix.SYS_EXECVE)
 	call("fork", unix.SYS_CLONE, uintptr(unix.SIGCHLD))
 	call("ptrace", unix.SYS_PTRACE, unix.PTRACE_TRACEME)
+	call("ioctl", unix.SYS_IOCTL, uintptr(sockets[0]), unix.SIOCSPGRP)
 	call("bpf", unix.SYS_BPF)
 	// Threads work.
 	var all sync.WaitGroup
@@ -163,7 +197,8 @@ func probe() {
 
 func TestConfined(t *testing.T) {
 	cmd := exec.Command("/proc/self/exe", argProbe)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	// In a group of its own, since the probe cannot end what it has started.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}, Setpgid: true}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	started := make(chan error)
@@ -175,7 +210,11 @@ func TestConfined(t *testing.T) {
 		}
 		started <- err
 	}()
-	if err := <-started; err != nil || out.String() != "done\n" {
+	err := <-started
+	if cmd.Process != nil {
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+	}
+	if err != nil || out.String() != "done\n" {
 		t.Errorf("%v: %s", err, &out)
 	}
 }
