@@ -56,8 +56,6 @@ func readSettings(path string) (s settings, err error) {
 		delete(tls, key)
 		tls[of] = string(text)
 	}
-	users, _ := config["basic_auth_users"].(map[string]any)
-	s.tls, s.known = len(tls) > 0, len(users) > 0 || tls["client_auth_type"] != nil
 	if s.text, err = yaml.Marshal(config); err != nil {
 		return s, wrong(err)
 	}
@@ -70,6 +68,14 @@ func readSettings(path string) (s settings, err error) {
 	if err := toolkit.Validate(fmt.Sprintf("/proc/self/fd/%d", file.Fd())); err != nil {
 		return s, wrong(err)
 	}
+	var checked toolkit.Config
+	if err := yaml.Unmarshal(s.text, &checked); err != nil {
+		return s, wrong(err)
+	}
+	// Some keys of tls_server_config turn nothing on; and of client_auth_type, only one value
+	// keeps out who has no certificate, or one that nobody has signed.
+	s.tls = checked.TLSConfig.IsEnabled()
+	s.known = len(checked.Users) > 0 || checked.TLSConfig.ClientAuth == "RequireAndVerifyClientCert"
 	return s, nil
 }
 

@@ -172,12 +172,25 @@ func TestOpenToAll(t *testing.T) {
 	certificate(t, dir)
 	withTLS := "tls_server_config: {cert_file: cert.pem, key_file: key.pem}\n"
 
+	clients := func(auth string) string {
+		return "tls_server_config: {cert_file: cert.pem, key_file: key.pem, client_auth_type: " + auth + "}\n"
+	}
+
 	for what, tt := range map[string]struct{ config, want string }{
 		"nothing": {"", "no TLS and no authentication"},
 		"users":   {write("users", users), "no TLS\""},
 		"tls":     {write("tls", withTLS), "no authentication"},
 		"both":    {write("both", withTLS+users), ""},
 		"empty":   {write("empty", ""), "no TLS and no authentication"},
+		// Keys that turn nothing on.
+		"version": {write("version", "tls_server_config: {min_version: TLS13}\n"), "no TLS and no authentication"},
+		// Certificates that nobody has to have, or that anybody can make.
+		"no certificate":  {write("no", clients("NoClientCert")), "no authentication"},
+		"if it wants to":  {write("may", clients("RequestClientCert")), "no authentication"},
+		"if it has one":   {write("if", clients("VerifyClientCertIfGiven, client_ca_file: cert.pem")), "no authentication"},
+		"any certificate": {write("any", clients("RequireAnyClientCert")), "no authentication"},
+		"a certificate":   {write("certificate", clients("RequireAndVerifyClientCert, client_ca_file: cert.pem")), ""},
+		"a user's number": {write("number", fmt.Sprintf("basic_auth_users: {1: %s}\n", hash)), "no TLS\""},
 	} {
 		s, log, stop := start(t, "0.0.0.0:0", tt.config, source(Page{}, nil))
 		if warned := strings.Contains(log.String(), "WARN"); warned != (tt.want != "") || !strings.Contains(log.String(), tt.want) {
