@@ -3,6 +3,7 @@ package notify
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nicholas-fedor/shoutrrr/pkg/services/push/ntfy"
 	"github.com/nicholas-fedor/shoutrrr/pkg/types"
 	"golang.org/x/sys/unix"
 )
@@ -49,8 +51,10 @@ func Send(ctx context.Context, t Target, m Message) error {
 	cmd.Args[0] = "egressbpf"
 	cmd.Env = environment()
 	cmd.Stdin = bytes.NewReader(in)
+	var out said
+	cmd.Stdout = &out
 	cmd.WaitDelay = time.Second
-	out, err := cmd.Output()
+	err = cmd.Run()
 	switch {
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
 		return fmt.Errorf("no answer within %v", Timeout)
@@ -62,6 +66,16 @@ func Send(ctx context.Context, t Target, m Message) error {
 		return fmt.Errorf("the process that sends: %s", scrub(t.url, err.Error()))
 	}
 	return nil
+}
+
+// said keeps the beginning of what the process that sends says, which is a line. Whoever has taken
+// that process over may say more.
+type said []byte
+
+func (s *said) Write(text []byte) (int, error) {
+	const most = 4096
+	*s = append(*s, text[:min(len(text), most-len(*s))]...)
+	return len(text), nil
 }
 
 // environment returns what Go's HTTP and TLS code reads.
@@ -100,8 +114,17 @@ func deliver(o order) error {
 	if err != nil {
 		return err
 	}
-	web := &watched{RoundTripper: http.DefaultTransport}
-	http.DefaultTransport = web
+	web := &watched{}
+	if n, ok := service.(*ntfy.Service); ok {
+		// It has a transport of its own, without a proxy.
+		own := http.DefaultTransport.(*http.Transport).Clone()
+		own.TLSClientConfig = &tls.Config{InsecureSkipVerify: n.Config.DisableTLSVerification}
+		web.RoundTripper = own
+		n.SetHTTPClient(&http.Client{Transport: web})
+	} else {
+		web.RoundTripper = http.DefaultTransport
+		http.DefaultTransport = web
+	}
 	text := o.Message.Text
 	params := types.Params{}
 	query := Target{o.URL}.query()
@@ -134,19 +157,33 @@ func (t Target) query() map[string]bool {
 }
 
 // watched notes failed requests, since the library takes some of them for a success: it drops
-// the error if Telegram cannot be reached.
+// the error if Telegram cannot be reached. It follows no redirects: the message would be lost on
+// the way, or go to whatever this host reaches, such as a metadata service, together with
+// headers that hold secrets.
 type watched struct {
 	http.RoundTripper
 	err error
 }
+
+// maxAnswer is how much of an answer the library gets to read, in bytes.
+const maxAnswer = 1 << 20
 
 func (w *watched) RoundTrip(r *http.Request) (*http.Response, error) {
 	res, err := w.RoundTripper.RoundTrip(r)
 	switch {
 	case err != nil:
 		w.err = err
+		return nil, err
+	case res.StatusCode >= http.StatusMultipleChoices && res.StatusCode < http.StatusBadRequest:
+		res.Body.Close()
+		w.err = errors.New(res.Status + ": redirects are not followed: give the URL that this one leads to")
+		return nil, w.err
 	case res.StatusCode >= http.StatusBadRequest:
 		w.err = errors.New(res.Status)
 	}
-	return res, err
+	res.Body = struct {
+		io.Reader
+		io.Closer
+	}{io.LimitReader(res.Body, maxAnswer), res.Body}
+	return res, nil
 }

@@ -226,6 +226,56 @@ func mail(t *testing.T, conn net.Conn, accept bool) (got []string) {
 	}
 }
 
+// A server that leads elsewhere gets nothing sent there, and the message does not count as sent.
+func TestSendRedirected(t *testing.T) {
+	elsewhere := newWeb()
+	other := httptest.NewServer(elsewhere)
+	defer other.Close()
+	for _, status := range []int{301, 302, 303, 307, 308} {
+		server := httptest.NewServer(http.RedirectHandler(other.URL+"/latest/meta-data", status))
+		host := strings.TrimPrefix(server.URL, "http://")
+		for _, url := range []string{"generic+http://" + host + "/hook?template=json&@X-Token=" + secret, "ntfy://user:" + secret + "@" + host + "/topic?scheme=http"} {
+			err := send(t, url)
+			if err == nil || !strings.Contains(err.Error(), "redirects are not followed") || strings.Contains(err.Error(), secret) {
+				t.Errorf("%d, %s: %v", status, url, err)
+			}
+		}
+		server.Close()
+	}
+	select {
+	case got := <-elsewhere.requests:
+		t.Errorf("elsewhere: %+v", got)
+	default:
+	}
+}
+
+// ntfy goes through the proxy too.
+func TestSendByProxy(t *testing.T) {
+	w := newWeb()
+	proxy := httptest.NewServer(w)
+	defer proxy.Close()
+	t.Setenv("HTTP_PROXY", proxy.URL)
+	for _, url := range []string{"generic+http://push.example/topic", "ntfy://push.example/topic?scheme=http"} {
+		check(t, send(t, url))
+		if got := <-w.requests; got.host != "push.example" || got.path != "/topic" {
+			t.Errorf("%s: %+v", url, got)
+		}
+	}
+}
+
+// A server whose answer does not end is heard for a while.
+func TestSendToEndless(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(out http.ResponseWriter, _ *http.Request) {
+		for r := make([]byte, 1<<16); ; {
+			if _, err := out.Write(r); err != nil {
+				return
+			}
+		}
+	}))
+	defer server.Close()
+	check(t, send(t, "generic+http://"+strings.TrimPrefix(server.URL, "http://")+"/hook"))
+}
+
 func TestSendMail(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
