@@ -37,7 +37,9 @@ func renounce() error {
 // Limits of the process that serves. Go needs some memory for threads and for what it has not
 // cleared away yet.
 const (
-	maxFiles  = 128
+	// maxFiles has room for each connection, for an answer to each, and for the web config file,
+	// which each request opens.
+	maxFiles  = 3*maxConnections + maxConnections*maxStreams
 	maxMemory = 512 << 20
 	// memoryGoal is from where on Go works harder to stay below it.
 	memoryGoal = 48 << 20

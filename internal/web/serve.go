@@ -47,13 +47,19 @@ const (
 // What clients can take of the process that serves.
 const (
 	maxConnections = 32
-	maxHeader      = 16 << 10
-	maxPage        = 4 << 20
-	maxRecord      = 64 << 10
-	writePatience  = 30 * time.Second
-	readPatience   = 5 * time.Second
-	idlePatience   = 2 * time.Minute
-	stopPatience   = time.Second
+	// maxStreams is how much a connection may ask for at the same time. A browser asks for six
+	// things.
+	maxStreams = 8
+	// maxAnswers is how many answers of the service may be on their way to clients, each with
+	// a file.
+	maxAnswers    = 32
+	maxHeader     = 16 << 10
+	maxPage       = 4 << 20
+	maxRecord     = 64 << 10
+	writePatience = 30 * time.Second
+	readPatience  = 5 * time.Second
+	idlePatience  = 2 * time.Minute
+	stopPatience  = time.Second
 	// beat is how often a stream of records shows that it is alive.
 	beat = 15 * time.Second
 )
@@ -91,6 +97,7 @@ func Serve(args []string) error {
 		WriteTimeout:      writePatience,
 		IdleTimeout:       idlePatience,
 		MaxHeaderBytes:    maxHeader,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		// Clients can make it say something for each connection.
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
@@ -117,6 +124,8 @@ type service struct {
 	conn    *net.UnixConn
 	mu      sync.Mutex // one question at a time
 	answers chan *os.File
+	// underway has an element for each answer that is on its way to a client.
+	underway chan struct{}
 	// ended is closed when the service ends.
 	ended chan struct{}
 }
@@ -127,7 +136,7 @@ var (
 )
 
 func newService(conn *net.UnixConn) *service {
-	s := &service{conn: conn, answers: make(chan *os.File), ended: make(chan struct{})}
+	s := &service{conn: conn, answers: make(chan *os.File), underway: make(chan struct{}, maxAnswers), ended: make(chan struct{})}
 	go s.read()
 	return s
 }
@@ -144,9 +153,8 @@ func (s *service) read() {
 		}
 		var from *os.File
 		if answer[0] == accepted {
-			if from, err = received(rights[:length]); err != nil {
-				return
-			}
+			// An answer without a file is one for which there was no room.
+			from, _ = received(rights[:length])
 		}
 		s.answers <- from
 	}
@@ -208,10 +216,10 @@ var pageTemplate = template.Must(template.New("page.html").Funcs(template.FuncMa
 // handler serves what there is.
 func handler(s *service, local bool) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", s.serveMetrics)
-	mux.HandleFunc("GET /page.json", s.serveJSON)
-	mux.HandleFunc("GET /events", s.serveEvents)
-	mux.HandleFunc("GET /{$}", s.servePage)
+	mux.HandleFunc("GET /metrics", s.answered(s.serveMetrics))
+	mux.HandleFunc("GET /page.json", s.answered(s.serveJSON))
+	mux.HandleFunc("GET /events", s.answered(s.serveEvents))
+	mux.HandleFunc("GET /{$}", s.answered(s.servePage))
 	mux.HandleFunc("GET /-/healthy", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		_, _ = io.WriteString(w, "egressbpf serves. Whether the filter is in force is a metric, egressbpf_enforcing.\n")
@@ -248,6 +256,20 @@ func localName(host string) bool {
 	host = strings.ToLower(strings.TrimSuffix(host, "."))
 	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
 	return err == nil || host == "localhost" || strings.HasSuffix(host, ".localhost")
+}
+
+// answered refuses to serve what has to be asked for while too many answers are on their way. The
+// service is done with an answer that fits a pipe, however long the client takes.
+func (s *service) answered(serve http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case s.underway <- struct{}{}:
+			defer func() { <-s.underway }()
+			serve(w, r)
+		default:
+			refuse(w, errBusy)
+		}
+	}
 }
 
 // refuse answers that there is no answer.

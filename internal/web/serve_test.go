@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"compress/gzip"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"io"
@@ -11,12 +12,18 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
+	"golang.org/x/sys/unix"
+
 	"github.com/egressbpf/egressbpf/internal/events"
+	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
 // refusal is a record of a refusal.
@@ -273,5 +280,104 @@ func TestPage(t *testing.T) {
 	}
 	if slices.Contains(strings.Fields(text), "onload=") {
 		t.Error("it has a handler in it")
+	}
+}
+
+// stuck is a client that takes no answer, unless that is an error.
+type stuck struct {
+	*httptest.ResponseRecorder
+	first func(code int)
+	until <-chan struct{}
+}
+
+func (s stuck) Write(text []byte) (int, error) {
+	s.first(s.Code)
+	if s.Code == http.StatusOK {
+		<-s.until
+	}
+	return len(text), nil
+}
+
+// TestStuck has many clients take nothing. Each answer is a file of the process, though the service
+// is done with it as soon as it fits a pipe.
+func TestStuck(t *testing.T) {
+	asks, _ := hostile(t, source(Page{}, nil))
+	s := newService(asks)
+	h := handler(s, false)
+	answered, until := make(chan int), make(chan struct{})
+	var clients sync.WaitGroup
+	ask := func() int {
+		var once sync.Once
+		first := func(code int) { once.Do(func() { answered <- code }) }
+		clients.Go(func() {
+			h.ServeHTTP(stuck{httptest.NewRecorder(), first, until}, httptest.NewRequest("GET", "/metrics", nil))
+		})
+		return <-answered
+	}
+	got := 0
+	testenv.Eventually(t, "as many answers as there may be", func() bool {
+		if ask() == http.StatusOK {
+			got++
+		}
+		return got == maxAnswers
+	})
+	time.Sleep(2 * time.Second / perSecond) // the service would answer
+	if code := ask(); code != http.StatusServiceUnavailable {
+		t.Errorf("one more: %d", code)
+	}
+	close(until)
+	clients.Wait()
+	testenv.Eventually(t, "an answer", func() bool { return ask() == http.StatusOK })
+}
+
+// TestNoRoom gets an answer whose file found no room. The next one is as usual.
+func TestNoRoom(t *testing.T) {
+	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	check(t, err)
+	var conns [2]*net.UnixConn
+	for i, end := range ends {
+		file := os.NewFile(uintptr(end), "web")
+		conn, err := net.FileConn(file)
+		check(t, err)
+		file.Close()
+		defer conn.Close()
+		conns[i] = conn.(*net.UnixConn)
+	}
+	go func() {
+		var question [1]byte
+		_, _ = conns[0].Read(question[:])
+		_, _ = conns[0].Write([]byte{accepted})
+		_ = newAnswers(source(Page{}, nil)).serve(t.Context(), conns[0])
+	}()
+	s := newService(conns[1])
+	if _, err := s.ask(askMetrics); err != errBusy {
+		t.Errorf("got %v, want %v", err, errBusy)
+	}
+	from, err := s.ask(askMetrics)
+	check(t, err)
+	from.Close()
+}
+
+// TestStreams asks how much a client may ask for at the same time.
+func TestStreams(t *testing.T) {
+	dir := t.TempDir()
+	certificate(t, dir)
+	check(t, os.WriteFile(dir+"/web", []byte("tls_server_config: {cert_file: cert.pem, key_file: key.pem}\n"), 0o600))
+	s, _, _ := start(t, "0", dir+"/web", source(Page{}, nil))
+	conn, err := tls.Dial("tcp", s.Addr().String(), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+	check(t, err)
+	defer conn.Close()
+	_, err = io.WriteString(conn, http2.ClientPreface)
+	check(t, err)
+	framer := http2.NewFramer(conn, conn)
+	check(t, framer.WriteSettings())
+	frame, err := framer.ReadFrame()
+	check(t, err)
+	settings, ok := frame.(*http2.SettingsFrame)
+	if !ok {
+		t.Fatalf("got %v", frame)
+	}
+	if most, _ := settings.Value(http2.SettingMaxConcurrentStreams); most != maxStreams {
+		t.Errorf("%d streams, want %d", most, maxStreams)
 	}
 }
