@@ -78,7 +78,7 @@ works as a systemd service of Type=notify or notify-reload, with a watchdog.`,
 		},
 	}
 	o.register(cmd.Flags())
-	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if the config file is refused or --web-listen fails, and nothing is in force, put the defaults and the other flags in force before failing")
+	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if --web-listen fails and nothing is in force, put the policy in force before failing; if the config file is refused, the defaults and the other flags")
 	cmd.Flags().StringVar(&o.web.listen, "web-listen", "", "serve a page and metrics for Prometheus at ADDR:PORT; PORT alone is served to this machine only (default: neither)")
 	cmd.Flags().StringVar(&o.web.config, "web-config-file", "", "file with TLS and users for --web-listen, in the format of Prometheus's exporter-toolkit")
 	cmd.Flags().BoolVar(&o.web.containers, "metrics-containers", true, "serve metrics of each container, besides the totals")
@@ -263,9 +263,14 @@ func (o webOptions) serve(ctx context.Context, hub *events.Hub, collector *metri
 }
 
 // putDefaults puts the defaults in force if run cannot start and nothing is in force, as after
-// a boot.
+// a boot; or the policy of the config file, if there is nothing wrong with it.
 func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stderr io.Writer) error {
-	config, err := o.withoutFile(flags)
+	what := "policy is"
+	config, err := o.load(flags)()
+	if err != nil {
+		what = "defaults are"
+		config, err = o.withoutFile(flags)
+	}
 	if !o.orDefaults || err != nil {
 		return nil // the flags are wrong, which load has reported
 	}
@@ -281,7 +286,7 @@ func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stde
 	if err := filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {
 		return err
 	}
-	newLogger(stderr).Warn("the defaults are in force: nothing was in force before")
+	newLogger(stderr).Warn("the " + what + " in force: nothing was in force before")
 	return nil
 }
 
