@@ -7,12 +7,16 @@ package web
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
 	"strconv"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // UsageError means that an address or a web config file is wrong.
@@ -45,11 +49,38 @@ func Open(address, config string, source Source, log *slog.Logger) (*Server, err
 	if open := settings.missing(); open != "" && !at.Addr().Unmap().IsLoopback() {
 		log.Warn("anyone who reaches the address can see the metrics and the page, or the passwords: there is no "+open, "address", at)
 	}
-	listener, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(at))
+	listener, err := listen(at, false)
+	if errors.Is(err, unix.EADDRNOTAVAIL) {
+		// The service starts before the network does.
+		if listener, err = listen(at, true); err == nil {
+			log.Warn("no device has the address: metrics and the page are served once one has it", "address", at)
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("serve metrics: %w", err)
 	}
 	return &Server{listener: listener, at: at, config: config, settings: settings, answers: newAnswers(source), log: log}, nil
+}
+
+// listen opens an address; if free is set, also one that no device has.
+func listen(at netip.AddrPort, free bool) (*net.TCPListener, error) {
+	var config net.ListenConfig
+	if free {
+		level, option := unix.SOL_IP, unix.IP_FREEBIND
+		if at.Addr().Unmap().Is6() {
+			level, option = unix.SOL_IPV6, unix.IPV6_FREEBIND
+		}
+		config.Control = func(_, _ string, conn syscall.RawConn) error {
+			var set error
+			err := conn.Control(func(fd uintptr) { set = unix.SetsockoptInt(int(fd), level, option, 1) })
+			return errors.Join(err, set)
+		}
+	}
+	listener, err := config.Listen(context.Background(), "tcp", at.String())
+	if err != nil {
+		return nil, err
+	}
+	return listener.(*net.TCPListener), nil
 }
 
 // Addr is the address that is served.

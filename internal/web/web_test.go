@@ -158,6 +158,18 @@ func TestServe(t *testing.T) {
 	}
 }
 
+// TestNoDevice opens addresses that no device has, as before the network is up.
+func TestNoDevice(t *testing.T) {
+	for _, address := range []string{"192.0.2.1:0", "[2001:db8::1]:0"} {
+		s, log, stop := start(t, address, "", source(Page{}, nil))
+		if !strings.Contains(log.String(), "no device has the address") {
+			t.Errorf("%v: %s", s.Addr(), log)
+		}
+		served(t, os.Getpid())
+		stop()
+	}
+}
+
 // TestOpenToAll checks who is warned of what.
 func TestOpenToAll(t *testing.T) {
 	dir := t.TempDir()
