@@ -95,7 +95,7 @@ test: test-host test-kernels
 
 .PHONY: test-host
 test-host: build test-tools compiler
-	$(GO) test -count=1 -timeout 30m -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./...
+	CGO_ENABLED=0 $(GO) test -count=1 -timeout 30m -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./...
 
 # The packages whose goroutines share data; needs cgo.
 .PHONY: test-race
