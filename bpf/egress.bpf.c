@@ -565,8 +565,14 @@ static __always_inline void note_caller(struct bpf_sock_addr *ctx, const struct 
 {
 	struct process *p;
 
-	if (f->proto != IPPROTO_TCP || !smtp_ports[f->dport] || !waiting_readers() || !ctx->sk)
+	if (f->proto != IPPROTO_TCP || !smtp_ports[f->dport] || !ctx->sk)
 		return;
+	if (!waiting_readers()) {
+		/* Who has connected the socket before did not connect it now. */
+		if (bpf_sk_storage_get(&callers, ctx->sk, NULL, 0))
+			bpf_sk_storage_delete(&callers, ctx->sk);
+		return;
+	}
 	p = bpf_sk_storage_get(&callers, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (p)
 		describe_caller(p);

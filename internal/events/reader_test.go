@@ -1,6 +1,7 @@
 package events
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -58,7 +59,38 @@ func (s *scene) open() *Reader {
 // metadata service so often.
 const connects = "EGRESSBPF_CONNECTS"
 
+// reconnects is the pin of the map of callers, if it is set: the test binary connects one socket to a
+// mail server for each line of stdin, and says who the map says did.
+const reconnects = "EGRESSBPF_RECONNECTS"
+
+func reconnect(pin string) error {
+	callers, err := ebpf.LoadPinnedMap(pin, nil)
+	if err != nil {
+		return err
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return err
+	}
+	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+		_ = unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: 25}) // refused, by nobody who listens
+		var p bpf.EgressProcess
+		if err := callers.Lookup(int32(fd), &p); errors.Is(err, ebpf.ErrKeyNotExist) {
+			fmt.Println("nobody")
+		} else {
+			fmt.Println(p.Pid == uint32(os.Getpid()), err)
+		}
+	}
+	return nil
+}
+
 func TestMain(m *testing.M) {
+	if pin := os.Getenv(reconnects); pin != "" {
+		if err := reconnect(pin); err != nil {
+			panic(err)
+		}
+		return
+	}
 	n, err := strconv.Atoi(os.Getenv(connects))
 	if err != nil {
 		os.Exit(m.Run())
@@ -143,6 +175,35 @@ func (all tally) add(r Record) uint64 {
 	}
 	t.suppressed += r.Count
 	return r.Count
+}
+
+// TestCallers notes who connects a socket to a mail port while somebody reads events, and forgets it when
+// the socket is connected again while nobody does: that may be another process.
+func TestCallers(t *testing.T) {
+	s := newScene(t, testPolicy())
+	cmd := testenv.Command(t, s.container, os.Args[0])
+	cmd.Env = append(os.Environ(), reconnects+"="+filepath.Join(s.pins, bpf.EgressMapCallers))
+	in, err := cmd.StdinPipe()
+	check(t, err)
+	out, err := cmd.StdoutPipe()
+	check(t, err)
+	check(t, cmd.Start())
+	says := bufio.NewScanner(out)
+	connected := func(want string) {
+		t.Helper()
+		_, err := fmt.Fprintln(in)
+		check(t, err)
+		if !says.Scan() || says.Text() != want {
+			t.Errorf("connected by %q, want %q", says.Text(), want)
+		}
+	}
+	connected("nobody")
+	r := s.open()
+	connected("true <nil>")
+	check(t, r.Close())
+	connected("nobody")
+	check(t, in.Close())
+	check(t, cmd.Wait())
 }
 
 // TestFlood floods with refusals of one container, on all CPUs. Each of them is told, left out or
