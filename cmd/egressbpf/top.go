@@ -140,6 +140,7 @@ func topReading(filter *loader.Filter, reader *stats.Reader, names *names) func(
 		next      time.Time
 	)
 	return func(ctx context.Context) (top.Reading, error) {
+		begun := time.Now()
 		s, err := reader.Read()
 		if err != nil {
 			next = time.Time{}
@@ -153,6 +154,6 @@ func topReading(filter *loader.Filter, reader *stats.Reader, names *names) func(
 			enforcing, next = status.Enforcing, now.Add(statusAge)
 		}
 		names.addTo(ctx, s)
-		return top.Reading{Stats: s, Enforcing: enforcing}, nil
+		return top.Reading{Time: begun, Stats: s, Enforcing: enforcing}, nil
 	}
 }

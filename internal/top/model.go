@@ -3,7 +3,6 @@ package top
 import (
 	"slices"
 	"strings"
-	"time"
 
 	tea "charm.land/bubbletea/v2"
 
@@ -12,10 +11,9 @@ import (
 
 // The messages to the model, beside those of the terminal.
 type (
-	// readMsg is a reading that was begun at a time, or why there is none.
+	// readMsg is a reading, or why there is none.
 	readMsg struct {
 		Reading
-		at  time.Time
 		err error
 	}
 	recordsMsg []events.Record
@@ -81,7 +79,7 @@ func (m *model) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 		m.width, m.height = msg.Width, msg.Height
 	case readMsg:
 		if m.err = msg.err; msg.err == nil {
-			m.tally.read(msg.Reading, msg.at)
+			m.tally.read(msg.Reading)
 			m.update()
 		}
 	case recordsMsg:

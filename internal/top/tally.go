@@ -145,11 +145,11 @@ func newTally() *tally {
 	return &tally{rows: map[uint64]*row{}, logs: map[uint64][]events.Record{}}
 }
 
-// read adds a reading that was begun at a time.
-func (t *tally) read(r Reading, at time.Time) {
+// read adds a reading.
+func (t *tally) read(r Reading) {
 	first, before := t.at.IsZero(), t.rows
-	t.seconds = at.Sub(t.at).Seconds() // by the monotonic clock, which stands while the host sleeps
-	t.at, t.mode, t.enforcing = at, string(r.Stats.Mode), r.Enforcing
+	t.seconds = r.Time.Sub(t.at).Seconds() // by the monotonic clock, which stands while the host sleeps
+	t.at, t.mode, t.enforcing = r.Time, string(r.Stats.Mode), r.Enforcing
 	t.rows, t.byID = make(map[uint64]*row, len(before)), make(map[string]uint64, len(before))
 
 	var present, recent counts

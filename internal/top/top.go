@@ -19,6 +19,8 @@ import (
 
 // Reading is what the filter tells at one time.
 type Reading struct {
+	// Time is when it was begun.
+	Time time.Time
 	// Stats are the counters, with the names of the containers.
 	Stats *stats.Stats
 	// Enforcing is whether packets are dropped, as read back from the kernel.
@@ -74,9 +76,8 @@ func read(ctx context.Context, o Options, send func(tea.Msg)) {
 	tick := time.NewTicker(o.Interval)
 	defer tick.Stop()
 	for {
-		at := time.Now()
 		r, err := o.Read(ctx)
-		send(readMsg{r, at, err})
+		send(readMsg{r, err})
 		select {
 		case <-ctx.Done():
 			return

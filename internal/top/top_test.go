@@ -107,7 +107,10 @@ func newTest(width, height int) *model {
 	return m
 }
 
-func (m *model) readAt(at time.Duration, r Reading) { m.Update(readMsg{r, start.Add(at), nil}) }
+func (m *model) readAt(at time.Duration, r Reading) {
+	r.Time = start.Add(at)
+	m.Update(readMsg{r, nil})
+}
 
 func (m *model) keys(names ...string) {
 	for _, name := range names {
@@ -289,7 +292,8 @@ func TestRates(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			tally := newTally()
 			for _, r := range tt.reads {
-				tally.read(r.r, start.Add(r.at))
+				r.r.Time = start.Add(r.at)
+				tally.read(r.r)
 			}
 			got := row{}
 			if r := tally.rows[1]; r != nil {
@@ -502,14 +506,14 @@ func TestNotices(t *testing.T) {
 		}
 	}
 	expect("at first", "reading the counters", "no events")
-	m.Update(readMsg{at: start, err: errors.New("broken\x1b[2J\nmap")})
+	m.Update(readMsg{err: errors.New("broken\x1b[2J\nmap")})
 	expect("cannot be read at first", "cannot read the counters, trying again: broken\uFFFD[2J\uFFFDmap")
 	m.readAt(0, reading(a{}))
 	expect("no containers", "no containers", "enforcing  0 refused/s  0 in all  0 containers")
 	r := reading(a{}, a{key: 1, name: "db"})
 	m.readAt(time.Second, r)
 	expect("filtered", "filter w: 0 of 1", "none of 1 row")
-	m.Update(readMsg{at: start, err: errors.New("broken")})
+	m.Update(readMsg{err: errors.New("broken")})
 	expect("cannot be read", "not known whether it is enforcing", "trying again: broken")
 	r.Enforcing = false
 	m.readAt(2*time.Second, r)
