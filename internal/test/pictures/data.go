@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"net/netip"
@@ -13,8 +14,10 @@ import (
 // now is when everything in the pictures happens.
 var now = time.Date(2026, 11, 28, 14, 3, 27, 0, time.UTC)
 
-// id returns the id of a container.
-func id(n int) string { return fmt.Sprintf("%064x", 0x3f9a1c*(n+7919)) }
+// id returns the id of a container, and cgroupID that of its cgroup.
+func id(n int) string { return fmt.Sprintf("%x", sha256.Sum256([]byte{byte(n)})) }
+
+func cgroupID(n int) uint64 { return uint64(4200 + 13*n) }
 
 // containers are the containers in the pictures.
 var containers = []struct {
@@ -47,23 +50,28 @@ func page() web.Page {
 	return p
 }
 
-// refusal is a refusal of a container, some seconds ago.
+// refusal is a refusal of a container, some time ago: of a destination, or of a socket of a family.
 func refusal(n int, ago time.Duration, comm, hook, reason, rule, to string) events.Record {
 	yes := true
-	at := netip.MustParseAddrPort(to)
-	return events.Record{
+	r := events.Record{
 		Type: events.Refusal, Time: now.Add(-ago), Node: "host1",
-		Container: &events.Container{ID: id(n), Name: containers[n].name, Image: containers[n].image},
-		Hook:      hook, Reason: reason, Rule: rule, WouldBlock: &yes, Blocked: &yes, Protocol: "tcp",
-		Destination: &events.Endpoint{Address: at.Addr(), Port: at.Port()},
-		Process:     &events.Process{PID: uint32(4711 + 13*n), Comm: comm, UID: 1000},
+		Container: &events.Container{ID: id(n), Name: containers[n].name, Image: containers[n].image, CgroupID: cgroupID(n)},
+		Hook:      hook, Reason: reason, Rule: rule, WouldBlock: &yes, Blocked: &yes,
+		Process: &events.Process{PID: uint32(4711 + 1300*n - int(ago/time.Second)), Comm: comm, UID: 1000},
 	}
+	if hook == events.HookSocket {
+		r.Family = to
+		return r
+	}
+	at := netip.MustParseAddrPort(to)
+	r.Protocol, r.Destination = "tcp", &events.Endpoint{Address: at.Addr(), Port: at.Port()}
+	return r
 }
 
 // records are the refusals in the pictures, the oldest first.
 func records() []events.Record {
-	second := time.Second
-	var all []events.Record
+	second, ms := time.Second, time.Millisecond
+	all := []events.Record{refusal(0, 412*second, "tcpdump", events.HookSocket, events.ReasonFamily, "socket_families", "packet")}
 	for _, ago := range []time.Duration{340, 221, 187} {
 		all = append(all, refusal(2, ago*second, "php-fpm8.3", events.HookConnect, events.ReasonBlocked, "preset aws", "169.254.169.254:80"))
 	}
@@ -71,10 +79,14 @@ func records() []events.Record {
 		refusal(3, 122*second, "import", events.HookConnect, events.ReasonBlocked, "preset aws", "[fd00:ec2::254]:80"),
 		refusal(1, 65*second, "sendmail", events.HookPacket, events.ReasonRateLimited, "smtp", "192.0.2.25:25"),
 		refusal(1, 64*second, "sendmail", events.HookPacket, events.ReasonRateLimited, "smtp", "198.51.100.7:25"),
-		events.Record{Type: events.Suppressed, Time: now.Add(-60 * second), Count: 387, Container: &events.Container{ID: id(1), Name: containers[1].name}},
+		events.Record{Type: events.Suppressed, Time: now.Add(-60 * second), Count: 387, Container: &events.Container{ID: id(1), Name: containers[1].name, CgroupID: cgroupID(1)}},
 		refusal(0, 9*second, "curl", events.HookConnect, events.ReasonBlocked, "preset aws", "169.254.169.254:80"),
 		refusal(0, 4*second, "python3", events.HookConnect, events.ReasonBlocked, "preset aws", "169.254.169.254:80"),
-		refusal(0, 1*second, "curl", events.HookConnect, events.ReasonBlocked, "preset azure", "168.63.129.16:80"),
+		refusal(1, 810*ms, "sendmail", events.HookPacket, events.ReasonRateLimited, "smtp", "203.0.113.25:587"),
+		refusal(0, 740*ms, "curl", events.HookConnect, events.ReasonBlocked, "preset aws", "169.254.169.254:80"),
+		refusal(0, 520*ms, "curl", events.HookConnect, events.ReasonBlocked, "preset aws", "[fd00:ec2::254]:80"),
+		refusal(1, 390*ms, "sendmail", events.HookPacket, events.ReasonRateLimited, "smtp", "198.51.100.7:25"),
+		refusal(0, 110*ms, "curl", events.HookConnect, events.ReasonBlocked, "preset azure", "168.63.129.16:80"),
 	)
 }
 

@@ -1,5 +1,5 @@
 // Command pictures writes the pictures of the documentation: what egressbpf shows of made-up
-// containers. It needs chromium.
+// containers. It needs chromium and tmux.
 //
 // Usage: pictures DIRECTORY
 package main
@@ -28,8 +28,14 @@ func run() error {
 	if len(os.Args) > 1 && os.Args[1] == web.ServeArg {
 		return web.Serve(os.Args[2:])
 	}
+	if len(os.Args) > 1 && os.Args[1] == topArg {
+		return runTop(context.Background())
+	}
 	if len(os.Args) != 2 {
 		return fmt.Errorf("want one argument: the directory for the pictures")
+	}
+	if err := drawTop(context.Background(), os.Args[1]); err != nil {
+		return err
 	}
 	return drawPage(context.Background(), os.Args[1])
 }

@@ -5,6 +5,7 @@ import (
 	"image/png"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -16,7 +17,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == web.ServeArg {
+	if len(os.Args) > 1 && slices.Contains([]string{web.ServeArg, topArg}, os.Args[1]) {
 		main()
 		return
 	}
@@ -174,7 +175,7 @@ func TestNoScript(t *testing.T) {
 	check(t, err)
 	refresh, err := chromedp.Run(b.ctx, chromedp.AttributeValue(`meta[http-equiv="refresh"]`, "content"))
 	check(t, err)
-	for _, want := range []string{"In force", "ci-runner-3", "1204", "curl (4711): connect tcp to 169.254.169.254:80", "387 more refusals"} {
+	for _, want := range []string{"In force", "ci-runner-3", "1204", "curl (4702): connect tcp to 169.254.169.254:80", "387 more refusals"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is missing in %s", want, text)
 		}
