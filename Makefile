@@ -8,7 +8,6 @@
 #   make performance
 #                 the same, and write docs/performance.md
 #   make pictures draw the pictures in docs/pictures
-#   make pictures draw docs/pictures anew
 
 SHELL := /bin/bash
 GO ?= go
