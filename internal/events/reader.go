@@ -307,10 +307,29 @@ func (r *Reader) noteGap(s *seat, now account) {
 	refused, known := now.refused-s.refused, now.told-s.told+now.lost-s.lost+now.leftOut-s.leftOut
 	if refused > known {
 		since := s.looked
-		r.notes = append(r.notes, Record{
+		r.addNote(Record{
 			Type: Lost, Time: time.Now().UTC(), Node: r.names.Node, Stage: StageReader, Count: refused - known, Since: &since,
 		})
 	}
+}
+
+// addNote adds a note, or its count to one that waits: whoever does not read for days gets few.
+func (r *Reader) addNote(note Record) {
+	for i := range r.notes {
+		if n := &r.notes[i]; n.Type == note.Type && n.Stage == note.Stage && n.Interface == note.Interface && cgroupID(*n) == cgroupID(note) {
+			n.Count += note.Count
+			n.Time = note.Time
+			return
+		}
+	}
+	r.notes = append(r.notes, note)
+}
+
+func cgroupID(r Record) uint64 {
+	if r.Container == nil {
+		return 0
+	}
+	return r.Container.CgroupID
 }
 
 // note notes the events that were left out or lost since the last time.
@@ -320,7 +339,7 @@ func (r *Reader) note(s *seat, now account) error {
 	if now.lost > s.lost {
 		record := record
 		record.Type, record.Stage, record.Count = Lost, StageKernel, now.lost-s.lost
-		r.notes = append(r.notes, record)
+		r.addNote(record)
 	}
 	if now.leftOut == s.leftOut {
 		return nil
@@ -334,14 +353,14 @@ func (r *Reader) note(s *seat, now account) error {
 		if record.Count = more(s.containers[id], containers[id]); record.Count > 0 {
 			record := record
 			record.Container, _ = r.names.container(id)
-			r.notes = append(r.notes, record)
+			r.addNote(record)
 		}
 	}
 	for _, index := range slices.Sorted(gomaps.Keys(devices)) {
 		if record.Count = more(s.devices[index], devices[index]); record.Count > 0 {
 			record := record
 			record.Interface = r.names.device(index)
-			r.notes = append(r.notes, record)
+			r.addNote(record)
 		}
 	}
 	s.containers, s.devices = containers, devices

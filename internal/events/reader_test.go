@@ -251,6 +251,28 @@ func TestFlood(t *testing.T) {
 	}
 }
 
+// TestUnread lets records wait for somebody who does not read. They take up no more memory with time.
+func TestUnread(t *testing.T) {
+	s := newScene(t, testPolicy())
+	r := s.open()
+	const n = 200
+	for range 3 {
+		s.connect(s.container, n)
+		time.Sleep(every + every/5)
+	}
+	all, notes := tally{}, 0
+	for got := uint64(0); got < 3*n; {
+		record := next(t, r)
+		got += all.add(record)
+		if record.Type != Refusal {
+			notes++
+		}
+	}
+	if notes != 1 {
+		t.Errorf("what was left out is told by %d records", notes)
+	}
+}
+
 // TestReaders has as many readers as there can be: each gets everything, and none keeps others
 // from reading.
 func TestReaders(t *testing.T) {
