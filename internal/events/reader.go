@@ -78,9 +78,10 @@ type account struct {
 	leftOut uint64 // since a container had too many
 }
 
-// Open begins to read the events of a filter that is attached. The first record is a Start. size is how many bytes of events
-// can wait for the reader. names tells whose they are. The caller closes the Reader. The error
-// can wrap [loader.ErrNotAttached], [maps.ErrNoEvents] and [maps.ErrNoSeat].
+// Open begins to read the events of a filter that is attached. The first record is a Start. size
+// is how many bytes of events can wait for the reader. names tells whose they are. The caller
+// closes the Reader. The error can wrap [loader.ErrNotAttached], [maps.ErrNoEvents] and
+// [maps.ErrNoSeat].
 func Open(filter *loader.Filter, names *Names, size int) (*Reader, error) {
 	r := &Reader{filter: filter, names: names, size: size, stopped: make(chan struct{})}
 	if err := r.setClock(); err != nil {
