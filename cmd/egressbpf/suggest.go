@@ -12,6 +12,7 @@ import (
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/container"
+	"github.com/egressbpf/egressbpf/internal/events"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -172,13 +173,15 @@ func readRecords(ctx context.Context, o *suggest.Observation, stdin io.Reader, n
 		defer f.Close()
 		in, shown = f, name
 	}
-	stored := suggest.NewStored(shown, in)
+	stored := events.ReadStored(in, shown)
+	defer stored.Close()
 	err := o.Read(ctx, stored)
-	if errors.Is(err, suggest.ErrMalformed) {
-		return usageError{fmt.Errorf("--input: %w", err)}
-	}
-	if err == nil && stored.CutOff {
+	switch {
+	case errors.Is(err, events.ErrCutOff):
 		fmt.Fprintf(stderr, "warning: %s: the last line is cut off and was left out\n", printable(shown))
+		return nil
+	case errors.Is(err, events.ErrMalformed):
+		return usageError{fmt.Errorf("--input: %w", err)}
 	}
 	return err
 }

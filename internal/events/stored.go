@@ -33,6 +33,14 @@ type storedLine struct {
 	err    error
 }
 
+var (
+	// ErrMalformed means that a line holds no record.
+	ErrMalformed = errors.New("not a record")
+	// ErrCutOff means besides that the line is the last and no newline ends it, as after a writer
+	// that was stopped.
+	ErrCutOff = errors.New("cut off")
+)
+
 // ReadStored reads from in, which is called name in errors. The caller closes the Stored, and
 // then in.
 func ReadStored(in io.Reader, name string) *Stored {
@@ -43,7 +51,7 @@ func ReadStored(in io.Reader, name string) *Stored {
 }
 
 // Next returns the record of the next line that is not blank. The error for a line that holds no
-// record gives the line's number. The error for a stream that has ended is io.EOF.
+// record gives the line's number, and wraps ErrMalformed. The error for a stream that has ended is io.EOF.
 func (s *Stored) Next(ctx context.Context) (Record, error) {
 	if s.err != nil {
 		return Record{}, s.err
@@ -77,6 +85,11 @@ func (s *Stored) read(in io.Reader) {
 	}
 	lines := bufio.NewScanner(in)
 	lines.Buffer(nil, maxLine)
+	cut := false // no newline ends the line
+	lines.Split(func(data []byte, atEOF bool) (int, []byte, error) {
+		cut = atEOF && !bytes.Contains(data, []byte{'\n'})
+		return bufio.ScanLines(data, atEOF)
+	})
 	n := 0
 	for lines.Scan() {
 		n++
@@ -86,7 +99,10 @@ func (s *Stored) read(in io.Reader) {
 		}
 		r, err := parse(text)
 		if err != nil {
-			err = fmt.Errorf("%s:%d: %w", s.name, n, err)
+			err = fmt.Errorf("%s:%d: %w: %w", s.name, n, ErrMalformed, err)
+			if cut {
+				err = fmt.Errorf("%w, %w", err, ErrCutOff)
+			}
 		}
 		if !send(storedLine{r, bytes.Clone(text), err}) {
 			return
@@ -94,7 +110,7 @@ func (s *Stored) read(in io.Reader) {
 	}
 	switch err := lines.Err(); {
 	case errors.Is(err, bufio.ErrTooLong):
-		send(storedLine{err: fmt.Errorf("%s:%d: not a record: the line has more than %d bytes", s.name, n+1, maxLine)})
+		send(storedLine{err: fmt.Errorf("%s:%d: %w: the line has more than %d bytes", s.name, n+1, ErrMalformed, maxLine)})
 	case err != nil:
 		send(storedLine{err: fmt.Errorf("read %s: %w", s.name, err)})
 	default:
@@ -113,10 +129,10 @@ func parse(text []byte) (Record, error) {
 			return Record{Type: other.Type}, nil
 		}
 		const shown = 200 // the error can hold the whole value
-		return Record{}, fmt.Errorf("not a record: %.*s", shown, err.Error())
+		return Record{}, fmt.Errorf("%.*s", shown, err.Error())
 	}
 	if r.Type == "" {
-		return Record{}, errors.New(`not a record: want an object with a "type", as egressbpf monitor --output json writes it`)
+		return Record{}, errors.New(`want an object with a "type", as egressbpf monitor --output json writes it`)
 	}
 	return r, nil
 }

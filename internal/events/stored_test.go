@@ -102,6 +102,10 @@ func TestStoredStreams(t *testing.T) {
 		if tt.err == "" && err != io.EOF || tt.err != "" && (err == io.EOF || !strings.Contains(err.Error(), tt.err)) {
 			t.Errorf("%s: got error %v", tt.what, err)
 		}
+		cut := tt.err != "" && tt.in != "" && !strings.HasSuffix(tt.in, "\n") && len(tt.in) <= maxLine
+		if err != io.EOF && (!errors.Is(err, ErrMalformed) || errors.Is(err, ErrCutOff) != cut) {
+			t.Errorf("%s: got error %v", tt.what, err)
+		}
 		if len(err.Error()) > 300 {
 			t.Errorf("%s: the error has %d bytes", tt.what, len(err.Error()))
 		}

@@ -476,32 +476,3 @@ func TestReplay(t *testing.T) {
 		}
 	}
 }
-
-func TestStored(t *testing.T) {
-	const line = `{"type":"refusal","time":"2026-11-28T11:00:00Z","container":{"id":"x","name":"w","cgroup_id":1},"hook":"connect","reason":"blocked","would_block":true,"blocked":false,"protocol":"tcp","destination":{"address":"169.254.169.254","port":80},"later":1}`
-	for _, tt := range []struct {
-		text   string
-		n      uint64
-		err    string
-		cutOff bool
-	}{
-		{text: ""},
-		{text: `{"type":"start","time":"2026-11-28T10:00:00Z","version":"v1"}` + "\n\n" + line + "\n" + line, n: 2},
-		{text: line + "\n" + line[:90], n: 1, cutOff: true},
-		{text: line + "\n" + line[:90] + "\n" + line, n: 1, err: "in:2: not a record"},
-		{text: "CONTAINER BLOCKED\n", err: "in:1: not a record"},
-		{text: `{"mode":"audit"}` + "\n", err: "in:1: not a record of `egressbpf monitor --output json`: it has no type"},
-		{text: strings.Replace(line, "169.254.169.254", "example", 1) + "\n", err: "in:1: not a record"},
-		{text: strings.Repeat("x", longestLine+1), err: "in:1: not a record of `egressbpf monitor --output json`: longer than 1048576 bytes"},
-	} {
-		o := observe()
-		from := NewStored("in", strings.NewReader(tt.text))
-		err := o.Read(t.Context(), from)
-		if (err == nil) != (tt.err == "") || err != nil && (!errors.Is(err, ErrMalformed) || !strings.HasPrefix(err.Error(), tt.err)) {
-			t.Errorf("%.60q: got %v, want %s", tt.text, err, tt.err)
-		}
-		if o.records.n != tt.n || from.CutOff != tt.cutOff {
-			t.Errorf("%.60q: got %d, %v", tt.text, o.records.n, from.CutOff)
-		}
-	}
-}
