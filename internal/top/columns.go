@@ -24,28 +24,28 @@ type column struct {
 }
 
 var columns = []column{
-	{"name", "CONTAINER", 10, 64, 0, false,
+	{"name", "CONTAINER", 9, 64, 0, false,
 		func(r *row, _ time.Time) string { return printable(r.title()) },
 		func(a, b *row) int { return strings.Compare(a.title(), b.title()) }},
 	{"now", "NOW/S", 6, 6, 1, true,
 		func(r *row, _ time.Time) string { return rateText(r.rate) },
 		byRate},
-	{"total", "TOTAL", 7, 7, 2, true,
+	{"total", "TOTAL", 6, 6, 2, true,
 		func(r *row, _ time.Time) string { return compact(float64(r.total)) },
 		byTotal},
-	{"why", "WHY", 9, 9, 3, false,
+	{"why", "WHY", reasonWidth, reasonWidth, 3, false,
 		func(r *row, _ time.Time) string { return r.why },
 		func(a, b *row) int { return emptyLast(a.why, b.why) }},
-	{"tokens", "TOKENS", 9, 9, 6, true,
+	{"tokens", "TOKENS", 7, 9, 6, true,
 		func(r *row, _ time.Time) string { return tokensText(r.smtp) },
 		byTokens},
 	{"last", "AGE", 4, 4, 4, true,
 		func(r *row, now time.Time) string { return ageText(r.last, now) },
 		byLast},
-	{"destination", "DESTINATION", 15, 47, 5, false,
+	{"destination", "DESTINATION", len("169.254.169.254:80"), 47, 5, false,
 		func(r *row, _ time.Time) string { return printable(destination(r.newest())) },
 		func(a, b *row) int { return emptyLast(destination(a.newest()), destination(b.newest())) }},
-	{"process", "PROCESS", 5, 15, 7, false,
+	{"process", "PROCESS", 7, 15, 7, false,
 		func(r *row, _ time.Time) string { return printable(process(r.newest())) },
 		func(a, b *row) int { return emptyLast(process(a.newest()), process(b.newest())) }},
 }
@@ -98,7 +98,7 @@ func order(by int, reverse bool) func(a, b *row) int {
 }
 
 // layout returns the widths of the columns on a screen; 0 for those that are left out. There is
-// one space between two columns.
+// one space between two columns. Names get the first of the room that is left.
 func layout(width int) []int {
 	widths := make([]int, len(columns))
 	room := width + 1
@@ -116,6 +116,10 @@ func layout(width int) []int {
 	if room < 0 {
 		widths[0] = max(0, width)
 	}
+	// Replicas differ at the end of their names.
+	const telling = 20
+	more := max(0, min(room, telling-widths[0]))
+	widths[0], room = widths[0]+more, room-more
 	for grown := true; grown && room > 0; {
 		grown = false
 		for i, c := range columns {

@@ -14,16 +14,22 @@ import (
 // The reasons to refuse, as rows of the details show them.
 const (
 	blocked = iota
-	limited
+	rateLimited
 	noBucket
 	malformed
-	socket
+	family
 	// onHost are packets that the host dropped, and did not count by reason.
 	onHost
 	reasons
 )
 
-var reasonNames = [reasons]string{"blocked", "limited", "no-bucket", "malformed", "socket", "host"}
+// reasonNames are the reasons of events, but for onHost.
+var reasonNames = [reasons]string{
+	events.ReasonBlocked, events.ReasonRateLimited, events.ReasonNoBucket, events.ReasonMalformed, events.ReasonFamily, "host",
+}
+
+// reasonWidth is how many columns a reason takes up.
+const reasonWidth = len(events.ReasonRateLimited)
 
 // refused counts what was refused for one reason: packets that were dropped, calls that failed
 // before there was a packet, and packets that got past the filter and were dropped on the host.
@@ -37,12 +43,12 @@ func countsOf(all stats.Refusals, families stats.Denied, host stats.Traffic, hos
 	of := func(b stats.Blocked, host stats.Traffic) refused { return refused{b.Packets, b.Connects, host.Packets} }
 	reasoned := hostReasons.Blocked.Packets + hostReasons.RateLimited.Packets + hostReasons.Malformed.Packets
 	return counts{
-		blocked:   of(all.Blocked, hostReasons.Blocked),
-		limited:   of(all.RateLimited, hostReasons.RateLimited),
-		noBucket:  of(all.NoBucket, stats.Traffic{}),
-		malformed: of(all.Malformed, hostReasons.Malformed),
-		socket:    {Calls: families.Denied},
-		onHost:    {Host: less(host.Packets, reasoned)},
+		blocked:     of(all.Blocked, hostReasons.Blocked),
+		rateLimited: of(all.RateLimited, hostReasons.RateLimited),
+		noBucket:    of(all.NoBucket, stats.Traffic{}),
+		malformed:   of(all.Malformed, hostReasons.Malformed),
+		family:      {Calls: families.Denied},
+		onHost:      {Host: less(host.Packets, reasoned)},
 	}
 }
 

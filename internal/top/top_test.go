@@ -280,8 +280,8 @@ func TestRates(t *testing.T) {
 	}{
 		{"first", []reads{{0, reading(a{}, a{key: 1, blocked: 9})}}, 0, 0, 9, "blocked"},
 		{"nothing new", []reads{{0, reading(a{}, a{key: 1, blocked: 9})}, {s, reading(a{}, a{key: 1, blocked: 9})}}, 0, 0, 9, "blocked"},
-		{"more", []reads{{0, reading(a{}, a{key: 1, blocked: 9})}, {2 * s, reading(a{}, a{key: 1, blocked: 9, limited: 5})}}, 2.5, 2.5, 14, "limited"},
-		{"host and sockets count", []reads{{0, reading(a{}, a{key: 1})}, {s, reading(a{}, a{key: 1, host: 2, socket: 3})}}, 5, 5, 5, "socket"},
+		{"more", []reads{{0, reading(a{}, a{key: 1, blocked: 9})}, {2 * s, reading(a{}, a{key: 1, blocked: 9, limited: 5})}}, 2.5, 2.5, 14, "rate_limited"},
+		{"host and sockets count", []reads{{0, reading(a{}, a{key: 1})}, {s, reading(a{}, a{key: 1, host: 2, socket: 3})}}, 5, 5, 5, "family"},
 		{"new", []reads{{0, reading(a{})}, {s, reading(a{}, a{key: 1, blocked: 4})}}, 4, 4, 4, "blocked"},
 		{"gone", []reads{{0, reading(a{}, a{key: 1, blocked: 4})}, {s, reading(a{blocked: 4})}}, 0, 0, 4, ""},
 		{"gone, refused before", []reads{{0, reading(a{}, a{key: 1, blocked: 4})}, {s, reading(a{blocked: 6})}}, 0, 2, 6, ""},

@@ -239,9 +239,9 @@ func (m *model) detailLines() []string {
 	}
 	add("")
 	cells := func(first string, rest ...string) {
-		line := cell(first, 9, false)
-		for i, s := range rest {
-			line += " " + cell(s, []int{7, 6, 6, 6}[i], true)
+		line := cell(first, reasonWidth, false)
+		for _, s := range rest { // a number takes up 6 columns
+			line += cell(s, 7, true)
 		}
 		lines = append(lines, line)
 	}
@@ -261,8 +261,8 @@ func (m *model) detailLines() []string {
 		add("no events of the last refusals")
 		return lines
 	}
-	to := min(51, max(22, m.width-58))
-	add("%s %s %s %s PROCESS, RULE", cell("AGE", 4, true), cell("REASON", 9, false), cell("HOOK", 7, false), cell("DESTINATION", to, false))
+	to := min(51, max(22, m.width-61))
+	add("%s %s %s %s PROCESS, RULE", cell("AGE", 4, true), cell("REASON", reasonWidth, false), cell("HOOK", 7, false), cell("DESTINATION", to, false))
 	for i := len(r.log) - 1; i >= 0; i-- {
 		lines = append(lines, cell(ageText(r.log[i].Time, m.at), 4, true)+" "+m.entry(r, &r.log[i], to))
 	}
@@ -291,24 +291,7 @@ func (m *model) entry(r *row, e *events.Record, to int) string {
 	if e.Protocol != "" {
 		where += "/" + printable(e.Protocol)
 	}
-	return fmt.Sprintf("%s %s %s %s", cell(reasonOf(e.Reason), 9, false), cell(printable(e.Hook), 7, false), cell(where, to, false), strings.Join(rest, ", "))
-}
-
-// reasonOf is the name of an event's reason as the screen shows it.
-func reasonOf(reason string) string {
-	switch reason {
-	case events.ReasonBlocked:
-		return reasonNames[blocked]
-	case events.ReasonRateLimited:
-		return reasonNames[limited]
-	case events.ReasonNoBucket:
-		return reasonNames[noBucket]
-	case events.ReasonMalformed:
-		return reasonNames[malformed]
-	case events.ReasonFamily:
-		return reasonNames[socket]
-	}
-	return printable(reason)
+	return fmt.Sprintf("%s %s %s %s", cell(printable(e.Reason), reasonWidth, false), cell(printable(e.Hook), 7, false), cell(where, to, false), strings.Join(rest, ", "))
 }
 
 const helpText = `up down pgup pgdown home end
@@ -333,13 +316,14 @@ TOTAL    refusals since the container
          host
 WHY      the reason for most now; if
          there are none now, in all:
-  blocked    a blocked destination
-  limited    mail over the limit;
-             repeated attempts count
-  no-bucket  mail, no room for a bucket
-  malformed  hides where it goes
-  socket     of a family that is closed
-  host       dropped on the host
+  blocked       a blocked destination
+  rate_limited  mail over the limit;
+                repeated attempts count
+  no_bucket     mail without a bucket
+  malformed     hides where it goes
+  family        a socket that would
+                bypass the filter
+  host          dropped on the host
 TOKENS   mail connections that can be
          opened right now, and at most
 AGE      since the last refusal
