@@ -1,11 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -28,9 +31,10 @@ func newStats(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "stats [--container NAME] [--watch]",
 		Short: "Show the counters of each container",
-		Long: `Shows a row of counters for each container, and a total that includes removed
-containers. A container is shown by its name in Docker, or by its id if Docker's
-daemon does not answer.
+		Long: `Shows a row of counters for each container, those first that were refused most, and a
+total that includes removed containers. A container is shown by its name in Docker, or
+by its id if Docker's daemon does not answer. In mode audit the same is counted, and
+nothing is dropped or refused.
 
   BLOCKED   packets to blocked destinations, dropped
   REFUSED   attempts to send there, refused before there was a packet
@@ -53,7 +57,7 @@ attached, the metrics say so, and the command fails.`,
 			return o.run(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
-	cmd.Flags().StringVar(&o.container, "container", "", "show only this container: its name, its id or the beginning of it, or its cgroup")
+	cmd.Flags().StringVar(&o.container, "container", "", "show only this container, without the total: its name, its id or the beginning of it, or its cgroup")
 	cmd.Flags().BoolVar(&o.watch, "watch", false, "print the counters again and again until interrupted; with -o json, one object a line")
 	cmd.Flags().DurationVar(&o.interval, "interval", 2*time.Second, "time between two readings with --watch")
 	o.output = outputFlag(cmd, prometheus)
@@ -133,10 +137,15 @@ func (o *statsOptions) show(ctx context.Context, w io.Writer, reader *stats.Read
 	if *o.output == jsonText {
 		return writeJSON(w, s)
 	}
-	return printStats(w, s)
+	return printStats(w, s, o.container == "")
 }
 
-func printStats(w io.Writer, s *stats.Stats) error {
+// printStats prints a table, with the containers first that were refused most. JSON has them in
+// the order of their cgroups.
+func printStats(w io.Writer, s *stats.Stats, withTotal bool) error {
+	slices.SortStableFunc(s.Containers, func(a, b stats.Container) int {
+		return cmp.Or(cmp.Compare(refusedOf(&b), refusedOf(&a)), strings.Compare(title(a.Name, a.ID), title(b.Name, b.ID)))
+	})
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(tw, "CONTAINER\tBLOCKED\tREFUSED\tMALFORMED\tMAIL\tLIMITED\tNO-BUCKET\tSOCKETS\tHOST\tTOKENS\tLIMIT")
 	row := func(name string, t stats.Total, tokens, limit string) {
@@ -155,8 +164,16 @@ func printStats(w io.Writer, s *stats.Stats) error {
 		}
 		row(title(c.Name, c.ID), stats.Total{Blocked: c.Blocked, Malformed: c.Malformed, Families: c.Families, HostSide: c.HostSide, SMTP: c.SMTP.SMTP}, tokens, limit)
 	}
-	row("TOTAL", s.Total, "", "")
+	if withTotal {
+		row("TOTAL", s.Total, "", "")
+	}
 	return tw.Flush()
+}
+
+// refusedOf is how much was refused to a container, as its row shows it.
+func refusedOf(c *stats.Container) uint64 {
+	return c.Blocked.Packets + c.Blocked.Connects + c.Malformed.Packets + c.SMTP.RateLimited + c.SMTP.NoBucket +
+		c.Families.Denied + c.HostSide.Packets
 }
 
 // title is what a container is called in tables.
