@@ -269,10 +269,14 @@ type EgressSeenKey struct {
 }
 
 type EgressSighting struct {
-	_     structs.HostLayout
-	Count uint64
-	First uint64
-	Last  uint64
+	_            structs.HostLayout
+	Count        uint64
+	First        uint64
+	Last         uint64
+	Slot         uint64
+	InSlot       uint64
+	InSlotBefore uint64
+	Most         uint64
 }
 
 type EgressSketch struct {

@@ -54,13 +54,15 @@ static __always_inline void note_seen(const struct event *e)
 		.family = e->family,
 		.reason = e->reason,
 	};
-	struct sighting *s, first = { .count = 1 };
+	struct sighting *s, first = { .count = 1, .in_slot = 1, .most = 1 };
+	__u64 slot = e->time / SEEN_SLOT, n;
 
 	__builtin_memcpy(key.dst, e->dst, sizeof(key.dst));
 	s = bpf_map_lookup_elem(&seen, &key);
 	if (!s) {
 		first.first = e->time;
 		first.last = e->time;
+		first.slot = slot;
 		if (!bpf_map_update_elem(&seen, &key, &first, BPF_NOEXIST))
 			return;
 		s = bpf_map_lookup_elem(&seen, &key);
@@ -69,6 +71,16 @@ static __always_inline void note_seen(const struct event *e)
 	}
 	__sync_fetch_and_add(&s->count, 1);
 	*(volatile __u64 *)&s->last = e->time;
+	/* If several CPUs begin a slot at once, a few may be missing from it. */
+	if (s->slot != slot) {
+		s->in_slot_before = s->slot + 1 == slot ? s->in_slot : 0;
+		s->in_slot = 0;
+		s->slot = slot;
+	}
+	__sync_fetch_and_add(&s->in_slot, 1);
+	n = *(volatile __u64 *)&s->in_slot + s->in_slot_before;
+	if (n > s->most)
+		s->most = n;
 }
 
 /* Tells of a refusal: hands the event to each reader, and in audit mode notes it. A reader that has stopped without saying so is passed over

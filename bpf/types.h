@@ -397,10 +397,17 @@ struct seen_key {
 };
 _Static_assert(sizeof(struct seen_key) == 32, "no padding");
 
+/* A time in which no more than most of a sighting lie: it reaches into two slots at most. */
+#define SEEN_SLOT (60 * 1000 * 1000 * 1000ULL)
+
 struct sighting {
 	__u64 count;
 	__u64 first;		/* in ns of CLOCK_MONOTONIC */
 	__u64 last;
+	__u64 slot;		/* that of last */
+	__u64 in_slot;		/* how many were in it, and in the slot before */
+	__u64 in_slot_before;
+	__u64 most;		/* in any two slots, one after the other */
 };
 
 #endif

@@ -20,6 +20,8 @@ type Seen struct {
 	Reason      bpf.EgressReason
 	Count       uint64
 	First, Last uint64
+	// Most is at least how often it asked within any minute.
+	Most uint64
 }
 
 // Seen returns what mode audit has let through, as far as there was room to note it: what was
@@ -40,7 +42,7 @@ func (s *State) Seen() (all []Seen, err error) {
 			Protocol:  uint8(key.Proto),
 			Family:    key.Family,
 			Reason:    bpf.EgressReason(key.Reason),
-			Count:     value.Count, First: value.First, Last: value.Last,
+			Count:     value.Count, First: value.First, Last: value.Last, Most: value.Most,
 		}
 		if s.Reason != bpf.EgressReasonREASON_FAMILY {
 			s.Destination = netip.AddrPortFrom(netip.AddrFrom16(key.Dst).Unmap(), bits.ReverseBytes16(key.Dport))
