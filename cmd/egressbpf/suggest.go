@@ -42,9 +42,9 @@ A comment above each exception says who asked for it, how often, and what it ope
 An attack looks the same as a need: read the file and remove what you cannot explain.
 What stays refused is in comments too.
 
-It knows what the kernel has counted and seen since the last attach in mode audit. With
---input it also knows refusals that monitor has recorded, for a longer time or for more
-destinations than the kernel remembers.`,
+It knows what the kernel has counted and seen in mode audit, also if attach ran again
+meanwhile. With --input it also knows refusals that monitor has recorded: for a longer
+time, for containers that are gone, or for more destinations than the kernel remembers.`,
 		Example: `  egressbpf attach --mode audit        # then wait for a week
   egressbpf suggest >config.yaml
   egressbpf suggest --input refusals.json >config.yaml

@@ -116,20 +116,25 @@ func (o *Observation) mailOf(c *observed, relays []relay) (m mail) {
 		case t.records == 0 && rest == 2:
 			times = append(times, t.seen.from, t.seen.to)
 		default:
-			spreads = append(spreads, spread{rest, t.seen.from, t.seen.to})
+			spreads = append(spreads, spread{rest, t.seen.from, t.seen.to, t.seen.most})
 		}
 	}
-	// What is suppressed may have been mail if other mail of the container is in the records.
+	// What is suppressed may have been mail if other mail of the container is in the records. But
+	// the kernel may have seen it, and the counters know how much there was.
+	counted := min(c.counted.SMTP.RateLimited, most)
 	var unknown uint64
 	for _, s := range c.suppressed {
-		if hasRecords {
-			s.n = min(s.n, most)
+		s.n = min(s.n, most)
+		if o.isCounted(c, s) {
+			s.n = min(s.n, max(counted, known+unknown)-known-unknown)
+		}
+		if hasRecords && s.n > 0 {
 			unknown += s.n
 			spreads = append(spreads, s)
 		}
 	}
-	if counted := min(c.counted.SMTP.RateLimited, most); counted > known+unknown {
-		rest := spread{counted - known - unknown, o.countedSince(c), o.Now}
+	if counted > known+unknown {
+		rest := spread{n: counted - known - unknown, from: o.countedSince(c), to: o.Now}
 		unknown += rest.n
 		spreads = append(spreads, rest)
 	}
@@ -141,10 +146,15 @@ func (o *Observation) mailOf(c *observed, relays []relay) (m mail) {
 
 // countedSince is when a container's counters began, or later.
 func (o *Observation) countedSince(c *observed) time.Time {
-	if c.started.After(o.Since) {
-		return c.started
+	if began := o.began(); !c.started.After(began) {
+		return began
 	}
-	return o.Since
+	return c.started
+}
+
+// isCounted says whether the counters of a container have what records only count.
+func (o *Observation) isCounted(c *observed, s spread) bool {
+	return c.running && !o.Since.IsZero() && !s.from.Before(o.countedSince(c))
 }
 
 // peakOf returns how many of the times lie in one window.
@@ -200,7 +210,10 @@ func peakOfSpreads(spreads []spread) (peak uint64) {
 // inWindow is how many of the tries may lie in one window.
 func (s spread) inWindow() uint64 {
 	length := s.to.Sub(s.from)
-	if length <= window {
+	switch {
+	case s.most > 0:
+		return min(s.n, s.most)
+	case length <= window:
 		return s.n
 	}
 	average := float64(s.n) * float64(window) / float64(length)

@@ -24,7 +24,7 @@ import (
 type Observation struct {
 	// Config is the policy in force, and the cgroups that it holds for.
 	Config policy.Config
-	// Since is when the policy was put in force; zero if nothing is in force here.
+	// Since is when the policy was last put in force; zero if nothing is in force here.
 	Since time.Time
 	// Now is when the counters and Seen were read, and Clock is CLOCK_MONOTONIC at that
 	// time, in nanoseconds.
@@ -37,6 +37,9 @@ type Observation struct {
 	byKey      map[string]*observed
 	byCgroup   map[uint64]*observed
 	records    records
+	// seenFrom is when the first of Seen happened: an attach keeps Seen and the counters, so that
+	// can be before Since.
+	seenFrom time.Time
 }
 
 // records is what all records together tell.
@@ -83,10 +86,12 @@ type tries struct {
 
 func (t *tries) count() uint64 { return max(t.records, t.seen.n) }
 
-// spread is a number of tries of which only the first and the last time are known.
+// spread is a number of tries of which only the first and the last time are known, and how many
+// of them lie in one window at most; that is 0 if it is not known.
 type spread struct {
 	n        uint64
 	from, to time.Time
+	most     uint64
 }
 
 // Add adds a container that runs or has counters, with these. started is when the first of its
@@ -296,6 +301,9 @@ var reasons = map[bpf.EgressReason]string{
 func (o *Observation) addSeen() {
 	at := func(clock uint64) time.Time { return o.Now.Add(-time.Duration(o.Clock - min(clock, o.Clock))) }
 	for _, s := range o.Seen {
+		if first := at(s.First); o.seenFrom.IsZero() || first.Before(o.seenFrom) {
+			o.seenFrom = first
+		}
 		reason, ok := reasons[s.Reason]
 		if !ok || s.Container == 0 {
 			o.records.strangers += s.Count
@@ -317,10 +325,11 @@ func (o *Observation) addSeen() {
 		}
 		t := c.tries(a)
 		if t.seen.n == 0 {
-			t.seen = spread{s.Count, at(s.First), at(s.Last)}
+			t.seen = spread{s.Count, at(s.First), at(s.Last), s.Most}
 			continue
 		}
 		t.seen.n += s.Count
+		t.seen.most += s.Most
 		if from := at(s.First); from.Before(t.seen.from) {
 			t.seen.from = from
 		}
@@ -331,13 +340,21 @@ func (o *Observation) addSeen() {
 	o.Seen = nil
 }
 
-// from is when observation began: with the policy in force, or with the first record.
-func (o *Observation) from() time.Time {
-	switch {
-	case o.Since.IsZero(), !o.records.first.IsZero() && o.records.first.Before(o.Since):
-		return o.records.first
+// began is when the counters began, or later; zero if nothing is in force here.
+func (o *Observation) began() time.Time {
+	if !o.Since.IsZero() && !o.seenFrom.IsZero() && o.seenFrom.Before(o.Since) {
+		return o.seenFrom
 	}
 	return o.Since
+}
+
+// from is when observation began: with what was counted, or with the first record.
+func (o *Observation) from() time.Time {
+	began := o.began()
+	if began.IsZero() || !o.records.first.IsZero() && o.records.first.Before(began) {
+		return o.records.first
+	}
+	return began
 }
 
 // ruleName returns the name for a rule for this container alone; empty if there is none.

@@ -303,13 +303,78 @@ func TestRecords(t *testing.T) {
 		t.Errorf("got %+v\n%s", config.Containers, config.YAML(s.Comments))
 	}
 	head := strings.Join(s.Comments[""], "\n")
-	for _, text := range []string{"1 refusal refused on the host", "1 refusal in records that lack", "5 refusals lost", "cgroup-3: opened sockets"} {
+	for _, text := range []string{"1 refusal on the host", "1 refusal in records that lack", "5 refusals lost", "cgroup-3: opened sockets"} {
 		if !strings.Contains(head, text) {
 			t.Errorf("%q is missing in:\n%s", text, head)
 		}
 	}
 	if text := fmt.Sprint(s.Comments["containers[0]"]); !strings.Contains(text, "4 times") {
 		t.Error(text)
+	}
+}
+
+// What a flood's records only count, the kernel has seen as well.
+func TestSuppressed(t *testing.T) {
+	sent := func(records int, suppressed uint64) string {
+		o := observe()
+		o.run(1, "newsletter", mailCount(5, 85))
+		at := now.Add(-time.Hour)
+		for range records {
+			o.record(refusal(1, "newsletter", events.ReasonRateLimited, "198.51.100.20:25", at))
+		}
+		if suppressed > 0 {
+			since := at
+			o.record(events.Record{Type: events.Suppressed, Time: at.Add(time.Second), Since: &since, Count: suppressed,
+				Container: &events.Container{ID: id(1), Name: "newsletter", CgroupID: 1, Cgroup: "/docker/" + id(1)}})
+		}
+		o.saw(1, limited, "198.51.100.20:25", tcp, 85, time.Hour, time.Hour-time.Second)
+		s := o.Suggest()
+		if text := strings.Join(s.Comments[""], " "); strings.Contains(text, "Left refused") {
+			t.Error(text)
+		}
+		return fmt.Sprint(*parsed(t, s).Containers[0].SMTP, s.Comments["containers[0]"][0])
+	}
+	if want, got := sent(0, 0), sent(53, 32); got != want {
+		t.Errorf("got %s, want as without records: %s", got, want)
+	}
+	o := observe()
+	o.run(1, "newsletter", mailCount(5, 85))
+	before := o.Since.Add(-time.Hour)
+	o.record(refusal(1, "newsletter", events.ReasonRateLimited, "198.51.100.20:25", before))
+	o.record(events.Record{Type: events.Suppressed, Time: before, Count: 1000,
+		Container: &events.Container{ID: id(1), Name: "newsletter", CgroupID: 1, Cgroup: "/docker/" + id(1)}})
+	if limit := parsed(t, o.Suggest()).Containers[0].SMTP; limit.Burst < 1000 {
+		t.Errorf("records from before the counters began are not counted: %+v", limit)
+	}
+}
+
+// A job that sends all of its mail once a day needs a limit for that minute, though the average is
+// far below.
+func TestBursts(t *testing.T) {
+	o := observe()
+	var times []time.Time
+	for day := range 7 {
+		for i := range 200 {
+			times = append(times, now.Add(-week+time.Duration(day)*24*time.Hour+time.Duration(i)*20*time.Millisecond))
+		}
+	}
+	o.run(1, "newsletter", mailCount(35, uint64(len(times))))
+	o.Seen = append(o.Seen, o.sightings(1, netip.MustParseAddrPort("198.51.100.20:25"), times))
+	want := policy.Limit{Rate: policy.Rate{Count: 300, Period: time.Minute}, Burst: 250}
+	if got := parsed(t, o.Suggest()).Containers[0].SMTP; *got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
+// An attach, as when the service starts again, keeps what was counted and seen.
+func TestAttachedAgain(t *testing.T) {
+	o := observe()
+	o.Since = now.Add(-time.Hour)
+	o.run(1, "backup", stats.Container{})
+	o.saw(1, blocked, "169.254.169.254:80", tcp, 2, 8*24*time.Hour, time.Hour)
+	s := o.Suggest()
+	if text := strings.Join(s.Comments[""], " "); s.Short || !strings.Contains(text, "since 2026-11-28 11:00 UTC, for 1h0m. What was counted before, since 2026-11-20 12:00 UTC, is in here too.") {
+		t.Errorf("short: %t: %s", s.Short, text)
 	}
 }
 
@@ -390,6 +455,24 @@ func (b *bucket) take(t time.Time) bool {
 	return true
 }
 
+// sightings are what the kernel notes of mail over the limit, as note_seen() does.
+func (o *Observation) sightings(n uint64, to netip.AddrPort, times []time.Time) maps.Seen {
+	clock := func(t time.Time) uint64 { return o.Clock - uint64(o.Now.Sub(t)) }
+	seen := maps.Seen{Container: n, Destination: to, Protocol: tcp, Reason: limited, Count: uint64(len(times)), First: clock(times[0]), Last: clock(times[len(times)-1])}
+	var slot, in, before uint64
+	for _, t := range times {
+		if now := clock(t) / uint64(time.Minute); now != slot {
+			if slot+1 != now {
+				in = 0
+			}
+			slot, before, in = now, in, 0
+		}
+		in++
+		seen.Most = max(seen.Most, in+before)
+	}
+	return seen
+}
+
 // Random hosts: what is kept passes by the policy that is suggested. That is, mail passes
 // connection by connection, also what the limit in force had let through.
 func TestReplay(t *testing.T) {
@@ -421,6 +504,8 @@ func TestReplay(t *testing.T) {
 			start := now.Add(-time.Duration(r.Int64N(int64(week))))
 			counted := mailCount(0, 0)
 			var records []events.Record
+			over := map[netip.AddrPort][]time.Time{}
+			bySeen, byRecords := r.IntN(2) == 0, r.IntN(2) == 0
 			for range r.IntN(200) {
 				start = start.Add(time.Duration(r.ExpFloat64() * float64(time.Second) * float64([]int{0, 1, 20, 600}[r.IntN(4)])))
 				to := netip.MustParseAddrPort(pick(r, "192.0.2.25:25", "192.0.2.26:587", "[2001:db8::1]:465", "198.51.100.3:25"))
@@ -430,7 +515,15 @@ func TestReplay(t *testing.T) {
 					continue
 				}
 				counted.SMTP.RateLimited++
-				records = append(records, refusal(n+1, name, events.ReasonRateLimited, to.String(), start))
+				over[to] = append(over[to], start)
+				if byRecords || !bySeen {
+					records = append(records, refusal(n+1, name, events.ReasonRateLimited, to.String(), start))
+				}
+			}
+			for to, times := range over {
+				if bySeen {
+					o.Seen = append(o.Seen, o.sightings(n+1, to, times))
+				}
 			}
 			for range r.IntN(10) {
 				record := refusal(n+1, name, events.ReasonBlocked, pick(r, "169.254.169.254:80", "169.254.169.254:53", "169.254.169.254:123", "10.1.2.3:53", "[64:ff9b::a9fe:a9fe]:80",

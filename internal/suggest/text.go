@@ -79,11 +79,15 @@ func (s *suggestion) leave(format string, args ...any) {
 // others tells of what belongs to no container.
 func (s *suggestion) others() {
 	r := s.of.records
+	onHost := "on the host: no rule for a container opens that"
+	if s.of.Config.Mode == policy.Audit {
+		onHost = "on the host. Most or all of them are counted for a container too: in mode audit a packet that the container was not refused is judged there again"
+	}
 	for _, l := range []struct {
 		n    uint64
 		text string
 	}{
-		{r.onHost, "refused on the host: no rule for a container opens that"},
+		{r.onHost, onHost},
 		{r.strangers, "of containers that are not known"},
 		{r.unusable, "in records that lack what they must have"},
 		{r.lost, "lost before they were recorded"},
@@ -95,7 +99,9 @@ func (s *suggestion) others() {
 	for _, c := range s.of.containers {
 		var n uint64
 		for _, p := range c.suppressed {
-			n += min(p.n, most)
+			if !s.of.isCounted(c, p) {
+				n += min(p.n, most)
+			}
 		}
 		if n > 0 {
 			s.leave("%s: %s that the records only count", c.title(), plural(n, "refusal"))
@@ -115,6 +121,9 @@ func (s *suggestion) head() {
 		add("Nothing is in force here: this adds to the default policy, by %s from %s to %s.", plural(s.of.records.n, "record"), moment(from), moment(s.of.records.last))
 	default:
 		add("Policy in force since %s, for %s.", moment(s.of.Since), duration(s.of.Now.Sub(s.of.Since)))
+		if began := s.of.began(); s.of.Since.Sub(began) > time.Minute {
+			add("What was counted before, since %s, is in here too.", moment(began))
+		}
 		if !s.of.records.first.IsZero() {
 			add("%s from %s to %s.", plural(s.of.records.n, "record"), moment(s.of.records.first), moment(s.of.records.last))
 		}
