@@ -19,6 +19,7 @@ import (
 	"github.com/egressbpf/egressbpf/internal/events"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/stats"
 )
 
 type monitorOptions struct {
@@ -167,7 +168,17 @@ func (o *monitorOptions) belowRoot(names []string) (short []string) {
 func (o *monitorOptions) source(ctx context.Context, stdin io.Reader, stderr io.Writer) (events.Source, func() error, error) {
 	switch o.input {
 	case "":
-		return o.refusals(ctx, stderr)
+		filter, root, err := o.filter()
+		if err != nil {
+			return nil, nil, err
+		}
+		names, err := o.names(stderr)
+		if err != nil {
+			return nil, nil, err
+		}
+		names.refresh(ctx)
+		o.warnOfAbsent(ctx, filter, root, names, stderr)
+		return names.events(filter, root)
 	case "-":
 		s := events.ReadStored(stdin, "stdin")
 		return s, s.Close, nil
@@ -187,18 +198,30 @@ func (o *monitorOptions) source(ctx context.Context, stdin io.Reader, stderr io.
 // bufferSize is how many bytes of events can wait in the kernel for a command: 10,000 events.
 const bufferSize = 1 << 20
 
-// refusals opens the refusals of this host as they happen. The caller closes what it returns.
-func (g *globals) refusals(ctx context.Context, stderr io.Writer) (events.Source, func() error, error) {
-	filter, root, err := g.filter()
-	if err != nil {
-		return nil, nil, err
+// warnOfAbsent says which containers are not there: a name with a typing error would otherwise
+// look like a container to which nothing is refused.
+func (o *monitorOptions) warnOfAbsent(ctx context.Context, filter *loader.Filter, root cgroup.Root, names *names, stderr io.Writer) {
+	if len(o.selection.Containers) == 0 {
+		return
 	}
-	names, err := g.names(stderr)
+	reader, err := stats.Open(filter, root)
 	if err != nil {
-		return nil, nil, err
+		return // what follows fails for the same reason
 	}
-	names.refresh(ctx)
-	return names.events(filter, root)
+	defer reader.Close()
+	s, err := reader.Read()
+	if err != nil {
+		return
+	}
+	names.addTo(ctx, s)
+	for _, pattern := range o.selection.Containers {
+		selection := events.Selection{Containers: []string{pattern}}
+		if !slices.ContainsFunc(s.Containers, func(c stats.Container) bool {
+			return selection.Wants(events.Record{Type: events.Refusal, Container: &events.Container{ID: c.ID, Name: c.Name, Cgroup: c.Cgroup}})
+		}) {
+			fmt.Fprintf(stderr, "warning: no policed container matches --container %s now\n", printable(pattern))
+		}
+	}
 }
 
 // events opens the refusals of this host, with these names. The caller closes what it returns.
