@@ -1,10 +1,13 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -14,20 +17,31 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
+// waitStep is the time between two looks of status --wait.
+const waitStep = 500 * time.Millisecond
+
 func newStatus(g *globals) *cobra.Command {
+	var wait time.Duration
 	cmd := &cobra.Command{
-		Use:   "status",
+		Use:   "status [--wait DURATION]",
 		Short: "Show whether the filter is in force",
 		Long: `Reads back from the kernel which programs are attached where, with which policy, and
 shows which defences are missing and why, and which running containers are not
 covered. Looking changes nothing.
 
 Exits with 3 unless packets are dropped for every running container of Docker,
-Podman, containerd and CRI-O.`,
+Podman, containerd and CRI-O. With --wait, looks until that is so, and shows the last
+look.`,
+		Example: `  egressbpf status
+  egressbpf status --wait 30s >/dev/null && start-jobs`,
 		Args: usageArgs(cobra.NoArgs),
 	}
+	cmd.Flags().DurationVar(&wait, "wait", 0, "how long to wait until the filter is in force, such as 30s")
 	out := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if wait < 0 {
+			return usageError{errors.New("--wait: want a time that is not negative, such as 30s")}
+		}
 		names, err := g.names(cmd.ErrOrStderr())
 		if err != nil {
 			return err
@@ -36,20 +50,10 @@ Podman, containerd and CRI-O.`,
 		if err != nil {
 			return err
 		}
-		status, err := filter.Status()
+		status, err := awaitStatus(cmd.Context(), filter, names, wait)
 		if err != nil {
 			return err
 		}
-		if err := filter.AddState(status); err != nil {
-			return err
-		}
-		if err := filter.AddExposed(status); err != nil {
-			return err
-		}
-		if status.Elsewhere, err = filter.Elsewhere(); err != nil {
-			return err
-		}
-		names.addToStatus(cmd.Context(), filter, status)
 		if *out == jsonText {
 			err = writeJSON(cmd.OutOrStdout(), status)
 		} else {
@@ -61,6 +65,41 @@ Podman, containerd and CRI-O.`,
 		return err
 	}
 	return cmd
+}
+
+// awaitStatus returns the status when the filter is in force, or when the time to wait is over.
+func awaitStatus(ctx context.Context, filter *loader.Filter, names *names, wait time.Duration) (*loader.Status, error) {
+	for end := time.Now().Add(wait); ; {
+		status, err := readStatus(filter)
+		last := time.Until(end) <= 0 || ctx.Err() != nil
+		if err == nil && (last || status.InForce()) {
+			names.addToStatus(ctx, filter, status)
+		}
+		if last || err == nil && status.InForce() {
+			return status, err
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(min(waitStep, time.Until(end))):
+		}
+	}
+}
+
+func readStatus(filter *loader.Filter) (*loader.Status, error) {
+	status, err := filter.Status()
+	if err != nil {
+		return nil, err
+	}
+	if err := filter.AddState(status); err != nil {
+		return nil, err
+	}
+	if err := filter.AddExposed(status); err != nil {
+		return nil, err
+	}
+	if status.Elsewhere, err = filter.Elsewhere(); err != nil {
+		return nil, err
+	}
+	return status, nil
 }
 
 func printStatus(w io.Writer, s *loader.Status) error {
