@@ -77,6 +77,9 @@ func (o *suggestOptions) run(ctx context.Context, stdin io.Reader, stdout, stder
 	case seen.Config.Mode != policy.Audit:
 		fmt.Fprintf(stderr, "warning: the mode is %s: the destinations of what is refused are known from --input alone; use attach --mode audit\n", seen.Config.Mode)
 	}
+	if seen.Node, err = os.Hostname(); err != nil {
+		return err
+	}
 	for _, name := range o.inputs {
 		if err := readRecords(ctx, seen, stdin, name, stderr); err != nil {
 			return err

@@ -22,6 +22,9 @@ import (
 // Observation is what was observed of the containers of a host while a policy was in force.
 // It is not safe for concurrent use.
 type Observation struct {
+	// Node is the name of this host. Records of others are of other containers, though the
+	// numbers and paths of their cgroups may be the same.
+	Node string
 	// Config is the policy in force, and the cgroups that it holds for.
 	Config policy.Config
 	// Since is when the policy was last put in force; zero if nothing is in force here.
@@ -97,14 +100,14 @@ type spread struct {
 // Add adds a container that runs or has counters, with these. started is when the first of its
 // processes was; zero if that is not known. Containers are added before records.
 func (o *Observation) Add(c container.Container, counted stats.Container, started time.Time) {
-	at := o.add(c)
+	at := o.add(key(c.Identity), c)
 	at.running, at.started, at.counted = c.Cgroup != "", started, counted
 	if counted.SMTP.Known() {
 		at.limit = policy.Limit{Rate: counted.SMTP.Rate, Burst: counted.SMTP.Burst}
 	}
 }
 
-func (o *Observation) add(c container.Container) *observed {
+func (o *Observation) add(k string, c container.Container) *observed {
 	if o.byKey == nil {
 		o.byKey, o.byCgroup = map[string]*observed{}, map[uint64]*observed{}
 	}
@@ -114,7 +117,7 @@ func (o *Observation) add(c container.Container) *observed {
 		at.limit = *rule.SMTP
 	}
 	o.containers = append(o.containers, at)
-	if k := key(c.Identity); o.byKey[k] == nil {
+	if o.byKey[k] == nil {
 		o.byKey[k] = at
 	}
 	if c.CgroupID != 0 {
@@ -208,7 +211,15 @@ func (o *Observation) refusal(r events.Record) {
 // of returns the container of a record.
 func (o *Observation) of(r events.Record) *observed {
 	is := container.Identity{ID: r.Container.ID, Name: r.Container.Name, CgroupID: r.Container.CgroupID, Cgroup: r.Container.Cgroup}
-	at := o.byKey[key(is)]
+	elsewhere := r.Node != "" && r.Node != o.Node
+	if elsewhere {
+		is.CgroupID = 0
+	}
+	k := key(is)
+	if elsewhere && k != is.ID {
+		k = r.Node + " " + k
+	}
+	at := o.byKey[k]
 	if at == nil {
 		// The numbers of cgroups begin anew with each boot. What is left of a container that
 		// is gone has no other id.
@@ -219,7 +230,7 @@ func (o *Observation) of(r events.Record) *observed {
 			if known != nil || r.Time.Before(o.boot()) {
 				is.CgroupID = 0
 			}
-			at = o.add(container.Container{Identity: is})
+			at = o.add(k, container.Container{Identity: is})
 		}
 	}
 	if len(at.Names) == 0 && is.Name != "" {
@@ -311,9 +322,8 @@ func (o *Observation) addSeen() {
 		}
 		c := o.byCgroup[s.Container]
 		if c == nil {
-			c = o.add(container.Container{Identity: container.Identity{
-				ID: "cgroup-" + strconv.FormatUint(s.Container, 10), CgroupID: s.Container,
-			}})
+			is := container.Identity{ID: "cgroup-" + strconv.FormatUint(s.Container, 10), CgroupID: s.Container}
+			c = o.add(key(is), container.Container{Identity: is})
 		}
 		a := attempt{reason: reason}
 		switch reason {

@@ -366,6 +366,37 @@ func TestBursts(t *testing.T) {
 	}
 }
 
+// The records of another host are of other containers, with the same numbers and paths of cgroups.
+func TestHosts(t *testing.T) {
+	o := observe()
+	o.Node = "host1"
+	o.run(1, "mailer", mailCount(5, 10))
+	o.saw(1, limited, "198.51.100.9:25", tcp, 10, time.Hour, time.Hour)
+	o.saw(2, blocked, "169.254.169.254:80", tcp, 2, time.Hour, time.Hour) // is gone
+	at := now.Add(-2 * time.Hour)
+	for _, node := range []string{"host1", "host2", "host3"} {
+		job, web := refusal(1, "job", events.ReasonRateLimited, "198.51.100.1:25", at), refusal(2, "web", events.ReasonRateLimited, "198.51.100.2:25", at)
+		job.Node, job.Container.ID, job.Container.Cgroup = node, "job", "/ci/job"
+		web.Node, web.Container.ID = node, id(7)
+		for range 20 {
+			o.record(job)
+			if node != "host1" {
+				o.record(web)
+			}
+		}
+	}
+	s := o.Suggest()
+	config := parsed(t, s)
+	limit := policy.Limit{Rate: policy.Rate{Count: 40, Period: time.Minute}, Burst: 25}
+	if len(config.Containers) != 3 || config.Containers[0].Name != "job" || *config.Containers[0].SMTP != limit ||
+		config.Containers[2].Name != "web" || config.Containers[2].Metadata != "" {
+		t.Errorf("got %s", config.YAML(s.Comments))
+	}
+	if text := strings.Join(s.Comments[""], " "); !strings.Contains(text, "cgroup-2: asked for the metadata service") {
+		t.Error(text)
+	}
+}
+
 // An attach, as when the service starts again, keeps what was counted and seen.
 func TestAttachedAgain(t *testing.T) {
 	o := observe()
