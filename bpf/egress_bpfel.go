@@ -24,12 +24,13 @@ type EgressAnnouncement struct {
 }
 
 type EgressAudience struct {
-	_        structs.HostLayout
-	Waiting  [8]uint8
-	LeftOut  uint64
-	Lost     uint64
-	Reserved uint64
-	Reader   [8]struct {
+	_         structs.HostLayout
+	Waiting   [8]uint8
+	Reserved  [7]uint64
+	LeftOut   uint64
+	Lost      uint64
+	Reserved2 [6]uint64
+	Reader    [8]struct {
 		_        structs.HostLayout
 		Until    uint64
 		Lost     uint64

@@ -363,9 +363,10 @@ struct audience {
 		__u8 waiting[MAX_READERS];	/* 1: the reader gets events */
 		__u64 any;			/* 0: nobody does */
 	};
+	__u64 reserved[7];	/* each refusal reads any, and a flood writes what follows */
 	__u64 left_out;		/* events that nobody got, since their containers had too many */
 	__u64 lost;		/* sum over all readers, with those that are gone */
-	__u64 reserved;
+	__u64 reserved2[6];
 	struct reader reader[MAX_READERS];
 };
 

@@ -99,8 +99,14 @@ func (n *names) find(id string) (container.Container, bool) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), namesPatience)
 	defer cancel()
-	if n.containers.Learn(ctx, id) {
-		return n.containers.Find(id)
+	if now := time.Now(); len(n.containers.Stale()) == 0 {
+		n.containers.Learn(ctx, id)
+	} else if !now.Before(n.next) {
+		n.err = n.containers.Refresh(ctx)
+		n.next = now.Add(namesRetry)
+	}
+	if c, ok = n.containers.Find(id); ok {
+		return c, ok
 	}
 	if n.missing == nil || len(n.missing) > maxMissing {
 		n.missing = map[string]time.Time{}

@@ -278,6 +278,9 @@ func (r *Reader) replaced(s *seat) (bool, error) {
 		return false, err
 	}
 	same, err := r.filter.Uses(s.state, bpf.EgressMapReaders)
+	if same && err == nil {
+		same, err = r.filter.Uses(s.state, bpf.EgressMapBuffers)
+	}
 	if same {
 		s.stamp = stamp
 	}
