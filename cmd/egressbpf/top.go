@@ -15,7 +15,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/egressbpf/egressbpf/internal/events"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/stats"
 	"github.com/egressbpf/egressbpf/internal/top"
@@ -95,15 +94,16 @@ func (o *topOptions) run(ctx context.Context, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	var source events.Source
-	if opened, closeEvents, err := names.events(filter, root); err != nil {
-		fmt.Fprintf(&warnings, "warning: destinations and processes are not shown: %s\n", strings.Map(visible, err.Error()))
+	source, closeEvents, noEvents := names.events(filter, root)
+	if noEvents != nil {
+		source = nil
+		fmt.Fprintf(&warnings, "warning: destinations and processes are not shown: %s\n", strings.Map(visible, noEvents.Error()))
 	} else {
 		defer closeEvents()
-		source = opened
 	}
 	return top.Run(ctx, top.Options{
 		Events:   source,
+		NoEvents: noEvents,
 		Read:     topReading(filter, reader, names),
 		Interval: o.interval,
 		Title:    fmt.Sprintf("%s, egressbpf %s", host, loader.Version()),

@@ -65,6 +65,9 @@ func newModel(o Options) *model {
 	}
 	if o.Events == nil {
 		m.noEvents = "no events: destinations and processes are not known"
+		if o.NoEvents != nil {
+			m.noEvents += " (" + o.NoEvents.Error() + ")"
+		}
 	}
 	return m
 }

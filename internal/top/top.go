@@ -35,6 +35,8 @@ type Options struct {
 	Interval time.Duration
 	// Events are refusals as they happen; nil if there are none to be had.
 	Events events.Source
+	// NoEvents is why Events is nil.
+	NoEvents error
 	// Title names this host and program.
 	Title string
 	// Filter is the text to begin with as the filter.

@@ -494,7 +494,7 @@ func TestPause(t *testing.T) {
 
 // The screen says what it cannot know.
 func TestNotices(t *testing.T) {
-	m := newModel(Options{Title: "egressbpf", Filter: "w"})
+	m := newModel(Options{Title: "egressbpf", Filter: "w", NoEvents: errors.New("8 others\x1b[2J")})
 	m.Update(tea.WindowSizeMsg{Width: 200, Height: 24})
 	expect := func(what string, want ...string) {
 		t.Helper()
@@ -505,7 +505,7 @@ func TestNotices(t *testing.T) {
 			}
 		}
 	}
-	expect("at first", "reading the counters", "no events")
+	expect("at first", "reading the counters", "no events: destinations and processes are not known (8 others\uFFFD[2J)")
 	m.Update(readMsg{err: errors.New("broken\x1b[2J\nmap")})
 	expect("cannot be read at first", "cannot read the counters, trying again: broken\uFFFD[2J\uFFFDmap")
 	m.readAt(0, reading(a{}))
