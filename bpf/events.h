@@ -83,8 +83,9 @@ static __always_inline void note_seen(const struct event *e)
 		s->most = n;
 }
 
-/* Tells of a refusal: hands the event to each reader, and in audit mode notes it. A reader that has stopped without saying so is passed over
- * from the end of its time on, until it says that it is back.
+/* Tells of a refusal: hands the event to each reader, and in audit mode notes it. A reader that
+ * has stopped without saying so is passed over from the end of its time on, until it says that it
+ * is back.
  */
 static __noinline int tell(struct event *e)
 {

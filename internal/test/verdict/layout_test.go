@@ -159,6 +159,7 @@ func TestSwitches(t *testing.T) {
 	for name, probe := range map[string]error{
 		bpf.EgressVarHasSetRetval:   features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval),
 		bpf.EgressVarHasCoarseClock: features.HaveProgramHelper(ebpf.CGroupSKB, asm.FnKtimeGetCoarseNs),
+		bpf.EgressVarHasCurrent:     features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnGetCurrentComm),
 	} {
 		if missing[name] = errors.Is(probe, ebpf.ErrNotSupported); probe != nil && !missing[name] {
 			t.Fatal(probe)
