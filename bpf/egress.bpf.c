@@ -4,6 +4,8 @@
  * the same verdict early, so that a program is refused at once instead of waiting for an
  * answer that never comes.
  */
+#define RULES_LINKAGE __noinline
+#define WALK_IS_GLOBAL
 #include "caller.h"
 #include "glance.h"
 #include "limit.h"

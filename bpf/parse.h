@@ -214,16 +214,28 @@ static __always_inline bool is_extension(__u8 proto, bool v6)
  * its next header is an extension header, which hides how far it is from the ports, or if
  * it could overwrite the ports.
  */
-static __always_inline bool parse_later_fragment(const struct flow *f, __u32 offset, bool v6)
+static __always_inline bool hides_ports(__u8 proto, __u32 offset, bool v6)
 {
-	return !is_extension(f->proto, v6) && !rewrites_tcp(f->proto, offset);
+	return is_extension(proto, v6) || rewrites_tcp(proto, offset);
 }
 
-/* Reads the headers from the end of the IP header, whose protocol is f->proto, to the
- * ports.
- */
-static __always_inline bool parse_headers(const struct packet *p, __u32 off, struct flow *f, bool v6)
+/* What the extension headers lead to. In one number, since a global function returns no more. */
+union walked {
+	__u64 word;
+	struct {
+		__u32 transport;	/* offset of the transport header */
+		__u8 proto;
+		bool fragment;		/* other fragments may follow */
+		bool later;		/* a later fragment, which has no transport header */
+		bool valid;
+	};
+};
+
+/* Reads the headers from off, the end of the IP header, whose protocol is proto. */
+static __always_inline union walked walk(const struct packet *p, __u32 off, __u8 proto, bool v6)
 {
+	union walked w = { .proto = proto };
+
 	/* Unrolled: 5.10 and 6.1 reject the loop that clang would make of it. */
 	_Pragma("unroll")
 	for (int i = 0; i <= MAX_EXTENSIONS; i++) {
@@ -235,32 +247,70 @@ static __always_inline bool parse_headers(const struct packet *p, __u32 off, str
 			__be32 rest;
 		} ext;
 
-		if (!is_extension(f->proto, v6))
-			return parse_transport(p, off, f);
+		if (!is_extension(w.proto, v6)) {
+			w.transport = off;
+			w.valid = true;
+			return w;
+		}
 		if (i == MAX_EXTENSIONS || load(p, off, &ext, sizeof(ext)))
-			return false;
-		switch (f->proto) {
+			return w;
+		switch (w.proto) {
 		case EXT_FRAGMENT:
-			f->proto = ext.next;
-			f->fragment = ext.fragment & bpf_htons(0xfff9);
-			if (ext.fragment & bpf_htons(0xfff8))
-				return parse_later_fragment(f, bpf_ntohs(ext.fragment) & 0xfff8, v6);
+			w.proto = ext.next;
+			w.fragment = ext.fragment & bpf_htons(0xfff9);
+			if (ext.fragment & bpf_htons(0xfff8)) {
+				w.later = true;
+				w.valid = !hides_ports(w.proto, bpf_ntohs(ext.fragment) & 0xfff8, v6);
+				return w;
+			}
 			off += sizeof(ext);
 			continue;
 		case EXT_ROUTING:
 			/* With segments left, the destination is only the next hop. */
 			if (ext.fragment & bpf_htons(0x00ff))
-				return false;
+				return w;
 			break;
 		case EXT_AUTH:
-			f->proto = ext.next;
+			w.proto = ext.next;
 			off += (ext.len + 2) * 4;
 			continue;
 		}
-		f->proto = ext.next;
+		w.proto = ext.next;
 		off += (ext.len + 1) * 8;
 	}
-	return false;
+	return w;
+}
+
+#ifdef WALK_IS_GLOBAL
+/* Global for the verifier's sake: it checks a global function once, and goes on from there on
+ * one path, not on each that leads out of it. Global functions take only numbers before 5.12.
+ */
+__noinline __u64 walk_on(struct __sk_buff *skb, __u32 len, __u32 off, __u8 proto, __u8 v6)
+{
+	const struct packet p = { .data = skb, .len = len };
+
+	return walk(&p, off, proto, v6).word;
+}
+
+/* For packets whose base is 0. */
+static __always_inline union walked walk_once(const struct packet *p, __u32 off, __u8 proto, bool v6)
+{
+	return (union walked){ .word = walk_on(p->data, p->len, off, proto, v6) };
+}
+#else
+#define walk_once walk
+#endif
+
+/* Reads the headers from the end of the IP header, whose protocol is proto, to the ports. */
+static __always_inline bool parse_headers(const struct packet *p, __u32 off, __u8 proto, struct flow *f, bool v6)
+{
+	union walked w = walk_once(p, off, proto, v6);
+
+	f->proto = w.proto;
+	f->fragment |= w.fragment;
+	if (!w.valid || w.later)
+		return w.valid;
+	return parse_transport(p, w.transport, f);
 }
 
 /* The kernel writes the length of what it sends; beyond 64 KiB (BIG TCP) it writes 0. */
@@ -285,11 +335,12 @@ static __always_inline bool parse4(const struct packet *p, struct flow *f)
 		return false;
 	map4(&f->src, ip.saddr);
 	map4(&f->dst, ip.daddr);
-	f->proto = ip.protocol;
 	f->fragment = ip.frag_off & bpf_htons(IP_MF);
-	if (ip.frag_off & bpf_htons(IP_OFFSET))
-		return parse_later_fragment(f, (bpf_ntohs(ip.frag_off) & IP_OFFSET) * 8, false);
-	return parse_headers(p, header, f, false);
+	if (ip.frag_off & bpf_htons(IP_OFFSET)) {
+		f->proto = ip.protocol;
+		return !hides_ports(ip.protocol, (bpf_ntohs(ip.frag_off) & IP_OFFSET) * 8, false);
+	}
+	return parse_headers(p, header, ip.protocol, f, false);
 }
 
 static __always_inline bool parse6(const struct packet *p, struct flow *f)
@@ -303,8 +354,7 @@ static __always_inline bool parse6(const struct packet *p, struct flow *f)
 		return false;
 	__builtin_memcpy(&f->src, &ip.saddr, sizeof(f->src));
 	__builtin_memcpy(&f->dst, &ip.daddr, sizeof(f->dst));
-	f->proto = ip.nexthdr;
-	return parse_headers(p, sizeof(ip), f, true);
+	return parse_headers(p, sizeof(ip), ip.nexthdr, f, true);
 }
 
 /* Reads the packet into a flow; false if it cannot be judged. */
