@@ -138,6 +138,10 @@ func TestEnums(t *testing.T) {
 	}
 }
 
+// maxVerified is how many instructions the verifier may process for one program: a tenth of
+// its limit, since how many it needs differs between kernels.
+const maxVerified = 100_000
+
 // TestSwitches loads the programs with each combination of the boolean constants, with a limit
 // and without: the verifier sees a different program each time. Features that the kernel lacks
 // stay off.
@@ -177,6 +181,7 @@ func TestSwitches(t *testing.T) {
 		}
 		for _, limit := range []policy.Limit{strict, {}} {
 			t.Run(fmt.Sprint(on, " ", limit.Rate), func(t *testing.T) {
+				t.Parallel()
 				spec := loadSpec(t)
 				for _, name := range switches {
 					if err := spec.Variables[name].Set(slices.Contains(on, name)); err != nil {
@@ -190,7 +195,17 @@ func TestSwitches(t *testing.T) {
 				if err != nil {
 					t.Fatalf("%+v", err)
 				}
-				coll.Close()
+				defer coll.Close()
+				for name, prog := range coll.Programs {
+					info, err := prog.Info()
+					if err != nil {
+						t.Fatal(err)
+					}
+					// 0 before 5.16, which does not tell.
+					if n, _ := info.VerifiedInstructions(); n > maxVerified {
+						t.Errorf("%s: the verifier processed %d instructions, want at most %d", name, n, maxVerified)
+					}
+				}
 			})
 		}
 	}
