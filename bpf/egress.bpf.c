@@ -242,7 +242,8 @@ __noinline int tell_of_packet(struct __sk_buff *skb, __u32 reason, __u32 proto, 
 	return tell(&e);
 }
 
-static __always_inline int drop(struct __sk_buff *skb, struct container *c, const struct flow *f, enum reason reason)
+/* Refuses a packet. Returns whether it passes nevertheless, in audit mode. */
+static __always_inline bool drop(struct __sk_buff *skb, struct container *c, const struct flow *f, enum reason reason)
 {
 	if (refuse(c, HOOK_EGRESS, reason, skb->len))
 		tell_of_packet(skb, reason, f->proto, f->sport, f->dport);
@@ -314,19 +315,8 @@ static __always_inline enum mail judge_socket(struct __sk_buff *skb, const struc
 	return PAYS | BEGINS;
 }
 
-/* What happens to a packet to a mail port. */
-enum mail_verdict {
-	MAIL_DROPPED,
-	MAIL_PASSES,
-	/* It passes, since the mode is audit, and is told of last: until 6.4, the verifier follows
-	 * many more paths through what comes after a call.
-	 */
-	MAIL_OVER_LIMIT,
-	MAIL_WITHOUT_BUCKET,
-};
-
-/* The verdict on a TCP packet to a mail port whose destination is not blocked. */
-static __always_inline enum mail_verdict judge_mail(struct __sk_buff *skb, const struct flow *f)
+/* Whether a TCP packet to a mail port whose destination is not blocked may pass. */
+static __always_inline bool judge_mail(struct __sk_buff *skb, const struct flow *f)
 {
 	/* In memory rather than in a register, so that the verifier does not know the value
 	 * and walks through the rest once.
@@ -335,33 +325,24 @@ static __always_inline enum mail_verdict judge_mail(struct __sk_buff *skb, const
 		__u8 unused;
 		volatile __u8 is;
 	} __attribute__((aligned(8))) mail;
-	enum mail_verdict verdict = MAIL_PASSES;
 	struct container *c;
 	__u8 is;
 
 	mail.is = judge_socket(skb, f);
 	is = mail.is;
 	if (is == FREE || exempt(f) || !sent_by_container(skb, &c))
-		return MAIL_PASSES;
-	if (!c) {
-		if (enforce)
-			return drop(skb, c, f, REASON_NO_BUCKET) ? MAIL_PASSES : MAIL_DROPPED;
-		refuse(c, HOOK_EGRESS, REASON_NO_BUCKET, skb->len);
-		return MAIL_WITHOUT_BUCKET;
-	}
-	if (is & PAYS && take_token(c)) {
+		return true;
+	if (!c)
+		return drop(skb, c, f, REASON_NO_BUCKET);
+	if (is & PAYS && take_token(c))
 		count_allowed(c);
-	} else if (limit_of(c)->count) {
-		if (enforce)
-			return drop(skb, c, f, REASON_RATE_LIMITED) ? MAIL_PASSES : MAIL_DROPPED;
-		refuse(c, HOOK_EGRESS, REASON_RATE_LIMITED, skb->len);
-		verdict = MAIL_OVER_LIMIT;
-	}
+	else if (limit_of(c)->count && !drop(skb, c, f, REASON_RATE_LIMITED))
+		return false;
 	/* In audit mode a connection that was not paid for goes on, and is counted once. */
 	announce(f, false);
 	if (is & BEGINS)
 		begin_ticket(skb, f);
-	return verdict;
+	return true;
 }
 
 /* Why a packet that is not blocked may still not be sent. Over the loopback device, a
@@ -459,7 +440,6 @@ SEC("cgroup_skb/egress")
 int egress(struct __sk_buff *skb)
 {
 	enum glance g = glance(skb);
-	enum mail_verdict verdict;
 	__u32 why = 0;
 	struct flow f;
 
@@ -476,13 +456,10 @@ int egress(struct __sk_buff *skb)
 		if (found != IS_MAIL)
 			return found == PASSES;
 	}
-	verdict = judge_mail(skb, &f);
-	if (verdict == MAIL_DROPPED)
+	if (!judge_mail(skb, &f))
 		return 0;
 	if (why)
 		announce_permitted(&f);
-	if (verdict != MAIL_PASSES)
-		tell_of_packet(skb, verdict == MAIL_OVER_LIMIT ? REASON_RATE_LIMITED : REASON_NO_BUCKET, f.proto, f.sport, f.dport);
 	return 1;
 }
 
