@@ -2,6 +2,7 @@
 #
 #   make attach   build, put the filter in force, show its status
 #   make install  install the command and a service: systemctl enable --now egressbpf
+#   make packages make deb and rpm packages, in bin/packages
 #   make test     run all tests
 #   make demo     show the filter at work, on this machine alone
 #   make bench    measure what the filter costs, beside other ways to filter
@@ -46,6 +47,16 @@ uninstall:
 	$(SUDO) rm -f $(DESTDIR)$(PREFIX)/share/man/man8/egressbpf*.8
 	$(SUDO) rm -rf $(DESTDIR)$(PREFIX)/share/doc/egressbpf $(DESTDIR)$(PREFIX)/share/egressbpf
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl daemon-reload
+
+# deb and rpm packages for amd64 and arm64, in bin/packages. The same commit makes the same
+# packages.
+.PHONY: packages
+packages: build
+	rm -rf bin/packages
+	for arch in amd64 arm64; do \
+		CGO_ENABLED=0 GOARCH=$$arch $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/linux-$$arch/egressbpf ./cmd/egressbpf && \
+		dist/packages/build.sh '$(VERSION)' $$arch bin/linux-$$arch/egressbpf bin/egressbpf bin/packages || exit 1; \
+	done
 
 .PHONY: demo
 demo: build
