@@ -48,15 +48,23 @@ uninstall:
 	$(SUDO) rm -rf $(DESTDIR)$(PREFIX)/share/doc/egressbpf $(DESTDIR)$(PREFIX)/share/egressbpf
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || $(SUDO) systemctl daemon-reload
 
+ARCHES ?= amd64 arm64
+
 # deb and rpm packages for amd64 and arm64, in bin/packages. The same commit makes the same
 # packages.
 .PHONY: packages
 packages: build
 	rm -rf bin/packages
-	for arch in amd64 arm64; do \
+	for arch in $(ARCHES); do \
 		CGO_ENABLED=0 GOARCH=$$arch $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/linux-$$arch/egressbpf ./cmd/egressbpf && \
 		dist/packages/build.sh '$(VERSION)' $$arch bin/linux-$$arch/egressbpf bin/egressbpf bin/packages || exit 1; \
 	done
+
+# Also checks how versions become those of packages.
+.PHONY: lint-packages
+lint-packages: packages
+	@$(INSTALL) lintian:lintian rpm:rpm rpmlint:rpmlint
+	dist/packages/test.sh bin/packages
 
 .PHONY: demo
 demo: build
@@ -143,7 +151,10 @@ lint:
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	@$(INSTALL) shellcheck:shellcheck
-	shellcheck --severity=warning internal/test/*/*.sh internal/test/vmtest/debian/run .ci/run
+	shellcheck --severity=warning internal/test/*/*.sh internal/test/vmtest/debian/run dist/packages/*.sh .ci/run
+	for script in $(filter-out %/lib.sh,$(wildcard dist/packages/scripts/*)); do \
+		{ printf '#!/bin/sh\nset -e\n' && cat dist/packages/scripts/lib.sh $$script; } | shellcheck --severity=warning - || exit 1; \
+	done
 
 .PHONY: clean
 clean:

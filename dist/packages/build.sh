@@ -46,12 +46,12 @@ done
 cp dist/packages/copyright docs/packages.md CHANGELOG.md LICENSE "$root/doc"
 cp bpf/LICENSE.* "$root/doc"
 gzip -9n <CHANGELOG.md >"$root/doc/changelog.gz"
-gzip -9n >"$root/doc/changelog.Debian.gz" <<END
-egressbpf ($PACKAGE_VERSION-1) unstable; urgency=medium
-
-  * Version $version. What has changed is in changelog.gz.
-
- -- $(sed -n 's/^maintainer: //p' dist/packages/nfpm.yaml)  $(date --utc --rfc-email --date="@$SOURCE_DATE_EPOCH")
+cat >"$stage/changelog.yaml" <<END
+- semver: $PACKAGE_VERSION-1
+  date: $(date --utc --date="@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)
+  packager: $(sed -n 's/^maintainer: //p' dist/packages/nfpm.yaml)
+  changes: [{note: "Version $version: what has changed is in CHANGELOG.md."}]
+  deb: {urgency: medium, distributions: [unstable]}
 END
 # The licences of what is linked into the command ask for their text.
 {

@@ -40,7 +40,7 @@ later() { [ "$1" != "$2" ] && [ "$(printf '%s\n' "$1" "$2" | LC_ALL=C sort -V | 
 
 # keep_command keeps the installed command, and how to take the filter off with it.
 keep_command() {
-	mkdir -p -m 700 "$kept" &&
+	mkdir -p "$kept" && chmod 700 "$kept" &&
 		cp "$binary" "$kept/egressbpf" &&
 		cp /usr/share/egressbpf/version "$kept/version" &&
 		cat >"$kept/detach" <<-END &&
