@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
 readonly suite=trixie
-readonly packages=systemd-sysv,dbus,docker.io,docker-cli,docker-buildx,podman,crun,netavark,rootlesskit,slirp4netns,passt,uidmap,dbus-user-session,linux-image-cloud-amd64,initramfs-tools,iproute2,iptables,nftables,busybox-static,procps
+readonly packages=systemd-sysv,dbus,docker.io,docker-cli,docker-buildx,podman,crun,netavark,rootlesskit,slirp4netns,passt,uidmap,dbus-user-session,linux-image-cloud-amd64,initramfs-tools,iproute2,iptables,nftables,busybox-static,procps,bpftool,rpm
 readonly needed=(mmdebstrap:mmdebstrap qemu-system-x86_64:qemu-system-x86 mke2fs:e2fsprogs debian-archive-keyring python-apt-common)
 
 # What exits with this code is the harness, not the script.
@@ -34,13 +34,21 @@ die() {
     exit "$harness_failed"
 }
 
+# What systemd does at the first boot only, such as ldconfig, is done in the image already.
+readonly parameters='mitigations=off systemd.condition_needs_update=no systemd.condition_first_boot=no systemd.machine_id=00000000000000000000000000000001'
+
 # The script is baked into the image, and stands for what the image is made of.
 make_image() {
     local dir=$1 root=$1/root url keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     url=$(internal/test/vmtest/run.sh --mirror) && [ -n "$url" ] || die 'no Debian archive found in the apt sources: set VMTEST_MIRROR'
     echo "debian.sh: making Debian $suite from $url" >&2
     { apt-config dump | grep '^Acquire::' | grep -Ev '^Acquire::(Allow|IndexTargets)'; echo 'Acquire::Languages "none";'; } >"$dir/apt.conf"
+    # Under emulation, a boot with all modules takes long.
+    # shellcheck disable=SC2016 # mmdebstrap's shell expands it
     mmdebstrap --quiet --mode=root --variant=minbase --include="$packages" --aptopt="$dir/apt.conf" \
+        --essential-hook='mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"' \
+        --essential-hook='echo MODULES=list >"$1/etc/initramfs-tools/conf.d/vmtest"' \
+        --essential-hook='printf "%s\n" virtio_pci virtio_blk ext4 >"$1/usr/share/initramfs-tools/modules.d/vmtest"' \
         "$suite" "$root" "deb [signed-by=$keyring] $url $suite main" >"$dir/log" 2>&1 || { tail -30 "$dir/log" >&2; die 'mmdebstrap failed'; }
     cp "$root"/boot/vmlinuz-* "$dir/vmlinuz"
     cp "$root"/boot/initrd.img-* "$dir/initrd"
@@ -109,7 +117,7 @@ for ((boot = 1; code == reboot; boot++)); do
     timeout --kill-after=10 "$timeout" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 2G \
         -nodefaults -display none -no-reboot -nic none -serial "file:$dir/console" -serial "file:$dir/out" \
         -kernel "$image/vmlinuz" -initrd "$image/initrd" \
-        -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 systemd.show_status=no vmtest.boot=$boot" \
+        -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 systemd.show_status=no $parameters vmtest.boot=$boot" \
         -drive "file=$dir/disk,if=virtio,format=raw,cache=unsafe" -drive "file=$dir/files,if=virtio,format=raw,readonly=on" \
         </dev/null >"$dir/qemu" 2>&1 || true
     [ -e "$dir/out" ] || { cat "$dir/qemu" >&2 && die "boot $boot: the emulator did not start"; }

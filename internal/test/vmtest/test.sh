@@ -80,11 +80,29 @@ on_kernel() {
     return "$failed"
 }
 
-# on_debian runs `make install` and tests the service on a whole Debian.
+# The packages of this commit are upgraded from, and gone back to.
+readonly earlier=c10a985
+
+# packaged NAME SOURCE VERSION EPOCH builds the source in a folder and makes packages of it.
+packaged() {
+    local command="$dir/egressbpf-$1"
+    (cd "$2" && CGO_ENABLED=0 go build -buildvcs=false -trimpath -o "$command" \
+        -ldflags "-s -w -X github.com/egressbpf/egressbpf/internal/loader.version=$3" ./cmd/egressbpf) || return
+    SOURCE_DATE_EPOCH=$4 dist/packages/build.sh "$3" amd64 "$command" "$command" "$dir/debian/$1" || return
+    echo "$3" >"$dir/debian/$1/version"
+}
+
+package_both() {
+    mkdir "$dir/earlier" && git archive "$earlier" | tar x -C "$dir/earlier" || return
+    packaged earlier "$dir/earlier" "$earlier" "$(git log -1 --format=%ct "$earlier")" || return
+    packaged this . "$(git describe --tags --always --dirty)" "$(git log -1 --format=%ct)"
+}
+
+# on_debian tests the packages, and the service that they install, on a whole Debian.
 on_debian() {
     mkdir "$dir/debian"
     cp internal/test/vmtest/debian/run "$dir/debian"
-    make --no-print-directory install DESTDIR="$dir/debian/root" SUDO= >"$dir/out-debian" 2>&1 || { cat "$dir/out-debian"; return 1; }
+    package_both >"$dir/out-debian" 2>&1 || { cat "$dir/out-debian"; return 1; }
     # The image needs root.
     local sudo=()
     [ "$(id -u)" = 0 ] || sudo=(sudo)
