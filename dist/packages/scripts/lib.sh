@@ -10,7 +10,7 @@ kept=/var/lib/egressbpf      # the command of a removed package whose filter is 
 notes=/run/egressbpf-package # what one script of a transaction leaves for the next
 
 say() { printf 'egressbpf: %s\n' "$*" >&2; }
-note() { mkdir -p "$notes" && : >"$notes/$1"; }
+note() { { mkdir -p "$notes" && : >"$notes/$1"; } || :; }
 noted() { [ -e "$notes/$1" ]; }
 
 # A chroot, in which an image is made, may see what is in force on the host.
@@ -74,7 +74,7 @@ before_files() {
 		systemctl stop "$unit" || :
 	fi
 	if ! "$command" detach --hand-over; then
-		[ "$command" != "$binary" ] || keep_command
+		[ "$command" != "$binary" ] || keep_command || :
 		note keep
 		say "version $from could not hand over to version $version. What it had in force stays in force."
 		say "$kept/detach takes it off."
