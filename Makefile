@@ -4,6 +4,7 @@
 #   make install  install the command and a service: systemctl enable --now egressbpf
 #   make packages make deb and rpm packages, in bin/packages
 #   make test     run all tests
+#   make image    container images: bin/image
 #   make demo     show the filter at work, on this machine alone
 #   make bench    measure what the filter costs, beside other ways to filter
 #   make performance
@@ -144,6 +145,19 @@ compiler:
 .PHONY: generate
 generate: compiler
 	$(GO) generate ./...
+
+# The tool that builds images and releases. What it writes depends on the version of Go, so it has
+# the one of go.mod, not a newer one.
+GO_PINNED = GOTOOLCHAIN=$(shell sed -n 's/^toolchain //p' go.mod) $(GO)
+.PHONY: bin/release-tool
+bin/release-tool:
+	GOFLAGS= $(GO_PINNED) -C tools build -trimpath -o ../bin/release-tool ./release
+
+# Container images of the work tree: bin/image/egressbpf-image-amd64.tar and -arm64.tar for
+# `docker load`, egressbpf-image.oci.tar with both for registries. Needs no Docker.
+.PHONY: image
+image: bin/release-tool
+	bin/release-tool -version '$(VERSION)' -o bin/image image
 
 .PHONY: lint
 lint:
