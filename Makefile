@@ -159,6 +159,12 @@ bin/release-tool:
 image: bin/release-tool
 	bin/release-tool -version '$(VERSION)' -o bin/image image
 
+# Everything that a release has, in bin/release, for the tag of the commit; with VERSION=v1.2.3-rc.1,
+# whatever the commit is. See docs/releasing.md.
+.PHONY: release
+release: bin/release-tool
+	bin/release-tool -version '$(if $(filter command environment,$(firstword $(origin VERSION))),$(VERSION))' -o bin/release release
+
 .PHONY: lint
 lint:
 	@test -z "$$(gofmt -l .)" || { echo 'gofmt:'; gofmt -l .; exit 1; }
@@ -169,6 +175,8 @@ lint:
 	for script in $(filter-out %/lib.sh,$(wildcard dist/packages/scripts/*)); do \
 		{ printf '#!/bin/sh\nset -e\n' && cat dist/packages/scripts/lib.sh $$script; } | shellcheck --severity=warning - || exit 1; \
 	done
+	$(GO) tool -modfile=tools/go.mod actionlint
+	cd tools && $(GO) vet ./release && $(GO) tool -modfile=../go.mod staticcheck ./release
 
 .PHONY: clean
 clean:

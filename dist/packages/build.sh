@@ -53,19 +53,7 @@ cat >"$stage/changelog.yaml" <<END
   changes: [{note: "Version $version: what has changed is in CHANGELOG.md."}]
   deb: {urgency: medium, distributions: [unstable]}
 END
-# The licences of what is linked into the command ask for their text.
-{
-	printf 'Go\n\n'
-	cat "$(go env GOROOT)/LICENSE"
-	GOOS=linux CGO_ENABLED=0 GOARCH=$ARCH go list -deps -f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Version}} {{.Dir}}{{end}}{{end}}' \
-		./cmd/egressbpf | sort -u | while read -r module number dir; do
-		printf '\n\n%s %s\n' "$module" "$number"
-		found=$(find "$dir" -maxdepth 1 \( -iname 'licen[cs]e*' -o -iname 'copying*' -o -iname 'notice*' \) -type f | LC_ALL=C sort)
-		[ -n "$found" ] || { echo "build.sh: $module has no licence" >&2; exit 1; }
-		while IFS= read -r file; do printf '\n' && cat "$file"; done <<<"$found"
-	done
-} >"$stage/third-party"
-gzip -9n <"$stage/third-party" >"$root/doc/third-party.gz"
+dist/packages/third-party.sh "$ARCH" | gzip -9n >"$root/doc/third-party.gz"
 
 for script in preinst postinst prerm postrm pre preun postun posttrans; do
 	{

@@ -47,9 +47,12 @@ func newBuild(version string) (*build, error) {
 		return nil, fmt.Errorf("time of commit %s: %w", b.commit, err)
 	}
 	b.time = time.Unix(unix, 0).UTC()
-	b.env = environment(os.Environ(), seconds)
+	b.env = environment(os.Environ(), b.epoch())
 	return b, nil
 }
+
+// epoch is the time of the commit, as SOURCE_DATE_EPOCH has it.
+func (b *build) epoch() string { return strconv.FormatInt(b.time.Unix(), 10) }
 
 // kept are the settings of Go that say where things come from and go to. All others, set by
 // whoever builds, would change the result.

@@ -30,11 +30,15 @@ const (
 
 // images writes an image for each architecture that `docker load` reads, and one of all for
 // registries. It returns the digest of the latter. Names are PREFIX-ARCH.tar and PREFIX.oci.tar.
-func (b *build) images(binaries map[string]string, prefix string) (v1.Hash, error) {
+func (b *build) images(binaries map[string]string, work, prefix string) (v1.Hash, error) {
 	b.progress("images")
 	index := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
 	for _, arch := range architectures {
-		image, err := b.image(binaries[arch], arch)
+		notices, err := b.thirdParty(arch, work)
+		if err != nil {
+			return v1.Hash{}, err
+		}
+		image, err := b.image(binaries[arch], notices, arch)
 		if err != nil {
 			return v1.Hash{}, fmt.Errorf("image for %s: %w", arch, err)
 		}
@@ -79,12 +83,13 @@ func (b *build) names() map[string]string {
 	}
 }
 
-// image makes the image of a binary: nothing else is in it but the licence. It runs as root,
+// image makes the image of a binary: nothing else is in it but the licences. It runs as root,
 // which loading BPF programs needs.
-func (b *build) image(binary, arch string) (v1.Image, error) {
+func (b *build) image(binary, notices, arch string) (v1.Image, error) {
 	var files bytes.Buffer
 	if err := b.tar(&files, []file{
 		{name: "LICENSE", from: "LICENSE", mode: 0o644},
+		{name: "third-party", from: notices, mode: 0o644},
 		{name: "egressbpf", from: binary, mode: 0o755},
 	}); err != nil {
 		return nil, err

@@ -32,7 +32,7 @@ func run(args []string) error {
 	version := flags.String("version", "", "version, such as v1.2.3 (default: the commit's tag)")
 	out := flags.String("o", "", "directory to write to")
 	flags.Usage = func() {
-		fmt.Fprint(flags.Output(), "Usage: release [FLAGS] image\n")
+		fmt.Fprint(flags.Output(), "Usage: release [FLAGS] image|release\n")
 		flags.PrintDefaults()
 	}
 	if err := flags.Parse(args); err != nil {
@@ -47,6 +47,8 @@ func run(args []string) error {
 	switch command := flags.Arg(0); command {
 	case "image":
 		return image(*version, *out)
+	case "release":
+		return makeRelease(*version, *out)
 	default:
 		return usageError{fmt.Errorf("unknown command %q; see release -help", command)}
 	}
@@ -70,7 +72,7 @@ func image(version, out string) error {
 	if err != nil {
 		return err
 	}
-	digest, err := b.images(binaries, filepath.Join(out, "egressbpf-image"))
+	digest, err := b.images(binaries, dir, filepath.Join(out, "egressbpf-image"))
 	if err != nil {
 		return err
 	}
