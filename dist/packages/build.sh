@@ -63,6 +63,7 @@ for script in preinst postinst prerm postrm pre preun postun posttrans; do
 	} >"$stage/scripts/$script"
 done
 cp dist/packages/lintian-overrides "$stage"
+chmod -R u=rwX,go=rX "$stage" # whatever modes the checkout has
 find "$stage" -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} +
 for packager in deb rpm; do
 	(cd "$stage" && "$nfpm" package --config "$OLDPWD/dist/packages/nfpm.yaml" --packager "$packager" --target "$folder" >"$stage/log" 2>&1) ||
