@@ -4,7 +4,8 @@
 #   make install  install the command and a service: systemctl enable --now egressbpf
 #   make packages make deb and rpm packages, in bin/packages
 #   make test     run all tests
-#   make image    container images: bin/image
+#   make image    make container images, in bin/image
+#   make release  make everything that a release has, in bin/release
 #   make demo     show the filter at work, on this machine alone
 #   make bench    measure what the filter costs, beside other ways to filter
 #   make performance
@@ -115,6 +116,7 @@ test: test-host test-kernels
 .PHONY: test-host
 test-host: build test-tools compiler
 	CGO_ENABLED=0 $(GO) test -count=1 -timeout 30m -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./...
+	cd tools && GOFLAGS= $(GO) test ./release
 
 # The packages whose goroutines share data; needs cgo.
 .PHONY: test-race
@@ -151,7 +153,7 @@ generate: compiler
 GO_PINNED = GOTOOLCHAIN=$(shell sed -n 's/^toolchain //p' go.mod) $(GO)
 .PHONY: bin/release-tool
 bin/release-tool:
-	GOFLAGS= $(GO_PINNED) -C tools build -trimpath -o ../bin/release-tool ./release
+	GOFLAGS= GOAMD64= $(GO_PINNED) -C tools build -trimpath -o ../bin/release-tool ./release
 
 # Container images of the work tree: bin/image/egressbpf-image-amd64.tar and -arm64.tar for
 # `docker load`, egressbpf-image.oci.tar with both for registries. Needs no Docker.
@@ -165,6 +167,12 @@ image: bin/release-tool
 release: bin/release-tool
 	bin/release-tool -version '$(if $(filter command environment,$(firstword $(origin VERSION))),$(VERSION))' -o bin/release release
 
+# Builds a release twice, at different paths, and compares; looks at what is in it.
+.PHONY: release-check
+release-check:
+	CGO_ENABLED=0 $(GO) test -count=1 -v ./internal/test/release
+	cd tools && GOFLAGS= $(GO) test -count=1 ./release
+
 .PHONY: lint
 lint:
 	@test -z "$$(gofmt -l .)" || { echo 'gofmt:'; gofmt -l .; exit 1; }
@@ -175,7 +183,7 @@ lint:
 	for script in $(filter-out %/lib.sh,$(wildcard dist/packages/scripts/*)); do \
 		{ printf '#!/bin/sh\nset -e\n' && cat dist/packages/scripts/lib.sh $$script; } | shellcheck --severity=warning - || exit 1; \
 	done
-	$(GO) tool -modfile=tools/go.mod actionlint
+	$(GO) tool -modfile=tools/actionlint/go.mod actionlint
 	cd tools && $(GO) vet ./release && $(GO) tool -modfile=../go.mod staticcheck ./release
 
 .PHONY: clean
