@@ -76,6 +76,7 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err != nil {
 		return err
 	}
+	names.warnNoDocker()
 	ctx, cancel := context.WithTimeout(ctx, lockPatience)
 	defer cancel()
 	if err := filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {

@@ -62,6 +62,9 @@ func (o *checkOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout io.
 	if err != nil {
 		return err
 	}
+	if unix.Access(string(root), unix.W_OK) == unix.EROFS {
+		return fmt.Errorf("%s is read-only, and the self-test makes a cgroup there: in a container, mount it with -v /sys/fs/cgroup:/sys/fs/cgroup", root)
+	}
 	ctx, cancel := context.WithTimeout(ctx, lockPatience)
 	defer cancel()
 	host := preflight.Host{

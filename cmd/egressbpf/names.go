@@ -46,13 +46,16 @@ type names struct {
 
 // names returns those that the sources of the inventory tell.
 func (g *globals) names(stderr io.Writer) (*names, error) {
-	n := &names{asked: g.dockerHost != "" || os.Getenv("DOCKER_HOST") != "", stderr: stderr}
+	n := &names{asked: g.sourceNamed(), stderr: stderr}
 	n.containers, n.err = g.inventory()
 	if n.err != nil && g.dockerHost != "" {
 		return nil, usageError{fmt.Errorf("--docker-host: %w", n.err)}
 	}
 	return n, nil // the environment may be meant for other programs
 }
+
+// sourceNamed says whether the user has named a source.
+func (g *globals) sourceNamed() bool { return g.dockerHost != "" || os.Getenv("DOCKER_HOST") != "" }
 
 // inventory returns one of all sources that there are, which the flags and the environment
 // name. Nobody is asked yet. The caller closes it.

@@ -53,6 +53,12 @@ func (g *globals) filter() (*loader.Filter, cgroup.Root, error) {
 	if err := cgroup.CheckNamespace(); err != nil {
 		return nil, "", err
 	}
+	if err := loader.New(g.pinPath, "").CheckContainer(); err != nil {
+		return nil, "", err
+	}
+	if err := loader.CheckBPF(); err != nil {
+		return nil, "", err
+	}
 	root := cgroup.Root(g.cgroupRoot)
 	if root == "" {
 		var err error
@@ -110,7 +116,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 // does not help.
 func cannotBe(err error) bool {
 	rejected := (*ebpf.VerifierError)(nil)
-	for _, cause := range []error{cgroup.ErrNoCgroup2, cgroup.ErrNotInitialNamespace, loader.ErrCannotRecognise, loader.ErrPrivateMount, ebpf.ErrNotSupported} {
+	for _, cause := range []error{cgroup.ErrNoCgroup2, cgroup.ErrNotInitialNamespace, loader.ErrCannotRecognise, loader.ErrPrivateMount,
+		loader.ErrOwnPIDs, loader.ErrOwnNetwork, loader.ErrNotMounted, loader.ErrHidden, ebpf.ErrNotSupported} {
 		if errors.Is(err, cause) {
 			return true
 		}
@@ -216,7 +223,12 @@ func remedyFor(err error) string {
 	}{
 		{cgroup.ErrNoCgroup2, "a cgroup v2 hierarchy is needed: boot with systemd.unified_cgroup_hierarchy=1, or mount one with `mount -t cgroup2 none DIR` and name it with --cgroup-root"},
 		{cgroup.ErrNotBelowRoot, "name a directory of the cgroup2 mount, such as its docker directory"},
-		{cgroup.ErrNotInitialNamespace, "run it on the host, outside of any container, or with `nsenter --target 1 --cgroup`"},
+		{cgroup.ErrNotInitialNamespace, "run it on the host, or with `nsenter --target 1 --cgroup`; in a container, with --cgroupns=host"},
+		{loader.ErrOwnPIDs, "run the container with --pid=host"},
+		{loader.ErrOwnNetwork, "run the container with --network=host"},
+		{loader.ErrNotMounted, "on the host, mount one first: `mount -t bpf bpf /sys/fs/bpf`"},
+		{loader.ErrHidden, "run the container with --cap-add=SYS_PTRACE, and where AppArmor is on with --security-opt=apparmor=unconfined"},
+		{loader.ErrNoBPF, "a seccomp profile or a security module forbids it, or the process is in a user namespace: in a container, use the engine's own seccomp profile (or --security-opt=seccomp=unconfined) and --userns=host"},
 		{loader.ErrWholeHost, "name the cgroup whose children are containers, or list the names of containers' cgroups with --scopes"},
 		{loader.ErrCannotRecognise, "let Docker put its containers into a cgroup of their own, and name that with --cgroup: /sys/fs/cgroup/docker with its cgroupfs driver, or with its systemd driver a slice (\"cgroup-parent\": \"docker.slice\" in /etc/docker/daemon.json) and --scopes any"},
 		{loader.ErrPrivateMount, "run it on the host; in a container, with --pid=host and the host's /sys/fs/bpf mounted (-v /sys/fs/bpf:/sys/fs/bpf)"},

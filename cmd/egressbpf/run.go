@@ -104,6 +104,7 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	if err != nil {
 		return err
 	}
+	(&names{containers: containers, asked: o.sourceNamed(), stderr: stderr}).warnNoDocker()
 	log := newLogger(stderr)
 	node, _ := os.Hostname() // then nobody is told where something happened
 	named := &events.Names{Node: node, Filter: filter, Root: root, Find: patiently(containers.Find)}

@@ -50,6 +50,7 @@ look.`,
 		if err != nil {
 			return err
 		}
+		names.warnNoDocker()
 		status, err := awaitStatus(cmd.Context(), filter, names, wait)
 		if err != nil {
 			return err

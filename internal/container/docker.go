@@ -3,9 +3,11 @@ package container
 import (
 	"context"
 	"errors"
+	"os"
 	"slices"
 	"strings"
 
+	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/docker"
 )
 
@@ -33,7 +35,18 @@ func (d *Docker) Host() string { return d.client.Host() }
 func (d *Docker) Local() bool { return d.client.Local() }
 
 // Started implements [Source].
-func (d *Docker) Started() bool { return docker.Running() }
+func (d *Docker) Started() bool { return docker.Running() || d.mounted() }
+
+// mounted says whether this process is in a container that has the socket. The daemon's other files
+// are not there, and whoever mounts the socket wants the daemon to be asked.
+func (d *Docker) mounted() bool {
+	path, ok := strings.CutPrefix(d.Host(), "unix://")
+	if !ok || cgroup.OwnContainer() == "" {
+		return false
+	}
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().Type() == os.ModeSocket
+}
 
 // List implements [Source].
 func (d *Docker) List(ctx context.Context) ([]Container, error) {

@@ -137,7 +137,11 @@ func (f *Filter) AddStateOf(s *Status, state *maps.State) error {
 // AddExposed adds the containers that see or can write more of the host's cgroups than
 // their own. It looks at one process of each container.
 func (f *Filter) AddExposed(s *Status) error {
+	own := cgroup.OwnContainer()
 	for _, c := range s.running {
+		if c.Rel == own {
+			continue // it needs the namespace to see the others
+		}
 		e, err := f.root.Exposure(c.Rel)
 		if err != nil {
 			return fmt.Errorf("look at the container in %s: %w", c.Rel, err)

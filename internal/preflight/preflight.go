@@ -303,7 +303,7 @@ func (h Host) covered(r *Report) {
 	}
 	var missed, exposed []string
 	for _, c := range running {
-		if e, err := h.Root.Exposure(c.Rel); err == nil && e != (cgroup.Exposure{}) {
+		if e, err := h.Root.Exposure(c.Rel); err == nil && e != (cgroup.Exposure{}) && c.Rel != cgroup.OwnContainer() {
 			exposed = append(exposed, strconv.Quote(c.Rel))
 		}
 		if !h.polices(c.Rel) {

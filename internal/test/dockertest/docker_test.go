@@ -202,6 +202,12 @@ func executable(t *testing.T, name, from string) file {
 // importImage makes an image from files.
 func (e *engine) importImage(t *testing.T, name string, files ...file) {
 	t.Helper()
+	e.importChanged(t, name, nil, files...)
+}
+
+// importChanged makes an image from files, with instructions of a Dockerfile.
+func (e *engine) importChanged(t *testing.T, name string, instructions []string, files ...file) {
+	t.Helper()
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)
 	for _, f := range files {
@@ -216,7 +222,11 @@ func (e *engine) importImage(t *testing.T, name string, files ...file) {
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	cmd := e.command("import", "-", name)
+	args := []string{"import"}
+	for _, i := range instructions {
+		args = append(args, "--change", i)
+	}
+	cmd := e.command(append(args, "-", name)...)
 	cmd.Stdin = &archive
 	if exit := lab.Run(t, cmd); exit.Code != 0 {
 		t.Fatalf("docker import: %s", exit.Stderr)
