@@ -89,5 +89,5 @@ func (b *build) begin(out string) (string, error) {
 	if err := os.MkdirAll(out, 0o755); err != nil {
 		return "", err
 	}
-	return os.MkdirTemp("", "egressbpf-release-")
+	return os.MkdirTemp(filepath.Dir(out), "work-")
 }

@@ -205,10 +205,7 @@ func (b *build) archive(binaries map[string]string, arch, work, to string) error
 		}
 	}
 	return writeFile(to, func(w io.Writer) error {
-		packed, err := gzip.NewWriterLevel(w, gzip.BestCompression)
-		if err != nil {
-			return err
-		}
+		packed := gzip.NewWriter(w)
 		if err := b.tar(packed, files); err != nil {
 			return err
 		}

@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"crypto/sha256"
 	"debug/buildinfo"
 	"debug/elf"
@@ -24,7 +25,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"time"
 )
 
 // The version is one of which the changelog says nothing, so the notes are of what is unreleased.
@@ -45,7 +48,7 @@ func TestRelease(t *testing.T) {
 	var wg sync.WaitGroup
 	for _, c := range []checkout{one, other} {
 		wg.Go(func() {
-			if out, err := c.make("release", "VERSION="+version); err != nil {
+			if out, err := c.make(t, "release", "VERSION="+version); err != nil {
 				t.Errorf("%s: make release: %v\n%s", c.dir, err, out)
 			}
 		})
@@ -78,7 +81,7 @@ func TestRelease(t *testing.T) {
 func testRefused(t *testing.T, c checkout) {
 	refused := func(want string, args ...string) {
 		t.Helper()
-		out, err := c.make(append([]string{"release"}, args...)...)
+		out, err := c.make(t, append([]string{"release"}, args...)...)
 		if err == nil || !strings.Contains(out, want) {
 			t.Errorf("make release %s: %v, want a refusal that says %q\n%s", strings.Join(args, " "), err, want, out)
 		}
@@ -144,9 +147,18 @@ func (c checkout) git(t *testing.T, args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// make runs make, and returns what it prints.
-func (c checkout) make(args ...string) (string, error) {
-	cmd := exec.Command("sh", append([]string{"-c", `umask "$0" && exec make "$@"`, c.umask}, args...)...)
+// make runs make, and returns what it prints. Nothing of it outlives the test.
+func (c checkout) make(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	ctx := t.Context()
+	if deadline, ok := t.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, deadline.Add(-10*time.Second))
+		defer cancel()
+	}
+	cmd := exec.CommandContext(ctx, "sh", append([]string{"-c", `umask "$0" && exec make "$@"`, c.umask}, args...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.Dir = c.dir
 	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {
 		name, _, _ := strings.Cut(v, "=")
@@ -320,7 +332,7 @@ func (r release) binary(arch string) []byte {
 func (r release) testArchives(c checkout) {
 	installed := r.t.TempDir()
 	// The command itself is there already.
-	if out, err := c.make("-o", "build", "install", "DESTDIR="+installed, "SUDO="); err != nil {
+	if out, err := c.make(r.t, "-o", "build", "install", "DESTDIR="+installed, "SUDO="); err != nil {
 		r.t.Fatalf("make install: %v\n%s", err, out)
 	}
 	want := map[string][]byte{}
