@@ -1,8 +1,8 @@
 #!/bin/busybox sh
 #
-# PID 1 of the guest that run.sh boots.  Its own errors go to the console
-# (ttyS0) and end in a panic, which run.sh reports; the command writes to ttyS1,
-# and its exit code goes to ttyS2.
+# PID 1 of the guest that run.sh boots.  Its own errors go to the console and end in a
+# panic, which run.sh reports; the command's output and its exit code go to serial ports
+# of their own.
 # shellcheck shell=sh
 set -eu
 
@@ -24,13 +24,14 @@ else
 fi
 ip link set lo up
 
-stty -F /dev/ttyS1 raw -echo
-stty -F /dev/ttyS2 raw -echo
+out=/dev/$(sed -n 2p /vmtest/ports) result=/dev/$(sed -n 3p /vmtest/ports)
+stty -F "$out" raw -echo
+stty -F "$result" raw -echo
 code=0
-/vmtest/command </dev/null >/dev/ttyS1 2>&1 || code=$?
+/vmtest/command </dev/null >"$out" 2>&1 || code=$?
 
 # Stop processes that are left from writing; then stty waits until all output is sent.
 kill -KILL -1 || true
-stty -F /dev/ttyS1 raw
-echo "exit $code" >/dev/ttyS2
+stty -F "$out" raw
+echo "exit $code" >"$result"
 poweroff -f

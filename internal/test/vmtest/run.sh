@@ -3,13 +3,24 @@
 # Runs a program as root on one of Debian's kernels, in QEMU.  See usage.
 set -euo pipefail
 
-# One kernel a line: its name for run.sh, and the Debian release that it comes from.  It
-# is the cloud kernel or, with --root, the plain kernel, since only that has 9p.
+# One kernel a line: its name for run.sh, the Debian suite that it comes from, its
+# architecture, and its flavour.  With --root it is the plain kernel instead of the cloud
+# kernel, since only that has 9p.  What backports and sid hold changes with time; so these
+# are named after the suite.
 kernels='
-5.10  bullseye
-6.1   bookworm
-6.12  trixie
+5.10            bullseye          amd64  cloud-amd64
+6.1             bookworm          amd64  cloud-amd64
+6.12            trixie            amd64  cloud-amd64
+backports       trixie-backports  amd64  cloud-amd64
+sid             sid               amd64  cloud-amd64
+6.1-arm64       bookworm          arm64  cloud-arm64
+6.12-arm64      trixie            arm64  cloud-arm64
+sid-arm64       sid               arm64  cloud-arm64
+6.12-arm64-16k  trixie            arm64  arm64-16k
 '
+
+# Kernels that are passing through: backports keeps older series for a while.
+readonly passing=trixie-backports
 
 # The guest loads these before the binary starts.
 loaded_modules=(veth bridge nf_defrag_ipv4 nf_defrag_ipv6 nf_conntrack nf_tables)
@@ -25,7 +36,7 @@ root_modules=(virtio_pci 9pnet_virtio 9p overlay)
 root_extra_modules=(crc32c_generic)
 
 # The Debian packages whose commands are used here, apart from the essential ones.
-packages=(qemu-system-x86 busybox-static debian-archive-keyring xz-utils python-apt-common)
+packages=(qemu-system-x86 qemu-system-arm busybox-static debian-archive-keyring xz-utils python-apt-common)
 
 # The exit code of the harness itself, not of the binary.
 readonly harness_failed=125
@@ -37,7 +48,7 @@ usage: run.sh [OPTION]... KERNEL BINARY [ARG]...
 
 Boots KERNEL under emulation (KVM is not needed), runs BINARY as root, prints
 what it writes to stdout and stderr, and exits with its exit code.  BINARY is a
-static executable or a busybox sh script.  It starts in / with an empty stdin
+static executable of the kernel's architecture or a busybox sh script.  It starts in / with an empty stdin
 and no environment but PATH.  An exit code of 125 means that no result came
 back: bad usage, a missing tool, a failed download, a kernel panic or a timeout.
 
@@ -49,12 +60,16 @@ back: bad usage, a missing tool, a failed download, a kernel panic or a timeout.
   --timeout SECONDS   give up after this time (default 300)
   --kernels           print the names that KERNEL may have
   --packages          print the Debian packages that this needs
+  --smp NUMBER        the number of processors (default 2)
+
+KERNEL may also be a series that --kernels does not print, such as 6.17 or
+6.17-arm64, as long as Debian's backports have it.
 
 Inside: procfs, sysfs, devtmpfs, tmpfs on /tmp and /run, cgroup2 on
 /sys/fs/cgroup, lo up, no other network device, busybox in /bin.  bpffs,
 securityfs and tracefs are not mounted.
 
-With --root, the kernel is not the cloud but the plain one, and the root is this
+With --root, the architecture has to be amd64, the kernel is not the cloud but the plain one, and the root is this
 machine's, as far as this user may read it.  BINARY is any executable file here
 and keeps its path.  What the guest writes goes to its memory and is lost.
 Besides the above there are devpts, bpffs, securityfs, tracefs and all modules of
@@ -82,9 +97,15 @@ need() {
     command -v "$1" >/dev/null || die "$1 not found: install the Debian package $2"
 }
 
-# release KERNEL prints the Debian release that has it.
-release() {
-    awk -v kernel="$1" '$1 == kernel { print $2 }' <<<"$kernels"
+# find_kernel KERNEL sets suite, arch, flavour and, for a kernel that is passing through,
+# series.
+find_kernel() {
+    series=
+    read -r suite arch flavour < <(awk -v kernel="$1" '$1 == kernel { print $2, $3, $4 }' <<<"$kernels") && return
+    [[ $1 =~ ^([0-9]+\.[0-9]+)(-arm64)?$ ]] || die "no kernel $1: see --kernels"
+    series=${BASH_REMATCH[1]} suite=$passing arch=${BASH_REMATCH[2]#-}
+    arch=${arch:-amd64}
+    flavour=cloud-$arch
 }
 
 # mirror prints the URL of the Debian archive: the one that apt uses here or, on another
@@ -104,27 +125,22 @@ mirror() {
     fi
 }
 
-# fetch KERNEL METAPACKAGE DIR downloads the kernel and makes DIR/kernel from it: the
-# kernel's folder of /lib/modules with uncompressed modules, vmlinuz, config and the
-# kernel's version.
-fetch() {
-    local kernel=$1 metapackage=$2 dir=$3
-    local suite url keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-    local apt=$dir/apt root=$dir/root tree package parts version file
+# use_apt SUITE ARCH DIR makes apt commands know that suite alone.  This apt does not touch
+# the machine's lists and hooks.  The machine's settings say how to reach an archive
+# (proxies), but not which archive to trust.
+use_apt() {
+    local suite=$1 arch=$2 apt=$3
+    local url keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 
     need apt-get apt
     need xz xz-utils
     [[ -e $keyring ]] ||
         die "$keyring not found: install the Debian package debian-archive-keyring"
-    suite=$(release "$kernel")
     url=$(mirror) || true
     [[ -n $url ]] || die 'no Debian archive found in the apt sources: set VMTEST_MIRROR'
 
-    # A separate apt, which does not touch the machine's lists and hooks. The
-    # machine's settings say how to reach an archive (proxies), but not which
-    # archive to trust.
     mkdir -p "$apt"/{state/lists/partial,cache/archives/partial}
-    echo "deb [arch=amd64 signed-by=$keyring] $url $suite main" >"$apt/sources.list"
+    echo "deb [arch=$arch signed-by=$keyring] $url $suite main" >"$apt/sources.list"
     {
         apt-config dump | grep '^Acquire::' | grep -Ev '^Acquire::(Allow|IndexTargets)'
         cat <<END
@@ -137,33 +153,53 @@ Dir::Etc::preferencesparts "/dev/null";
 Dir::State "$apt/state";
 Dir::State::status "/dev/null";
 Dir::Cache "$apt/cache";
-APT::Architecture "amd64";
-APT::Architectures "amd64";
+APT::Architecture "$arch";
+APT::Architectures "$arch";
 APT::Sandbox::User "$(id -un)";
 APT::Update::Error-Mode "any";
 Acquire::Languages "none";
 END
     } >"$apt/apt.conf"
-    local -x APT_CONFIG=$apt/apt.conf
-
-    printf 'run.sh: downloading kernel %s (%s from %s)\n' "$kernel" "$metapackage" "$suite" >&2
+    export APT_CONFIG=$apt/apt.conf
     apt-get update -qq >&2 ||
         die "cannot read Debian $suite from $url: if its key is unknown, upgrade the package" \
             "debian-archive-keyring; if it has moved to an archive, set VMTEST_MIRROR"
-    # The metapackage depends on the current kernel, in its signed variant.
-    package=$(apt-cache depends "$metapackage" |
-        awk '$1 == "Depends:" && $2 ~ /^linux-image-[0-9]/ { print $2; exit }')
-    [[ -n $package ]] || die "Debian $suite has no $metapackage"
+}
+
+# unpack DIR PACKAGE... downloads packages and unpacks them in DIR.
+unpack() {
+    local dir=$1 file
+    shift
+    mkdir -p "$dir/debs"
+    (cd "$dir/debs" && apt-get download -qq "$@" >&2) || die "cannot download $*"
+    for file in "$dir"/debs/*.deb; do
+        dpkg-deb -x "$file" "$dir"
+    done
+    rm -rf "$dir/debs"
+}
+
+# fetch_kernel DIR makes DIR/made from a kernel: its folder of /lib/modules with
+# uncompressed modules, vmlinuz, config and the kernel's version.
+fetch_kernel() {
+    local dir=$1 root=$1/root tree package parts version file
+
+    printf 'run.sh: downloading kernel %s (%s of %s)\n' "$kernel" "$flavour" "$suite" >&2
+    use_apt "$suite" "$arch" "$dir/apt"
+    if [[ -n $series ]]; then
+        package=$(apt-cache pkgnames "linux-image-$series." |
+            grep -E "^linux-image-[0-9.]+\+deb[0-9]+-$flavour$" | sort -V | tail -n 1) || true
+    else
+        # The metapackage depends on the current kernel, in its signed variant.
+        package=$(apt-cache depends "linux-image-$flavour" |
+            awk '$1 == "Depends:" && $2 ~ /^linux-image-[0-9]/ { print $2; exit }')
+    fi
+    [[ -n $package ]] || die "Debian $suite has no kernel ${series:+$series }$flavour"
     version=${package#linux-image-}
     # Newer releases split the package: vmlinuz and the modules are in its dependencies.
     mapfile -t parts < <(echo "$package" && apt-cache depends "$package" |
         awk -v suffix="-$version" '
             $1 == "Depends:" && substr($2, length($2) - length(suffix) + 1) == suffix { print $2 }')
-    (cd "$apt" && apt-get download -qq "${parts[@]}" >&2) ||
-        die "cannot download ${parts[*]}"
-    for file in "$apt"/*.deb; do
-        dpkg-deb -x "$file" "$root"
-    done
+    unpack "$root" "${parts[@]}"
 
     # /lib is a link to usr/lib in newer releases, and the newest leave /boot empty.
     [[ -d $root/lib ]] || ln -s usr/lib "$root/lib"
@@ -174,20 +210,29 @@ END
     find "$tree" -name '*.ko.xz' -exec xz --decompress {} +
     busybox depmod -b "$root" "$version"
     echo "$version" >"$tree/version"
-    mv "$tree" "$dir/kernel"
+    mv "$tree" "$dir/made"
 }
 
-# cached KERNEL METAPACKAGE DIR makes DIR for the kernel unless it exists.
+# fetch_busybox DIR makes DIR/made, a static busybox of the kernel's architecture.
+fetch_busybox() {
+    printf 'run.sh: downloading busybox for %s\n' "$arch" >&2
+    use_apt trixie "$arch" "$1/apt"
+    unpack "$1/root" busybox-static
+    mv -T "$(find "$1/root" -path '*bin/busybox')" "$1/made"
+}
+
+# cached FETCH PATH makes PATH by a command unless it exists.
 cached() {
-    local dir=$3
-    [[ ! -e $dir ]] || return 0
-    mkdir -p "${dir%/*}"
-    exec {lock}>"$dir.lock"
+    local path=$2
+    [[ ! -e $path ]] || return 0
+    mkdir -p "${path%/*}"
+    exec {lock}>"$path.lock"
     flock "$lock"
-    if [[ ! -e $dir ]]; then
-        fetching=$(mktemp -d "$dir.XXXXXX")
-        fetch "$1" "$2" "$fetching"
-        mv -T "$fetching/kernel" "$dir"
+    if [[ ! -e $path ]]; then
+        fetching=$(mktemp -d "$path.XXXXXX")
+        # In a subshell, for what it exports.
+        ("$1" "$fetching")
+        mv -T "$fetching/made" "$path"
         rm -rf "$fetching"
         fetching=
     fi
@@ -197,6 +242,12 @@ cached() {
 # is_dynamic FILE
 is_dynamic() {
     ldd "$1" 2>/dev/null | grep -q '=>'
+}
+
+# is_foreign FILE says whether it is an executable of another architecture than the kernel's.
+is_foreign() {
+    local -A machine=([amd64]=62 [arm64]=183) # e_machine of elf(5)
+    [[ $(head -c 4 "$1" | tail -c 3) == ELF && $(od -An -t u2 -j 18 -N 2 "$1") -ne ${machine[$arch]} ]]
 }
 
 # visible PATH fails if a guest with --root has something else there.
@@ -256,9 +307,10 @@ build_initramfs() {
     ln -s bin "$initramfs/sbin"
     ln -s ../bin "$initramfs/usr/bin"
     ln -s ../bin "$initramfs/usr/sbin"
-    cp "$(command -v busybox)" "$initramfs/bin/busybox"
+    install -m 755 "$busybox" "$initramfs/bin/busybox"
     ln -s busybox "$initramfs/bin/sh"
     put_modules
+    printf '%s\n' "${ports[@]}" >"$initramfs/vmtest/ports"
     if [[ -n $root ]]; then
         install -m 755 "$here/init-root.sh" "$initramfs/init"
         install -m 755 "$here/init.sh" "$initramfs/vmtest/init"
@@ -291,15 +343,21 @@ boot() {
     local status=0 out output machine_flags=(-m 1G)
     [[ -z $root ]] || machine_flags=(-m 3G -device "virtio-9p-pci,fsdev=root,mount_tag=root"
         -fsdev "local,id=root,path=/,readonly=on,security_model=none,multidevs=remap")
+    case $arch in
+    # Walks of page tables with a fifth level take longer.
+    amd64) machine_flags+=(-cpu "max,la57=off" -serial file:/dev/stdout -serial "file:$work/code") ;;
+    # The usual way to sign pointers is slow to emulate.
+    arm64) machine_flags+=(-M virt -cpu "max,pauth-impdef=on" -chardev file,id=out,path=/dev/stdout
+        -chardev "file,id=code,path=$work/code" -device pci-serial-2x,chardev1=out,chardev2=code) ;;
+    esac
     # The output goes through cat, because QEMU makes the file that it writes to
     # non-blocking, which must not happen to the caller's file.
     exec {out}> >(exec cat)
     output=$!
-    timeout --kill-after=5 "$timeout" qemu-system-x86_64 \
-        -accel tcg -cpu max -smp 2 "${machine_flags[@]}" -nodefaults -nographic -no-reboot \
-        -kernel "$kernel_dir/vmlinuz" -initrd "$work/initramfs.cpio" \
-        -append "console=ttyS0 panic=-1 oops=panic ${append[*]-}" \
-        -serial "file:$work/console" -serial file:/dev/stdout -serial "file:$work/code" \
+    timeout --kill-after=5 "$timeout" "$emulator" \
+        -accel tcg,thread=multi -smp "$smp" -serial "file:$work/console" "${machine_flags[@]}" \
+        -nodefaults -nographic -no-reboot -kernel "$kernel_dir/vmlinuz" -initrd "$work/initramfs.cpio" \
+        -append "console=${ports[0]} panic=-1 oops=panic ${append[*]-}" \
         </dev/null 1>&"$out" 2>"$work/qemu.log" &
     machine=$!
     exec {out}>&-
@@ -336,6 +394,7 @@ cleanup() {
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 timeout=300
+smp=2
 root=
 env=()
 files=()
@@ -372,7 +431,7 @@ while [[ ${1-} == -* ]]; do
     --)
         break
         ;;
-    --env | --file | --append | --timeout)
+    --env | --file | --append | --timeout | --smp)
         [[ $# -gt 0 ]] || die "$option needs a value"
         value=$1
         shift
@@ -398,14 +457,21 @@ while [[ ${1-} == -* ]]; do
         [[ $value =~ ^[1-9][0-9]*$ ]] || die "--timeout $value: want a number of seconds"
         timeout=$value
         ;;
+    --smp)
+        [[ $value =~ ^[1-9][0-9]*$ ]] || die "--smp $value: want a number"
+        smp=$value
+        ;;
     esac
 done
 [[ $# -ge 2 ]] || die 'want KERNEL and BINARY: see --help'
 kernel=$1
 shift
-[[ -n $(release "$kernel") ]] || die "no kernel $kernel: see --kernels"
+find_kernel "$kernel"
 [[ -f $1 ]] || die "$1: no such file"
+! is_foreign "$1" || die "$1 is not for $arch"
 if [[ -n $root ]]; then
+    [[ $arch == amd64 ]] || die "--root: not with $kernel, whose architecture is not this machine's"
+    flavour=amd64
     [[ ${#files[@]} -eq 0 ]] || die '--file: not with --root, where the guest has the files of this machine'
     [[ -x $1 ]] || die "$1 is not executable"
     program=$(realpath -s -- "$1")
@@ -415,19 +481,31 @@ else
     program=/vmtest/bin/$(basename "$1")
 fi
 
-[[ $(uname -m) == x86_64 ]] || die 'needs an x86-64 machine: the guest runs its busybox'
-need qemu-system-x86_64 qemu-system-x86
-need busybox busybox-static
-! is_dynamic "$(command -v busybox)" || die 'busybox is not static: install the Debian package busybox-static'
+[[ $(uname -m) == x86_64 ]] || die 'needs an x86-64 machine'
+busybox=$(command -v busybox) || die 'busybox not found: install the Debian package busybox-static'
+! is_dynamic "$busybox" || die 'busybox is not static: install the Debian package busybox-static'
 
 trap cleanup EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 cache=$(realpath -m -- "${VMTEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/egressbpf-vmtest}")
-kernel_dir=$cache/$kernel metapackage=linux-image-cloud-amd64
-[[ -z $root ]] || kernel_dir+=-plain metapackage=linux-image-amd64
-cached "$kernel" "$metapackage" "$kernel_dir"
+kernel_dir=$cache/$kernel
+[[ -z $root ]] || kernel_dir+=-plain
+# The console, the binary's output, and its exit code.
+case $arch in
+amd64)
+    emulator=qemu-system-x86_64 ports=(ttyS0 ttyS1 ttyS2)
+    need "$emulator" qemu-system-x86
+    ;;
+arm64)
+    emulator=qemu-system-aarch64 ports=(ttyAMA0 ttyS0 ttyS1)
+    need "$emulator" qemu-system-arm
+    busybox=$cache/busybox-$arch
+    cached fetch_busybox "$busybox"
+    ;;
+esac
+cached fetch_kernel "$kernel_dir"
 work=$(mktemp -d "${TMPDIR:-/tmp}/vmtest.XXXXXX")
 initramfs=$work/initramfs
 build_initramfs "$@"
