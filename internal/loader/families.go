@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 
 	"github.com/egressbpf/egressbpf/bpf"
@@ -19,7 +20,7 @@ type families struct{ site }
 // probe finds a way of refusing sockets, or notes why there is none.
 func (f families) probe(a *attachment) (err error) {
 	if a.policy.Families != policy.AnyFamily {
-		a.refuser, err = findRefuser(a.change)
+		a.refuser, err = findRefuser(a.change, a.types)
 		a.found.note(SocketFamilies, err)
 	}
 	return nil
@@ -28,7 +29,7 @@ func (f families) probe(a *attachment) (err error) {
 // ProbeFamilies says why this kernel does not refuse sockets for the filter; nil if it
 // does. It opens a socket that must be refused.
 func (f *Filter) ProbeFamilies() error {
-	_, err := findRefuser(pins.OneWay(f.fault))
+	_, err := findRefuser(pins.OneWay(f.fault), btf.NewCache())
 	return err
 }
 
@@ -57,7 +58,7 @@ func (f families) attachTarget(t *target, a *attachment) error {
 		bpf.FamiliesVarFamilyFlags: maps.FamilyFlags(),
 		bpf.FamiliesVarPoliced:     policedCgroup(t.rel, t.id, t.recognises),
 		bpf.FamiliesVarHasCurrent:  true,
-	})
+	}, a.types)
 	if err != nil {
 		return err
 	}

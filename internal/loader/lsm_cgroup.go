@@ -19,9 +19,9 @@ import (
 // loadLSMCgroup loads the program without the library, which does not find the target of
 // programs of this type (BPF_LSM_CGROUP) yet. The program needs no relocations except of
 // maps.
-func loadLSMCgroup(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map) (*ebpf.Program, error) {
+func loadLSMCgroup(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map, types *btf.Cache) (*ebpf.Program, error) {
 	prog := spec.Programs[bpf.FamiliesProgFamiliesLsm]
-	target, err := kernelFunction("bpf_lsm_" + prog.AttachTo)
+	target, err := kernelFunction("bpf_lsm_"+prog.AttachTo, types)
 	if err != nil {
 		return nil, err
 	}
@@ -67,8 +67,8 @@ func newConstants(spec *ebpf.CollectionSpec, section string) (*ebpf.Map, error) 
 }
 
 // kernelFunction returns the BTF id of a function of the kernel.
-func kernelFunction(name string) (btf.TypeID, error) {
-	kernel, err := btf.LoadKernelSpec()
+func kernelFunction(name string, types *btf.Cache) (btf.TypeID, error) {
+	kernel, err := types.Kernel()
 	if err != nil {
 		return 0, err
 	}

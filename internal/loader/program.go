@@ -61,6 +61,8 @@ type loaded struct {
 	policy policy.Policy
 	rules  *maps.Rules
 	maps   map[string]*ebpf.Map
+	// types are those of the kernel: to decode them takes longer than to load a program.
+	types *btf.Cache
 }
 
 func (l *loaded) close() {
@@ -75,7 +77,7 @@ func loadPolicy(p policy.Policy) (_ *loaded, err error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &loaded{attach: rand.Uint64(), policy: p, rules: maps.CompileRules(p.Metadata(), p.Block, p.Allowed(), p.SMTP.Exempt), maps: map[string]*ebpf.Map{}}
+	l := &loaded{attach: rand.Uint64(), policy: p, rules: maps.CompileRules(p.Metadata(), p.Block, p.Allowed(), p.SMTP.Exempt), maps: map[string]*ebpf.Map{}, types: btf.NewCache()}
 	defer func() {
 		if err != nil {
 			l.close()
@@ -116,7 +118,7 @@ func (l *loaded) prepare(state *maps.State, policed bpf.EgressPolicedCgroup) (*e
 	if err != nil {
 		return nil, nil, err
 	}
-	caller, err := howToFindCallers()
+	caller, err := howToFindCallers(l.types)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -149,7 +151,7 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 		Sendmsg6 *ebpf.Program `ebpf:"sendmsg6"`
 	}
 	// A Collection would keep the constants mapped until the garbage collector runs.
-	if err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
+	if err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared, Cache: l.types}); err != nil {
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
 	p := &Programs{doc: document{Version: Version(), Cgroup: rel, Policy: l.policy, Attach: l.attach}, byHook: map[string]*ebpf.Program{
@@ -245,7 +247,7 @@ type callers struct {
 }
 
 // howToFindCallers never fails because there is no way: then events lack the process.
-func howToFindCallers() (c callers, err error) {
+func howToFindCallers(types *btf.Cache) (c callers, err error) {
 	if c.current, err = haveHelper(ebpf.CGroupSockAddr, asm.FnGetCurrentComm); c.current || err != nil {
 		return c, err
 	}
@@ -254,7 +256,7 @@ func howToFindCallers() (c callers, err error) {
 			return c, err
 		}
 	}
-	kernel, err := btf.LoadKernelSpec()
+	kernel, err := types.Kernel()
 	if err != nil {
 		return c, nil
 	}

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 
 	"github.com/egressbpf/egressbpf/bpf"
@@ -91,7 +92,7 @@ func (r recognition) attachOthers(a *attachment) {
 }
 
 func (r recognition) attachHook(name string, constants map[string]any, a *attachment) error {
-	prog, err := loadCgroups(name, a.state, constants)
+	prog, err := loadCgroups(name, a.state, constants, a.types)
 	if err != nil {
 		return err
 	}
@@ -149,15 +150,16 @@ func (r recognition) readHook(name string, found *found) Hook {
 // can.
 func ProbeRecognise(state *maps.State) error {
 	root := &target{id: 1, rel: "/", recognises: true}
-	prog, err := loadCgroups(bpf.CgroupsProgRecognise, state, cgroupsConstants([]*target{root}, policy.Default()))
+	prog, err := loadCgroups(bpf.CgroupsProgRecognise, state, cgroupsConstants([]*target{root}, policy.Default()), nil)
 	if err != nil {
 		return err
 	}
 	return prog.Close()
 }
 
-// loadCgroups loads one of the programs that follow cgroups. The caller closes it.
-func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebpf.Program, error) {
+// loadCgroups loads one of the programs that follow cgroups. types may be nil. The caller
+// closes it.
+func loadCgroups(name string, state *maps.State, constants map[string]any, types *btf.Cache) (*ebpf.Program, error) {
 	spec, err := bpf.LoadCgroups()
 	if err != nil {
 		return nil, err
@@ -177,7 +179,7 @@ func loadCgroups(name string, state *maps.State, constants map[string]any) (*ebp
 	var loaded struct {
 		Program *ebpf.Program `ebpf:"program"`
 	}
-	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
+	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: shared, Cache: types}); err != nil {
 		if LockedDown() {
 			err = ErrLockedDown // the verifier's message would mislead
 		}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
@@ -20,7 +21,7 @@ import (
 // A refuser is a strategy for refusing sockets.
 type refuser struct {
 	name   string
-	load   func(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map) (*ebpf.Program, error)
+	load   func(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map, types *btf.Cache) (*ebpf.Program, error)
 	attach func(prog *ebpf.Program, dir *os.File) (link.Link, error)
 }
 
@@ -38,7 +39,7 @@ var refusers = []refuser{
 // program can be attached without an error and never be called, if bpf is missing from the
 // kernel's list of security modules. So each strategy is tried with a socket that no other
 // process would open.
-func findRefuser(change *pins.Change) (*refuser, error) {
+func findRefuser(change *pins.Change, types *btf.Cache) (*refuser, error) {
 	if err := change.Step(tryStep + SocketFamilies); err != nil {
 		return nil, err
 	}
@@ -49,7 +50,7 @@ func findRefuser(change *pins.Change) (*refuser, error) {
 	defer state.Close()
 	var errs []error
 	for i := range refusers {
-		if err := refusers[i].try(state); err != nil {
+		if err := refusers[i].try(state, types); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", refusers[i].name, err))
 			continue
 		}
@@ -60,10 +61,10 @@ func findRefuser(change *pins.Change) (*refuser, error) {
 
 var errNotAsked = errors.New("it attaches, but the kernel never calls it: `bpf` is missing from its list of security modules (/sys/kernel/security/lsm)")
 
-func (r *refuser) try(state *maps.State) error {
+func (r *refuser) try(state *maps.State, types *btf.Cache) error {
 	// inet_create accepts no such protocol: it is not below IPPROTO_MAX (263).
 	protocol := 1<<20 + rand.IntN(1<<20)
-	prog, err := r.loadFor(state, map[string]any{bpf.FamiliesVarProbeProtocol: int32(protocol)})
+	prog, err := r.loadFor(state, map[string]any{bpf.FamiliesVarProbeProtocol: int32(protocol)}, types)
 	if errors.Is(err, unix.EPERM) {
 		return unix.EPERM // the library reports it as a memory limit
 	}
@@ -91,7 +92,7 @@ func (r *refuser) try(state *maps.State) error {
 	return nil
 }
 
-func (r *refuser) loadFor(state *maps.State, constants map[string]any) (*ebpf.Program, error) {
+func (r *refuser) loadFor(state *maps.State, constants map[string]any, types *btf.Cache) (*ebpf.Program, error) {
 	spec, err := bpf.LoadFamilies()
 	if err != nil {
 		return nil, err
@@ -108,7 +109,7 @@ func (r *refuser) loadFor(state *maps.State, constants map[string]any) (*ebpf.Pr
 	if err != nil {
 		return nil, err
 	}
-	return r.load(spec, shared)
+	return r.load(spec, shared, types)
 }
 
 // ownCgroup opens the cgroup of this process.
@@ -124,10 +125,10 @@ func ownCgroup() (*os.File, error) {
 	return os.Open(root.Path(rel))
 }
 
-func loadModifyReturn(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map) (*ebpf.Program, error) {
+func loadModifyReturn(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map, types *btf.Cache) (*ebpf.Program, error) {
 	var progs struct {
 		Program *ebpf.Program `ebpf:"families_fmod"`
 	}
-	err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: state})
+	err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: state, Cache: types})
 	return progs.Program, err
 }
