@@ -9,6 +9,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/cgroup"
@@ -232,10 +233,18 @@ func (l *loaded) share(spec *ebpf.CollectionSpec, state *maps.State) (map[string
 // haveHelper says whether the kernel has a helper for programs of a type.
 func haveHelper(typ ebpf.ProgramType, helper asm.BuiltinFunc) (bool, error) {
 	err := features.HaveProgramHelper(typ, helper)
-	if err != nil && !errors.Is(err, ebpf.ErrNotSupported) {
-		return false, fmt.Errorf("probe %v: %w", helper, err)
+	var rejected *ebpf.VerifierError
+	switch {
+	case err == nil:
+		return true, nil
+	case errors.Is(err, ebpf.ErrNotSupported):
+		return false, nil
+	case errors.As(err, &rejected) && errors.Is(err, unix.EINVAL):
+		// The verifier knows the helper, and complains about arguments, which the library leaves
+		// out. The library expects EACCES then; of bpf_set_retval, Linux 7.2 says EINVAL.
+		return true, nil
 	}
-	return err == nil, nil
+	return false, fmt.Errorf("probe %v: %w", helper, err)
 }
 
 // callers is how the programs of a socket's address find the calling process.
