@@ -11,6 +11,7 @@
 #   make performance
 #                 the same, and write docs/performance.md
 #   make pictures draw the pictures in docs/pictures
+#   make kernels  write docs/kernels.md, from a test on each kernel
 
 SHELL := /bin/bash
 GO ?= go
@@ -127,6 +128,11 @@ test-race:
 .PHONY: test-kernels
 test-kernels: test-tools
 	internal/test/vmtest/test.sh
+
+# Writes docs/kernels.md, from a test on each kernel.
+.PHONY: kernels
+kernels: test-tools
+	internal/test/vmtest/test.sh --document
 
 .PHONY: test-debian
 test-debian: test-tools

@@ -1,12 +1,17 @@
 package loader
 
 import (
+	"errors"
+	"fmt"
 	"os"
+	"strings"
 
 	"github.com/cilium/ebpf"
 
+	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/pins"
+	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
 // SetFault has fault run before each step that changes anything.
@@ -67,4 +72,69 @@ func ProgramBurst(id ebpf.ProgramID) uint32 {
 func (f *Filter) Attached() bool {
 	_, err := os.Stat(string(f.pins))
 	return err == nil
+}
+
+// Processed returns how many instructions the verifier processes for each program that a filter
+// with a policy can have on kernels before 5.16. Later kernels tell it of a loaded program.
+func Processed(p policy.Policy, state *maps.State, rel string, id uint64) (map[string]int, error) {
+	l, err := loadPolicy(p)
+	if err != nil {
+		return nil, err
+	}
+	defer l.close()
+	t := &target{rel: rel, id: id, recognises: p.Recognises(rel)}
+	egress, shared, err := l.prepare(state, policedCgroup(rel, id, t.recognises))
+	if err != nil {
+		return nil, err
+	}
+	tc, err := bpf.LoadTc()
+	if err != nil {
+		return nil, err
+	}
+	sharedTc, err := l.share(tc, state)
+	if err != nil {
+		return nil, err
+	}
+	if err := set(tc, map[string]any{bpf.TcVarPoliced: policedBy([]*target{t}), bpf.TcVarLinkHeader: uint32(ethernetHeader)}); err != nil {
+		return nil, err
+	}
+	cgroups, err := bpf.LoadCgroups()
+	if err != nil {
+		return nil, err
+	}
+	if err := set(cgroups, cgroupsConstants([]*target{t}, p)); err != nil {
+		return nil, err
+	}
+	sharedCgroups, err := state.Use(cgroups)
+	if err != nil {
+		return nil, err
+	}
+	processed := map[string]int{}
+	for _, load := range []struct {
+		spec *ebpf.CollectionSpec
+		maps map[string]*ebpf.Map
+	}{{egress, shared}, {tc, sharedTc}, {cgroups, sharedCgroups}} {
+		loaded, err := ebpf.NewCollectionWithOptions(load.spec, ebpf.CollectionOptions{
+			MapReplacements: load.maps, Cache: l.types, Programs: ebpf.ProgramOptions{LogLevel: ebpf.LogLevelStats},
+		})
+		if err != nil {
+			return nil, err
+		}
+		for name, prog := range loaded.Programs {
+			log := prog.VerifierLog
+			n := 0
+			if i := strings.Index(log, "processed "); i >= 0 {
+				_, _ = fmt.Sscanf(log[i:], "processed %d insns", &n)
+			}
+			if n == 0 {
+				err = errors.Join(err, fmt.Errorf("the verifier's log of %s does not tell: %q", name, log))
+			}
+			processed[name] = n
+		}
+		loaded.Close()
+		if err != nil {
+			return nil, err
+		}
+	}
+	return processed, nil
 }

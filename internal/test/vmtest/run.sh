@@ -28,10 +28,10 @@ loaded_modules=(veth bridge nf_defrag_ipv4 nf_defrag_ipv6 nf_conntrack nf_tables
 # The guest's kernel loads these by itself when something needs them, as on a real
 # host.  Modules that a kernel does not have are left out.
 extra_modules=(dummy tun vxlan 8021q macvlan ipvlan br_netfilter sch_ingress cls_bpf
-    act_bpf nft_ct nft_chain_nat nft_masq)
+    act_bpf nft_ct nft_chain_nat nft_masq crc32c_generic)
 
 # With --root, these are loaded first, to reach the root, where all others are.
-# libcrc32c needs crc32c_generic if the kernel does not have it built in.
+# libcrc32c needs crc32c_generic if the kernel does not have it built in, here and above.
 root_modules=(virtio_pci 9pnet_virtio 9p overlay)
 root_extra_modules=(crc32c_generic)
 
@@ -246,8 +246,8 @@ is_dynamic() {
 
 # is_foreign FILE says whether it is an executable of another architecture than the kernel's.
 is_foreign() {
-    local -A machine=([amd64]=62 [arm64]=183) # e_machine of elf(5)
-    [[ $(head -c 4 "$1" | tail -c 3) == ELF && $(od -An -t u2 -j 18 -N 2 "$1") -ne ${machine[$arch]} ]]
+    local -A number=([amd64]=62 [arm64]=183) # e_machine of elf(5)
+    [[ $(head -c 4 "$1" | tail -c 3) == ELF && $(od -An -t u2 -j 18 -N 2 "$1") -ne ${number[$arch]} ]]
 }
 
 # visible PATH fails if a guest with --root has something else there.
@@ -344,11 +344,15 @@ boot() {
     [[ -z $root ]] || machine_flags=(-m 3G -device "virtio-9p-pci,fsdev=root,mount_tag=root"
         -fsdev "local,id=root,path=/,readonly=on,security_model=none,multidevs=remap")
     case $arch in
-    # Walks of page tables with a fifth level take longer.
-    amd64) machine_flags+=(-cpu "max,la57=off" -serial file:/dev/stdout -serial "file:$work/code") ;;
+    # Walks of page tables with a fifth level take longer. On a busy machine, the kernel may
+    # find that the timer does not work.
+    amd64)
+        append+=(no_timer_check)
+        machine_flags+=(-cpu "max,la57=off" -serial file:/dev/stdout -serial "file:$work/code")
+        ;;
     # The usual way to sign pointers is slow to emulate.
-    arm64) machine_flags+=(-M virt -cpu "max,pauth-impdef=on" -chardev file,id=out,path=/dev/stdout
-        -chardev "file,id=code,path=$work/code" -device pci-serial-2x,chardev1=out,chardev2=code) ;;
+    arm64) machine_flags+=(-M virt -cpu "max,pauth-impdef=on" -chardev "file,id=out,path=/dev/stdout"
+        -chardev "file,id=code,path=$work/code" -device "pci-serial-2x,chardev1=out,chardev2=code") ;;
     esac
     # The output goes through cat, because QEMU makes the file that it writes to
     # non-blocking, which must not happen to the caller's file.
