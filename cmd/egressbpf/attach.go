@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/docker"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -82,6 +83,14 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err := filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {
 		return err
 	}
+	if err := o.tell(ctx, config, filter, root, names, stdout, stderr); err != nil {
+		return fmt.Errorf("the policy is in force, but cannot be read back: %w", err)
+	}
+	return nil
+}
+
+// tell prints what is in force after an attach, and warns of what is not.
+func (o *attachOptions) tell(ctx context.Context, config policy.Config, filter *loader.Filter, root cgroup.Root, names *names, stdout, stderr io.Writer) error {
 	status, err := filter.Status()
 	if err != nil {
 		return err
