@@ -65,8 +65,6 @@ func (o *checkOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout io.
 	if unix.Access(string(root), unix.W_OK) == unix.EROFS {
 		return fmt.Errorf("%s is read-only, and the self-test makes a cgroup there: in a container, mount it with -v /sys/fs/cgroup:/sys/fs/cgroup", root)
 	}
-	ctx, cancel := context.WithTimeout(ctx, lockPatience)
-	defer cancel()
 	host := preflight.Host{
 		Filter: filter, Root: root, Docker: client, Config: config, Resolvers: blockedResolvers(config.Policy),
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
@@ -115,14 +116,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 // cannotBe says whether the filter cannot be in force on this host, so that trying again
 // does not help.
 func cannotBe(err error) bool {
-	rejected := (*ebpf.VerifierError)(nil)
 	for _, cause := range []error{cgroup.ErrNoCgroup2, cgroup.ErrNotInitialNamespace, loader.ErrCannotRecognise, loader.ErrPrivateMount,
 		loader.ErrOwnPIDs, loader.ErrOwnNetwork, loader.ErrNotMounted, loader.ErrHidden, ebpf.ErrNotSupported} {
 		if errors.Is(err, cause) {
 			return true
 		}
 	}
-	return errors.As(err, &rejected)
+	return loader.Rejected(err) != nil
 }
 
 func newRoot(g *globals) *cobra.Command {
@@ -201,9 +201,9 @@ func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 
 // report prints an error and what to do about it.
 func report(w io.Writer, err error, debug bool) {
-	fmt.Fprintf(w, "egressbpf: %s\n", strings.Map(visible, err.Error()))
-	var rejected *ebpf.VerifierError
-	if errors.As(err, &rejected) {
+	text := strings.ReplaceAll(err.Error(), loader.MemlockHint, "")
+	fmt.Fprintf(w, "egressbpf: %s\n", strings.Map(visible, text))
+	if rejected := loader.Rejected(err); rejected != nil {
 		// Inside another error, only one line is shown.
 		format := "%-20v\n"
 		if debug {
@@ -249,8 +249,22 @@ func remedyFor(err error) string {
 		}
 	}
 	// This comes first: its error also looks like a missing permission.
-	if rejected := (*ebpf.VerifierError)(nil); errors.As(err, &rejected) {
+	if loader.Rejected(err) != nil {
 		return "this kernel's verifier rejects the program: please report it, with the output of --debug"
+	}
+	if why := loader.WhyRefused(err); why != "" && checkCapabilities() == nil {
+		return why
+	}
+	for _, r := range []struct {
+		err    error
+		remedy string
+	}{
+		{unix.ENOMEM, "the kernel had no memory for it, or the cgroup of this process may not take so much (memory.max; MemoryMax= of its unit): see docs/hosts.md for how much egressbpf needs"},
+		{unix.EMFILE, "this process may open too few files: raise the limit (ulimit -n; LimitNOFILE= of its unit)"},
+	} {
+		if errors.Is(err, r.err) {
+			return r.remedy
+		}
 	}
 	if errors.Is(err, errCapabilities) || errors.Is(err, fs.ErrPermission) {
 		return "this needs root (or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"

@@ -186,7 +186,7 @@ func (f *Filter) begin(p policy.Policy, change *pins.Change) (*attachment, error
 		return nil, err
 	}
 	if gap != "" {
-		a.found.note(socketIdentity, errors.New(gap))
+		a.found.note(SocketIdentity, errors.New(gap))
 	}
 	return a, nil
 }

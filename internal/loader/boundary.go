@@ -7,14 +7,14 @@ import (
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 )
 
-// cgroupBoundary is the defence that keeps containers in their cgroups.
-const cgroupBoundary = "cgroup_boundary"
+// CgroupBoundary is the defence that keeps containers in their cgroups.
+const CgroupBoundary = "cgroup_boundary"
 
 // NoDelegation says what a cgroup2 mount without nsdelegate allows containers to do.
 const NoDelegation = "cgroup2 is mounted without nsdelegate, as it is after a container had the host's cgroup namespace: a container that can write to the cgroup tree can move its processes to a cgroup that is not policed; run mount -o remount,nsdelegate, and give no container --cgroupns=host or write access to the tree"
 
-// socketIdentity is the defence that tells which container a socket belongs to.
-const socketIdentity = "socket_identity"
+// SocketIdentity is the defence that tells which container a socket belongs to.
+const SocketIdentity = "socket_identity"
 
 // socketIdentityGap says why the kernel may not know that a socket belongs to a container;
 // "" if it does.

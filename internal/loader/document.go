@@ -9,6 +9,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
@@ -53,6 +54,10 @@ func (d document) newMap() (*ebpf.Map, error) {
 	})
 	if err != nil {
 		return nil, fmt.Errorf("create map %s: %w", documentMap, err)
+	}
+	if err := maps.CheckName(m, documentMap); err != nil {
+		m.Close()
+		return nil, err
 	}
 	return m, nil
 }

@@ -69,7 +69,7 @@ func (l *loaded) hostIngress(state *maps.State, targets []*target, devices []pol
 	var progs struct {
 		Ingress *ebpf.Program `ebpf:"host_ingress"`
 	}
-	if err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared, Cache: l.types}); err != nil {
+	if err := maps.Cause(spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared, Cache: l.types})); err != nil {
 		return nil, fmt.Errorf("load program of the host side: %w", err)
 	}
 	if err := l.hostDocument(devices).bind(progs.Ingress); err != nil {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/maps"
 )
 
 // loadLSMCgroup loads the program without the library, which does not find the target of
@@ -61,7 +62,7 @@ func newConstants(spec *ebpf.CollectionSpec, section string) (*ebpf.Map, error) 
 	constants.Contents = []ebpf.MapKV{{Key: uint32(0), Value: values}}
 	m, err := ebpf.NewMap(constants)
 	if err != nil {
-		return nil, fmt.Errorf("create map %s: %w", section, err)
+		return nil, fmt.Errorf("create map %s: %w", section, maps.Cause(err))
 	}
 	return m, nil
 }

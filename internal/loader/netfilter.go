@@ -125,7 +125,7 @@ func (l *loaded) hostSide(state *maps.State, targets []*target, devices []policy
 		names.Contents = append(names.Contents, ebpf.MapKV{Key: deviceName(d), Value: uint32(1)})
 	}
 	progs := new(HostPrograms)
-	if err := spec.LoadAndAssign(progs, &ebpf.CollectionOptions{MapReplacements: shared, Cache: l.types}); err != nil {
+	if err := maps.Cause(spec.LoadAndAssign(progs, &ebpf.CollectionOptions{MapReplacements: shared, Cache: l.types})); err != nil {
 		return nil, fmt.Errorf("load programs of the host side: %w", err)
 	}
 	if err := l.hostDocument(devices).bind(progs.Forward); err != nil {

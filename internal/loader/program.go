@@ -90,7 +90,7 @@ func loadPolicy(p policy.Policy) (_ *loaded, err error) {
 	} {
 		spec.Maps[name].MaxEntries = uint32(max(entries, 1))
 		if l.maps[name], err = ebpf.NewMap(spec.Maps[name]); err != nil {
-			return nil, fmt.Errorf("create map %s for %d entries: %w", name, entries, err)
+			return nil, fmt.Errorf("create map %s for %d entries: %w", name, entries, maps.Cause(err))
 		}
 	}
 	return l, l.rules.Load(l.maps[bpf.EgressMapRules], l.maps[bpf.EgressMapPorts])
@@ -152,7 +152,7 @@ func (l *loaded) programs(state *maps.State, rel string, id uint64) (_ *Programs
 		Sendmsg6 *ebpf.Program `ebpf:"sendmsg6"`
 	}
 	// A Collection would keep the constants mapped until the garbage collector runs.
-	if err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared, Cache: l.types}); err != nil {
+	if err := maps.Cause(spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: shared, Cache: l.types})); err != nil {
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
 	p := &Programs{doc: document{Version: Version(), Cgroup: rel, Policy: l.policy, Attach: l.attach}, byHook: map[string]*ebpf.Program{

@@ -40,13 +40,13 @@ func (f *Filter) StatusAfter(before *Status) (*Status, error) {
 		const reason = "nothing is attached"
 		r.Defences = append(r.Defences, Defence{Name: SocketFamilies, Reason: reason}, Defence{Name: HostSide, Reason: reason})
 	}
-	if r.found != nil && r.found.Missing[socketIdentity] != "" {
-		r.Defences = append(r.Defences, Defence{Name: socketIdentity, Reason: r.found.Missing[socketIdentity]})
+	if r.found != nil && r.found.Missing[SocketIdentity] != "" {
+		r.Defences = append(r.Defences, Defence{Name: SocketIdentity, Reason: r.found.Missing[SocketIdentity]})
 	}
 	if delegates, err := f.root.Delegates(); err != nil {
 		return nil, err
 	} else if !delegates {
-		r.Defences = append(r.Defences, Defence{Name: cgroupBoundary, Reason: NoDelegation})
+		r.Defences = append(r.Defences, Defence{Name: CgroupBoundary, Reason: NoDelegation})
 	}
 	return r.Status, f.findUncovered(r)
 }
@@ -150,8 +150,8 @@ func (f *Filter) AddExposed(s *Status) error {
 			s.Exposed = append(s.Exposed, Exposed{Uncovered{ID: cgroup.ContainerID(c.Rel), Cgroup: c.Rel}, e})
 		}
 	}
-	if len(s.Exposed) > 0 && !slices.ContainsFunc(s.Defences, func(d Defence) bool { return d.Name == cgroupBoundary }) {
-		s.Defences = append(s.Defences, Defence{Name: cgroupBoundary, Reason: "containers have the host's cgroup namespace or tree, as shown below: they can move to a cgroup that is not policed, or start more containers, each with its own bucket"})
+	if len(s.Exposed) > 0 && !slices.ContainsFunc(s.Defences, func(d Defence) bool { return d.Name == CgroupBoundary }) {
+		s.Defences = append(s.Defences, Defence{Name: CgroupBoundary, Reason: "containers have the host's cgroup namespace or tree, as shown below: they can move to a cgroup that is not policed, or start more containers, each with its own bucket"})
 	}
 	return nil
 }

@@ -38,6 +38,9 @@ func (r recognition) attach(a *attachment) error {
 	}
 	// First the program, for containers made from now on; then those that exist.
 	if err := r.attachHook(bpf.CgroupsProgRecognise, constants, a); err != nil {
+		if Inconclusive(err) {
+			return fmt.Errorf("recognise containers in %s: %w", r.root.Path(a.targets[0].rel), err)
+		}
 		return fmt.Errorf("%s: %w: %w", r.root.Path(a.targets[0].rel), ErrCannotRecognise, err)
 	}
 	return r.enrol(a)
@@ -179,7 +182,7 @@ func loadCgroups(name string, state *maps.State, constants map[string]any, types
 	var loaded struct {
 		Program *ebpf.Program `ebpf:"program"`
 	}
-	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: shared, Cache: types}); err != nil {
+	if err := maps.Cause(spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: shared, Cache: types})); err != nil {
 		if LockedDown() {
 			err = ErrLockedDown // the verifier's message would mislead
 		}

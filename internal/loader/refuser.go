@@ -130,5 +130,5 @@ func loadModifyReturn(spec *ebpf.CollectionSpec, state map[string]*ebpf.Map, typ
 		Program *ebpf.Program `ebpf:"families_fmod"`
 	}
 	err := spec.LoadAndAssign(&progs, &ebpf.CollectionOptions{MapReplacements: state, Cache: types})
-	return progs.Program, err
+	return progs.Program, maps.Cause(err)
 }

@@ -120,7 +120,7 @@ func RehearsePolicy(p policy.Policy, state *maps.State, id uint64) (_ *Rehearsal
 	var loaded struct {
 		Egress *ebpf.Program `ebpf:"egress"`
 	}
-	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
+	if err := maps.Cause(spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: shared})); err != nil {
 		return nil, fmt.Errorf("load program %s: %w", bpf.EgressProgEgress, err)
 	}
 	r.prog = loaded.Egress

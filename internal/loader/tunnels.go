@@ -88,7 +88,7 @@ func loadTunnels() (*ebpf.Program, error) {
 	var loaded struct {
 		Program *ebpf.Program `ebpf:"udp_tunnels"`
 	}
-	if err := spec.LoadAndAssign(&loaded, nil); err != nil {
+	if err := maps.Cause(spec.LoadAndAssign(&loaded, nil)); err != nil {
 		return nil, fmt.Errorf("load program %s: %w", bpf.TunnelsProgUdpTunnels, err)
 	}
 	return loaded.Program, nil

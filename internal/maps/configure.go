@@ -166,7 +166,7 @@ func loadProgram(name string, spec *ebpf.CollectionSpec, s *State, others map[st
 	var loaded struct {
 		Program *ebpf.Program `ebpf:"program"`
 	}
-	if err := spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: shared}); err != nil {
+	if err := Cause(spec.LoadAndAssign(&loaded, &ebpf.CollectionOptions{MapReplacements: shared})); err != nil {
 		return nil, fmt.Errorf("load program %s: %w", name, err)
 	}
 	return loaded.Program, nil

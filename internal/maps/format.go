@@ -6,6 +6,7 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
 )
@@ -65,7 +66,11 @@ func (f Format) apply(specs map[string]*ebpf.MapSpec) error {
 func CreateMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 	m, err := ebpf.NewMap(spec)
 	if err != nil {
-		return nil, fmt.Errorf("create map %s: %w", spec.Name, err)
+		return nil, fmt.Errorf("create map %s: %w", spec.Name, Cause(err))
+	}
+	if err := CheckName(m, spec.Name); err != nil {
+		m.Close()
+		return nil, err
 	}
 	if spec.Name != bpf.EgressMapTotals || spec.ValueSize < uint32(unsafe.Sizeof(Sums{})) {
 		return m, nil
@@ -81,6 +86,20 @@ func CreateMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 		return nil, fmt.Errorf("write map %s: %w", spec.Name, err)
 	}
 	return m, nil
+}
+
+// CheckName returns an error if the kernel does not know a new map by its name. The library
+// leaves out all names if there was no memory when it tried whether the kernel has names, and
+// by its name alone is a map found again.
+func CheckName(m *ebpf.Map, name string) error {
+	info, err := m.Info()
+	if err == nil && info.Name != name {
+		err = fmt.Errorf("it got no name: %w", unix.ENOMEM)
+	}
+	if err != nil {
+		return fmt.Errorf("create map %s: %w", name, err)
+	}
+	return nil
 }
 
 // Compatible returns an error unless programs can use the map in place of one from

@@ -12,6 +12,7 @@ import (
 	"github.com/cilium/ebpf/link"
 
 	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/maps"
 )
 
 // Info returns what the kernel says about a pinned link.
@@ -163,16 +164,21 @@ func StateOf(id ebpf.ProgramID) (ebpf.MapID, error) {
 
 // madeByUs says whether a pin is of a map of the state, or of a link whose program uses the
 // state.
-func madeByUs(pin string) bool {
-	if m, err := ebpf.LoadPinnedMap(pin, nil); err == nil {
+func madeByUs(pin string) (bool, error) {
+	m, err := ebpf.LoadPinnedMap(pin, nil)
+	if err == nil {
 		defer m.Close()
 		info, err := m.Info()
-		return err == nil && info.Name == filepath.Base(pin) && (OfState(pin) || slices.Contains(formerMaps, info.Name))
+		return err == nil && info.Name == filepath.Base(pin) && (OfState(pin) || slices.Contains(formerMaps, info.Name)), err
+	}
+	// Whoever may not open a pin cannot know whose it is.
+	if maps.Inconclusive(err) {
+		return false, err
 	}
 	info, err := Info(pin)
 	if err != nil {
-		return false
+		return false, err
 	}
 	state, err := StateOf(info.Program)
-	return err == nil && state != 0
+	return err == nil && state != 0, err
 }

@@ -224,8 +224,21 @@ func (p Path) Cgroups() (ids []uint64, err error) {
 func (p Path) Check() error {
 	pins, err := p.All()
 	for {
-		if err != nil || len(pins) == 0 || slices.ContainsFunc(pins, madeByUs) {
+		if err != nil || len(pins) == 0 {
 			return err
+		}
+		var unknown error
+		for _, pin := range pins {
+			ours, err := madeByUs(pin)
+			if ours {
+				return nil
+			}
+			if maps.Inconclusive(err) && unknown == nil {
+				unknown = fmt.Errorf("open %s: %w", pin, err)
+			}
+		}
+		if unknown != nil {
+			return unknown
 		}
 		// A process that detaches meanwhile may have removed the pins before they
 		// were looked at.

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -45,11 +46,27 @@ type Report struct {
 	// Ready says whether the filter can be in force: no check has failed.
 	Ready  bool    `json:"ready"`
 	Checks []Check `json:"checks"`
+	// Defences are those that status lists after an attach, each with whether this host can
+	// have it.
+	Defences []loader.Defence `json:"defences"`
 }
 
 func (r *Report) add(name string, result Result, format string, args ...any) {
 	r.Checks = append(r.Checks, Check{name, result, fmt.Sprintf(format, args...)})
 	r.Ready = r.Ready && result != Fail
+}
+
+// defence adds the check of a defence: whether this host can have it or, if not, why.
+func (r *Report) defence(name string, active bool, detail string) {
+	result, reason := OK, ""
+	if !active {
+		result, reason = Warn, detail
+	}
+	r.add(name, result, "%s", detail)
+	// One reason is enough for what is not there.
+	if !slices.ContainsFunc(r.Defences, func(d loader.Defence) bool { return d.Name == name }) {
+		r.Defences = append(r.Defences, loader.Defence{Name: name, Active: active, Reason: reason})
+	}
 }
 
 // Host is what the checks look at.
@@ -65,12 +82,13 @@ type Host struct {
 
 // Run makes all checks.
 func (h Host) Run(ctx context.Context) *Report {
-	r := &Report{Ready: true}
+	r := &Report{Ready: true, Defences: []loader.Defence{}}
 	h.kernel(r)
 	h.cgroups(r)
 	state, err := maps.CreateState()
 	if err != nil {
-		r.add("programs", Fail, "%v", err)
+		r.add("programs", Fail, "%s", explained(err))
+		r.Defences = append(r.Defences, loader.Defence{Name: loader.SocketFamilies, Reason: notTried}, loader.Defence{Name: loader.HostSide, Reason: notTried})
 	} else {
 		defer state.Close()
 		h.programs(r, state)
@@ -87,6 +105,9 @@ func (h Host) Run(ctx context.Context) *Report {
 	}
 	return r
 }
+
+// notTried is the reason of defences that need what could not be had.
+const notTried = "not tried, since the state could not be made"
 
 // PodsArePoliced says what the default scopes mean on a Kubernetes node.
 const PodsArePoliced = "this is a Kubernetes node: all pods are policed, including those that run the node (CNI, CSI, with the host's network or without), and lose the metadata service and packet sockets; to leave pods out, list only what is to be policed with --scopes, such as docker-{id}.scope and {build}"
@@ -129,13 +150,14 @@ func (h Host) cgroups(r *Report) {
 		r.add("cgroup2", Fail, "%v", err)
 	case gap != "":
 		r.add("cgroup2", Warn, "%s", gap)
+		r.Defences = append(r.Defences, loader.Defence{Name: loader.SocketIdentity, Reason: gap})
 	default:
 		r.add("cgroup2", OK, "%s", h.Root)
 	}
 	if delegates, err := h.Root.Delegates(); err != nil {
-		r.add("cgroup_boundary", Warn, "%v", err)
+		r.defence(loader.CgroupBoundary, false, err.Error())
 	} else if !delegates {
-		r.add("cgroup_boundary", Warn, "%s", loader.NoDelegation)
+		r.defence(loader.CgroupBoundary, false, loader.NoDelegation)
 	}
 }
 
@@ -153,49 +175,65 @@ func (h Host) needsNames() bool {
 func (h Host) programs(r *Report, state *maps.State) {
 	progs, err := loader.Load(h.Config.Policy, state, "/", 1)
 	if err != nil {
-		r.add("programs", Fail, "%s", firstLine(err))
-		return
+		r.add("programs", Fail, "%s", explained(err))
+	} else {
+		progs.Close()
+		r.add("programs", OK, "the kernel accepts them with this policy")
 	}
-	progs.Close()
-	r.add("programs", OK, "the kernel accepts them with this policy")
 
 	if err := loader.ProbeRecognise(state); err != nil {
 		result := Warn
 		if h.needsNames() {
 			result = Fail
 		}
-		r.add("recognise", result, "containers cannot be told from services beside them: let Docker put containers into a cgroup of their own, and name it with --cgroup (%s)", firstLine(err))
+		r.add("recognise", result, "%s", cannotRecognise(err))
 	} else {
 		r.add("recognise", OK, "a container is recognised as soon as its cgroup is made")
 	}
-	switch err := h.Filter.ProbeFamilies(); {
-	case h.Config.Families == policy.AnyFamily:
-		r.add("socket_families", Warn, "turned off by the policy: containers with CAP_NET_RAW can bypass the filter")
-	case err != nil:
-		r.add("socket_families", Warn, "egressbpf cannot refuse sockets on this kernel; run containers that do not need CAP_NET_RAW with --cap-drop=NET_RAW (%s)", oneLine(err))
-	default:
-		r.add("socket_families", OK, "a socket that must be refused was refused")
+	h.families(r)
+	h.hostSide(r, state)
+}
+
+// cannotRecognise says why containers are not recognised, and what to do.
+func cannotRecognise(err error) string {
+	if loader.Inconclusive(err) {
+		return explained(err)
 	}
-	if h.Config.HostSide == policy.Off {
-		r.add("host_side", Warn, "turned off by the policy")
+	return fmt.Sprintf("containers cannot be told from services beside them: let Docker put containers into a cgroup of their own, and name it with --cgroup (%s)", firstLine(err))
+}
+
+func (h Host) families(r *Report) {
+	if h.Config.Families == policy.AnyFamily {
+		r.defence(loader.SocketFamilies, false, "turned off by the policy: containers with CAP_NET_RAW can bypass the filter")
 		return
 	}
-	host, err := loader.LoadHost(h.Config.Policy, state)
-	switch {
-	case errors.Is(err, ebpf.ErrNotSupported):
-		prog, err := loader.LoadHostIngress(h.Config.Policy, state, "/", 1)
-		if err != nil {
-			r.add("host_side", Warn, "%s", firstLine(err))
-			return
-		}
-		prog.Close()
-		r.add("host_side", OK, "the kernel accepts its program, which judges the bridges that exist at attach, as before 6.4")
-	case err != nil:
-		r.add("host_side", Warn, "%s", firstLine(err))
-	default:
-		host.Close()
-		r.add("host_side", OK, "the kernel accepts its programs")
+	if err := h.Filter.ProbeFamilies(); err != nil {
+		r.defence(loader.SocketFamilies, false, fmt.Sprintf("egressbpf cannot refuse sockets on this kernel; run containers that do not need CAP_NET_RAW with --cap-drop=NET_RAW (%s)", oneLine(err)))
+		return
 	}
+	r.defence(loader.SocketFamilies, true, "a socket that must be refused was refused")
+}
+
+func (h Host) hostSide(r *Report, state *maps.State) {
+	if h.Config.HostSide == policy.Off {
+		r.defence(loader.HostSide, false, "turned off by the policy")
+		return
+	}
+	detail := "the kernel accepts its programs"
+	host, err := loader.LoadHost(h.Config.Policy, state)
+	if errors.Is(err, ebpf.ErrNotSupported) {
+		detail = "the kernel accepts its program, which judges the bridges that exist at attach, as before 6.4"
+		var prog *ebpf.Program
+		if prog, err = loader.LoadHostIngress(h.Config.Policy, state, "/", 1); err == nil {
+			prog.Close()
+		}
+	} else if err == nil {
+		host.Close()
+	}
+	if err != nil {
+		detail = explained(err)
+	}
+	r.defence(loader.HostSide, err == nil, detail)
 }
 
 // others lists programs of others at the hooks where the filter would be attached.
@@ -251,6 +289,10 @@ func programName(id ebpf.ProgramID) string {
 	return name
 }
 
+// patience is how long to wait for Docker's daemon, and for each process of the self-test. What
+// the kernel takes to verify programs, minutes on a slow machine, does not count.
+const patience = 20 * time.Second
+
 // hybridRoot is where runc looks for the unified hierarchy on the hybrid layout.
 const hybridRoot = "/sys/fs/cgroup/unified"
 
@@ -264,6 +306,8 @@ func (h Host) docker(ctx context.Context, r *Report) {
 	if h.Docker == nil {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	info, err := h.Docker.Info(ctx)
 	if err != nil {
 		r.add("docker", Warn, "not asked: %v", err)
@@ -320,7 +364,7 @@ func (h Host) covered(r *Report) {
 		r.add("containers", Warn, "%d system containers would not be policed, such as %q of %s: if you do not trust them, police them with --scopes default,lxc.payload.*,systemd-nspawn@*,machine-*.scope", len(systems), systems[0].Name, systems[0].Engine)
 	}
 	if len(exposed) > 0 {
-		r.add("cgroup_boundary", Warn, "%d containers have the host's cgroup namespace or tree, such as %s: they can leave their cgroups, or start containers beside them", len(exposed), exposed[0])
+		r.defence(loader.CgroupBoundary, false, fmt.Sprintf("%d containers have the host's cgroup namespace or tree, such as %s: they can leave their cgroups, or start containers beside them", len(exposed), exposed[0]))
 	}
 }
 
@@ -345,6 +389,15 @@ func (h Host) resolvers(r *Report) {
 
 func firstLine(err error) string {
 	line, _, _ := strings.Cut(err.Error(), "\n")
+	return line
+}
+
+// explained is the first line of an error, with what may have refused something to this process.
+func explained(err error) string {
+	line := strings.ReplaceAll(firstLine(err), loader.MemlockHint, "")
+	if why := loader.WhyRefused(err); why != "" {
+		line += "; " + why
+	}
 	return line
 }
 

@@ -48,7 +48,7 @@ func (h Host) selfTest(ctx context.Context, r *Report) {
 	out, err := h.ask(ctx)
 	switch {
 	case err != nil:
-		r.add("self-test", Fail, "%v", err)
+		r.add("self-test", Fail, "%s", explained(err))
 	case out != "":
 		r.add("self-test", Fail, "%s", out)
 	default:
@@ -102,6 +102,8 @@ func (h Host) ask(ctx context.Context) (wrong string, err error) {
 
 // selfTestIn runs the sending process in a cgroup.
 func selfTestIn(ctx context.Context, dir *os.File, network string) (wrong string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", SelfTestArg, network)
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		UseCgroupFD: true, CgroupFD: int(dir.Fd()), Cloneflags: unix.CLONE_NEWNET, Pdeathsig: unix.SIGKILL,

@@ -76,7 +76,8 @@ var buildBinary = sync.OnceValues(func() (string, error) {
 	return built, nil
 })
 
-// host is a pin path, and a cgroup that the real command polices.
+// host is a pin path, and a slice that the real command polices, where containers are
+// recognised by their names.
 type host struct {
 	t       *testing.T
 	binary  string
@@ -90,7 +91,8 @@ func newHost(t *testing.T) *host {
 	t.Helper()
 	binary, err := buildBinary()
 	check(t, err)
-	h := &host{t: t, binary: binary, pins: testenv.PinPath(t), policed: testenv.Cgroup(t)}
+	h := &host{t: t, binary: binary, pins: testenv.PinPath(t), policed: filepath.Join(testenv.Cgroup(t), "own.slice")}
+	check(t, os.Mkdir(h.policed, 0o755))
 	t.Cleanup(func() {
 		h.wrap = nil
 		if o := h.run("detach"); o.code != 0 {
@@ -104,7 +106,7 @@ func newHost(t *testing.T) *host {
 func (h *host) args(command string, more ...string) []string {
 	args := append([]string{command, "--pin-path", h.pins, "--docker-host", "unix:///nonexistent"}, more...)
 	if command == "attach" && !slices.ContainsFunc(more, func(arg string) bool { return strings.HasPrefix(arg, "--cgroup=") }) {
-		args = append(args, "--cgroup="+h.policed, "--scopes=any")
+		args = append(args, "--cgroup="+h.policed)
 	}
 	return args
 }
@@ -281,7 +283,7 @@ type prober struct {
 // newProber starts a process in a container of a cgroup.
 func newProber(t testing.TB, policed string) *prober {
 	t.Helper()
-	cmd := testenv.Command(t, testenv.Child(t, policed, "container"), "/proc/self/exe")
+	cmd := testenv.Command(t, testenv.Child(t, policed, "docker-"+strings.Repeat("c0", 32)+".scope"), "/proc/self/exe")
 	cmd.Env = append(os.Environ(), containerVar+"=1")
 	cmd.SysProcAttr.Cloneflags = unix.CLONE_NEWNET
 	in, err := cmd.StdinPipe()

@@ -1,0 +1,40 @@
+package maps
+
+import (
+	"errors"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// Inconclusive says whether an error tells nothing about what the kernel can do: it lacked memory
+// or descriptors, or something refused a system call to this process.
+func Inconclusive(err error) bool {
+	for _, cause := range []error{unix.ENOMEM, unix.EMFILE, unix.ENFILE, unix.ENOSPC, unix.EPERM, unix.EACCES} {
+		if errors.Is(err, cause) {
+			return true
+		}
+	}
+	return false
+}
+
+// Cause returns why a map could not be created, or a collection not be loaded. If the kernel
+// refuses a map, the library tries another one with the same flags, and says that kernels as old as
+// 4.6 do not support them if it cannot have that either. So where not even the plainest map can be
+// made, the reason is what the kernel says to that.
+func Cause(err error) error {
+	if !errors.Is(err, ebpf.ErrNotSupported) {
+		return err
+	}
+	// The library had some descriptors open that are closed by now.
+	for range 4 {
+		plain, cause := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+		if cause != nil && Inconclusive(cause) {
+			return cause
+		}
+		if plain != nil {
+			defer plain.Close()
+		}
+	}
+	return err
+}
