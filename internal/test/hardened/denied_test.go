@@ -12,6 +12,7 @@ import (
 
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/preflight"
+	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
 // refuse refuses some commands of bpf(2), or all, as a security module or a seccomp filter does.
@@ -165,4 +166,69 @@ func TestFewFiles(t *testing.T) {
 	}
 	h.must("attach")
 	p.policed(true, "in the end")
+}
+
+// memoryLimit makes a cgroup that may take so many bytes of memory, the kernel's for BPF objects
+// among them (since 5.11), and returns its file of processes.
+func memoryLimit(t *testing.T, bytes int) string {
+	t.Helper()
+	root, file := "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+	if _, err := os.Stat(root); err != nil {
+		root, file = string(testenv.Root(t)), "memory.max"
+		if err := os.WriteFile(root+"/cgroup.subtree_control", []byte("+memory"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir := fmt.Sprintf("%s/egressbpf-test-memory-%d", root, os.Getpid())
+	check(t, os.Mkdir(dir, 0o755))
+	t.Cleanup(func() {
+		testenv.Eventually(t, "remove "+dir, func() bool { return unix.Rmdir(dir) != unix.EBUSY })
+	})
+	check(t, os.WriteFile(dir+"/"+file, fmt.Append(nil, bytes), 0))
+	return dir + "/cgroup.procs"
+}
+
+// Where the cgroup of the process may take too little memory, what was in force stays in force,
+// whether the kernel tells the process or ends it.
+func TestMemoryLimit(t *testing.T) {
+	h := newHost(t)
+	p := newProber(t, h.policed)
+	h.must("attach", "--smtp-burst=5")
+	told, killed := 0, 0
+	for _, megabytes := range []int{20, 26, 32, 38} {
+		when := fmt.Sprint(megabytes, " MB")
+		t.Run(when, func(t *testing.T) {
+			before := allObjects(t)
+			procs := memoryLimit(t, megabytes<<20)
+			h.wrap = []string{"/bin/sh", "-c", `echo $$ >` + procs + ` && exec "$@"`, "-"}
+			o := h.run("attach", "--smtp-burst=7", "--cgroup="+h.policed)
+			h.wrap = nil
+			p.policed(true, when)
+			s := h.status()
+			switch {
+			case o.code == 0:
+				h.must("attach", "--smtp-burst=5")
+				return
+			case o.code == 1 && strings.Contains(o.stderr, "memory.max"):
+				told++
+			case o.code == -1 && o.stderr == "":
+				killed++
+				return // the next attach completes what it had begun
+			default:
+				t.Errorf("got %v", o)
+			}
+			if !s.Enforcing || s.Policy.SMTP.Burst != 5 {
+				t.Errorf("got %+v", s)
+			}
+			h.nothingNew(before, when)
+		})
+	}
+	if told+killed == 0 {
+		t.Error("no limit was too small")
+	}
+	t.Logf("%d were told, and %d killed", told, killed)
+	h.must("attach", "--smtp-burst=9")
+	if s := h.status(); !s.Enforcing || s.Policy.SMTP.Burst != 9 {
+		t.Errorf("in the end: got %+v", s)
+	}
 }
