@@ -26,14 +26,16 @@ const inForce = "the policy is in force"
 
 func never(int, call) unix.Errno { return 0 }
 
-// at lets the n-th call fail, and those after it that are for the same: the library tries some
-// again.
+// at lets the n-th call fail, and those after it that are for the same, if it is one that the
+// library tries again.
 func at(n int, errno unix.Errno) func(int, call) unix.Errno {
 	what := ""
 	return func(i int, c call) unix.Errno {
 		switch {
 		case i == n:
-			what = c.what
+			if what = c.what; !c.bpf(unix.BPF_MAP_CREATE, unix.BPF_PROG_LOAD, unix.BPF_BTF_LOAD, unix.BPF_LINK_CREATE) {
+				what = "\x00"
+			}
 		case i < n || c.what != what:
 			what = "\x00"
 			return 0
