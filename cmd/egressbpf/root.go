@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"slices"
 	"strings"
 
@@ -267,7 +268,12 @@ func remedyFor(err error) string {
 		}
 	}
 	if errors.Is(err, errCapabilities) || errors.Is(err, fs.ErrPermission) {
-		return "this needs root (or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"
+		const remedy = "this needs root (or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"
+		// AppArmor hides the capabilities that a profile denies.
+		if confined := loader.Confinement(); len(confined) > 0 && os.Geteuid() == 0 {
+			return remedy + "; this process is root, and confined by " + strings.Join(confined, "; and by ")
+		}
+		return remedy
 	}
 	return ""
 }

@@ -49,8 +49,8 @@ func WhyRefused(err error) string {
 	return begin + "a security module of the kernel (see /sys/kernel/security/lsm, and what the kernel logs)"
 }
 
-// suspects are what confines this process, each with where it tells what it refuses.
-func suspects() (all []string) {
+// Confinement is what confines this process, each with where it tells what it refuses.
+func Confinement() (all []string) {
 	status, _ := os.ReadFile("/proc/self/status")
 	if bytes.Contains(status, []byte("\nSeccomp:\t2")) {
 		all = append(all, "a seccomp filter of this process (SystemCallFilter= of its unit, or the profile of its container)")
@@ -68,6 +68,12 @@ func suspects() (all []string) {
 	if ns, err := os.Readlink("/proc/self/ns/user"); err == nil && ns != initialUsers {
 		all = append(all, "the user namespace of this process, which is not the host's")
 	}
+	return all
+}
+
+// suspects are what may have refused something to this process.
+func suspects() []string {
+	all := Confinement()
 	var limit unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) == nil && limit.Cur != unix.RLIM_INFINITY {
 		all = append(all, fmt.Sprintf("before Linux 5.11, the limit of %d bytes of locked memory, which this process may not raise (CAP_SYS_RESOURCE)", limit.Cur))

@@ -186,4 +186,4 @@ func (i *ingress) whyNotJudged(r *reading, l netlink.Link) string {
 }
 
 // ingressRemark is how this host side differs from that of later kernels.
-const ingressRemark = "before 6.4, or without BTF of the kernel, it judges only bridges that exist at attach: attach again after Docker has made a bridge, or run the service"
+const ingressRemark = "before 6.4, or without the kernel's BTF or JIT compiler, it judges only bridges that exist at attach: attach again after Docker has made a bridge, or run the service"

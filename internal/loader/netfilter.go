@@ -89,7 +89,7 @@ func (p *HostPrograms) byName(name string) *ebpf.Program {
 
 // LoadHost loads the programs of the host side for a policy and its devices, and does not
 // attach them. The programs use the maps of state. The error wraps ebpf.ErrNotSupported
-// before 6.4. The caller closes the programs.
+// before 6.4, and without BTF of the kernel or its JIT compiler. The caller closes the programs.
 func LoadHost(p policy.Policy, state *maps.State) (*HostPrograms, error) {
 	l, err := loadPolicy(p)
 	if err != nil {
@@ -126,6 +126,10 @@ func (l *loaded) hostSide(state *maps.State, targets []*target, devices []policy
 	}
 	progs := new(HostPrograms)
 	if err := maps.Cause(spec.LoadAndAssign(progs, &ebpf.CollectionOptions{MapReplacements: shared, Cache: l.types})); err != nil {
+		if errors.Is(err, unix.Errno(524)) { // the kernel's ENOTSUPP, which is not ENOTSUP
+			// Without the JIT compiler, programs cannot call the kernel's functions.
+			err = fmt.Errorf("%w: %w", ebpf.ErrNotSupported, err)
+		}
 		return nil, fmt.Errorf("load programs of the host side: %w", err)
 	}
 	if err := l.hostDocument(devices).bind(progs.Forward); err != nil {

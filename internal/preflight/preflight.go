@@ -222,7 +222,7 @@ func (h Host) hostSide(r *Report, state *maps.State) {
 	detail := "the kernel accepts its programs"
 	host, err := loader.LoadHost(h.Config.Policy, state)
 	if errors.Is(err, ebpf.ErrNotSupported) {
-		detail = "the kernel accepts its program, which judges the bridges that exist at attach, as before 6.4"
+		detail = "the kernel accepts its program, which judges the bridges that exist at attach, as before 6.4 or without the kernel's BTF or JIT compiler"
 		var prog *ebpf.Program
 		if prog, err = loader.LoadHostIngress(h.Config.Policy, state, "/", 1); err == nil {
 			prog.Close()

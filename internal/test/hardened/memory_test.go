@@ -16,7 +16,7 @@ import (
 )
 
 var (
-	stepFlag  = flag.Int("step", 13, "let every `n`-th of the chosen system calls fail; 1 for all, which takes minutes")
+	stepFlag  = flag.Int("step", 23, "let every `n`-th of the chosen system calls fail; 1 for all, which takes minutes")
 	firstFlag = flag.Int("first", 0, "the `index` of the first chosen system call to fail")
 	lastFlag  = flag.Int("last", 1<<30, "the `index` of the last chosen system call to fail")
 )
@@ -67,16 +67,22 @@ func (h *host) failEach(undo func(), judge func(o outcome, when string), command
 		h.t.Fatalf("%s: %v", command, o)
 	}
 	undo()
-	chosen := choose(o.calls)
-	h.t.Logf("%s: %d system calls, of which %d are chosen", command, len(o.calls), len(chosen))
+	calls := o.calls
+	chosen := choose(calls)
+	h.t.Logf("%s: %d system calls, of which %d are chosen", command, len(calls), len(chosen))
 	for i, n := range chosen {
 		// Of the library's trials, that of names had the worst consequences.
-		if i < *firstFlag || i > *lastFlag || (i-*firstFlag)%*stepFlag != 0 && o.calls[n-1].what != "MAP_CREATE feature_test" {
+		if i < *firstFlag || i > *lastFlag || (i-*firstFlag)%*stepFlag != 0 && calls[n-1].what != "MAP_CREATE feature_test" {
 			continue
 		}
 		o := supervise(h.t, at(n, unix.ENOMEM), h.binary, h.args(command, more...)...)
 		if len(o.calls) < n {
-			h.t.Fatalf("there is no system call %d of %s: %v", n, command, o)
+			// What is read back in the end differs a little each time.
+			if o.code != 0 || n < len(calls)*9/10 {
+				h.t.Errorf("there is no system call %d of %s: %v", n, command, o)
+			}
+			judge(o, "without a failure")
+			break
 		}
 		when := fmt.Sprintf("%s, no memory at call %d, %s", command, n, strings.ReplaceAll(o.calls[n-1].what, h.pins, "PINS"))
 		if o.code != 0 && (o.code != 1 || !strings.Contains(o.stderr, "cannot allocate memory")) {

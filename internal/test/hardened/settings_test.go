@@ -77,24 +77,17 @@ func TestHardenedSettings(t *testing.T) {
 	h.everythingInForce(p, "with hardened settings")
 }
 
-// Without the JIT compiler, the programs that call the kernel's functions cannot be loaded: the
-// host side. All else works, and it is said.
+// Without the JIT compiler, the netfilter programs of the host side cannot be loaded, since they call
+// the kernel's functions. The program of older kernels does their work.
 func TestNoJIT(t *testing.T) {
 	guest(t)
 	h := newHost(t)
 	p := newProber(t, h.policed)
 	set(t, map[string]string{"net/core/bpf_jit_harden": "0", "net/core/bpf_jit_enable": "0"})
 	defer set(t, map[string]string{"net/core/bpf_jit_enable": "1"})
-	o := h.run("attach")
-	t.Log(o)
-	if s := h.status(); s.Enforcing {
-		p.policed(true, "without the JIT compiler")
-	}
-	for _, d := range h.status().Defences {
-		if !d.Active && !strings.Contains(o.stderr, "no defence "+d.Name) {
-			t.Errorf("got %+v, and attach did not tell", d)
-		}
-		t.Log(d)
+	h.everythingInForce(p, "without the JIT compiler")
+	if d := defence(t, h.status(), loader.HostSide); !strings.Contains(d.Reason, "JIT compiler") {
+		t.Errorf("got %+v", d)
 	}
 }
 
@@ -168,4 +161,39 @@ func TestNoBTF(t *testing.T) {
 		t.Log(d)
 	}
 	t.Log(rows(s))
+}
+
+// confine loads a profile of AppArmor that allows everything but denied, and has the command run
+// with it.
+func (h *host) confine(denied string) {
+	h.t.Helper()
+	profile := "profile egressbpf-test flags=(attach_disconnected) { file, network, unix, mount, umount, signal, ptrace, capability, " + denied + " }\n"
+	path := filepath.Join(h.t.TempDir(), "profile")
+	check(h.t, os.WriteFile(path, []byte(profile), 0o600))
+	if o := execute(h.t, "apparmor_parser", "--replace", "--skip-cache", path); o.code != 0 {
+		h.t.Fatalf("load the profile: %v", o)
+	}
+	h.wrap = []string{"/bin/sh", "-c", `echo exec egressbpf-test >/proc/self/attr/exec && exec "$@"`, "-"}
+}
+
+// What AppArmor denies is told as that, by attach and by check.
+func TestAppArmor(t *testing.T) {
+	guest(t)
+	h := newHost(t)
+	for _, denied := range []string{"deny capability bpf, deny capability sys_admin,", "deny " + filepath.Dir(h.pins) + "/** w,"} {
+		h.confine(denied)
+		o := h.run("attach")
+		if o.code != 1 || !strings.Contains(o.stderr, "AppArmor, by the profile egressbpf-test (enforce)") {
+			t.Errorf("%s: got %v", denied, o)
+		}
+		h.wrap = nil
+		if s := h.status(); s.Enforcing || len(s.Hooks) > 0 {
+			t.Errorf("%s: got %+v", denied, s)
+		}
+	}
+	// It does not judge a host that it may not look at.
+	h.confine("deny capability bpf, deny capability sys_admin,")
+	if o := h.run("check", "--output=json"); o.code != 1 || o.stdout != "" || !strings.Contains(o.stderr, "AppArmor, by the profile egressbpf-test (enforce)") {
+		t.Errorf("check: got %v", o)
+	}
 }
