@@ -138,6 +138,18 @@ kernels: test-tools
 test-debian: test-tools
 	internal/test/vmtest/test.sh debian
 
+# The Ansible role and the cloud-init user-data, by Ansible and cloud-init on a whole Debian.
+.PHONY: test-fleet
+test-fleet: test-tools
+	internal/test/vmtest/fleet/test.sh --all
+
+.PHONY: lint-fleet
+lint-fleet:
+	@$(INSTALL) ansible-lint:ansible-lint yamllint:yamllint
+	yamllint --strict -d '{extends: default, rules: {line-length: {max: 120}, document-start: disable, comments: {require-starting-space: false}}}' \
+		dist/ansible dist/cloud-init
+	ANSIBLE_ROLES_PATH=dist/ansible ansible-lint --offline --nocolor --profile production dist/ansible/egressbpf dist/ansible/rolling.yml
+
 .PHONY: test-tools
 test-tools:
 	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables tmux:tmux dockerd:docker.io prometheus:prometheus \
@@ -185,7 +197,7 @@ lint:
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	@$(INSTALL) shellcheck:shellcheck
-	shellcheck --severity=warning internal/test/*/*.sh internal/test/vmtest/debian/run dist/packages/*.sh .ci/run
+	shellcheck --severity=warning internal/test/*/*.sh internal/test/vmtest/debian/run internal/test/vmtest/fleet/* dist/packages/*.sh .ci/run
 	for script in $(filter-out %/lib.sh,$(wildcard dist/packages/scripts/*)); do \
 		{ printf '#!/bin/sh\nset -e\n' && cat dist/packages/scripts/lib.sh $$script; } | shellcheck --severity=warning - || exit 1; \
 	done

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
 readonly suite=trixie
-readonly packages=systemd-sysv,dbus,docker.io,docker-cli,docker-buildx,podman,crun,netavark,rootlesskit,slirp4netns,passt,uidmap,dbus-user-session,linux-image-cloud-amd64,initramfs-tools,iproute2,iptables,nftables,busybox-static,procps,bpftool,rpm
+readonly packages=systemd-sysv,dbus,docker.io,docker-cli,docker-buildx,podman,crun,netavark,rootlesskit,slirp4netns,passt,uidmap,dbus-user-session,linux-image-cloud-amd64,initramfs-tools,iproute2,iptables,nftables,busybox-static,procps,bpftool,rpm,ansible-core,python3-apt,cloud-init
 readonly needed=(mmdebstrap:mmdebstrap qemu-system-x86_64:qemu-system-x86 mke2fs:e2fsprogs debian-archive-keyring python-apt-common)
 
 # What exits with this code is the harness, not the script.
