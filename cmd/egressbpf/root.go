@@ -229,7 +229,6 @@ func remedyFor(err error) string {
 		{loader.ErrOwnNetwork, "run the container with --network=host"},
 		{loader.ErrNotMounted, "on the host, mount one first: `mount -t bpf bpf /sys/fs/bpf`"},
 		{loader.ErrHidden, "run the container with --cap-add=SYS_PTRACE, and where AppArmor is on with --security-opt=apparmor=unconfined"},
-		{loader.ErrNoBPF, "a seccomp profile or a security module forbids it, or the process is in a user namespace: in a container, use the engine's own seccomp profile (or --security-opt=seccomp=unconfined) and --userns=host"},
 		{loader.ErrWholeHost, "name the cgroup whose children are containers, or list the names of containers' cgroups with --scopes"},
 		{loader.ErrCannotRecognise, "let Docker put its containers into a cgroup of their own, and name that with --cgroup: /sys/fs/cgroup/docker with its cgroupfs driver, or with its systemd driver a slice (\"cgroup-parent\": \"docker.slice\" in /etc/docker/daemon.json) and --scopes any"},
 		{loader.ErrPrivateMount, "run it on the host; in a container, with --pid=host and the host's /sys/fs/bpf mounted (-v /sys/fs/bpf:/sys/fs/bpf)"},

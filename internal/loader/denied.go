@@ -53,7 +53,7 @@ func WhyRefused(err error) string {
 func Confinement() (all []string) {
 	status, _ := os.ReadFile("/proc/self/status")
 	if bytes.Contains(status, []byte("\nSeccomp:\t2")) {
-		all = append(all, "a seccomp filter of this process (SystemCallFilter= of its unit, or the profile of its container)")
+		all = append(all, "a seccomp filter of this process (SystemCallFilter= of its unit, or the profile of its container: use the engine's own, or --security-opt=seccomp=unconfined)")
 	}
 	// Every security module that is on names the context of a process in the same file.
 	context, _ := os.ReadFile("/proc/self/attr/current")
@@ -66,7 +66,7 @@ func Confinement() (all []string) {
 		all = append(all, fmt.Sprintf("AppArmor, by the profile %s (`journalctl -k --grep apparmor` shows what)", label))
 	}
 	if ns, err := os.Readlink("/proc/self/ns/user"); err == nil && ns != initialUsers {
-		all = append(all, "the user namespace of this process, which is not the host's")
+		all = append(all, "the user namespace of this process, which is not the host's (in a container, --userns=host)")
 	}
 	return all
 }
