@@ -159,6 +159,7 @@ package_both() {
 on_debian() {
     mkdir "$dir/debian"
     cp internal/test/vmtest/debian/run "$dir/debian"
+    CGO_ENABLED=0 go build -o "$dir/debian/traffic" ./internal/test/vmtest/debian/traffic
     package_both >"$dir/out-debian" 2>&1 || { cat "$dir/out-debian"; return 1; }
     # The image needs root.
     local sudo=()
