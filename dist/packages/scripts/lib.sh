@@ -25,7 +25,12 @@ systemd() { on_host && [ -d /run/systemd/system ]; }
 # `make install`.
 packaged() {
 	case $(systemctl show --property=ExecStart --value "$unit" 2>/dev/null) in
-	*"path=$binary "*) ;;
+	*"path=$binary "*) return 0 ;;
+	?*) return 1 ;;
+	esac
+	# A unit that was masked while it ran starts nothing.
+	case $(readlink "/proc/$(systemctl show --property=MainPID --value "$unit" 2>/dev/null)/exe") in
+	"$binary" | "$binary (deleted)") ;;
 	*) return 1 ;;
 	esac
 }
@@ -132,7 +137,8 @@ before_removal() {
 		if packaged; then
 			! systemctl --quiet is-enabled "$unit" || note enable
 			! running || note start
-			systemctl --quiet disable --now "$unit" || :
+			systemctl --quiet disable "$unit" || : # fails if it is masked
+			systemctl stop "$unit" || :
 			systemctl reset-failed "$unit" 2>/dev/null || :
 		fi
 	elif command -v systemctl >/dev/null; then
