@@ -46,11 +46,20 @@ running() {
 # later A B succeeds if version A is later than B.
 later() { [ "$1" != "$2" ] && [ "$(printf '%s\n' "$1" "$2" | LC_ALL=C sort -V | tail -n 1)" = "$1" ]; }
 
-# keep_command keeps the installed command, and how to take the filter off with it.
+# keep_command keeps the installed command, and how to take the filter off with it, or nothing:
+# purge would try half a command again and again.
 keep_command() {
+	{ keep_all && [ -x "$kept/egressbpf" ]; } || { rm -rf "$kept" || :; return 1; } # not -x: noexec
+}
+
+# this_filter prints, with the kept command, what each attach changes: the program and its time.
+this_filter() { timeout 60 "$kept/egressbpf" status 2>/dev/null | grep '^egress ' || :; }
+
+keep_all() {
 	mkdir -p "$kept" && chmod 700 "$kept" &&
-		cp "$binary" "$kept/egressbpf" &&
+		cp "$binary" "$kept/egressbpf" && chmod 700 "$kept/egressbpf" &&
 		cp /usr/share/egressbpf/version "$kept/version" &&
+		this_filter >"$kept/filter" &&
 		cat >"$kept/detach" <<-END &&
 			#!/bin/sh
 			# The package egressbpf was removed while its filter was in force. This takes the
@@ -59,7 +68,7 @@ keep_command() {
 			$kept/egressbpf detach
 			rm -r $kept
 		END
-		chmod 700 "$kept/egressbpf" "$kept/detach"
+		chmod 700 "$kept/detach"
 }
 
 # before_files runs before files are installed or replaced. An earlier version cannot take over
