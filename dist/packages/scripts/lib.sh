@@ -74,7 +74,8 @@ keep_all() {
 # before_files runs before files are installed or replaced. An earlier version cannot take over
 # from a later one by itself: the later one, which is still there, prepares for that.
 before_files() {
-	rm -rf "$notes"
+	# What an interrupted transaction has noted of the service is still to be done.
+	rm -f "$notes/install" "$notes/keep" "$notes/handed-over"
 	in_force || return 0
 	if [ -x "$binary" ] && from=$(cat /usr/share/egressbpf/version 2>/dev/null); then
 		command=$binary
@@ -90,11 +91,13 @@ before_files() {
 		note start
 		systemctl stop "$unit" || :
 	fi
-	if ! "$command" detach --hand-over; then
+	if "$command" detach --hand-over; then
+		note handed-over
+	else
 		[ "$command" != "$binary" ] || keep_command || :
 		note keep
 		say "version $from could not hand over to version $version. What it had in force stays in force."
-		say "$kept/detach takes it off."
+		[ ! -x "$kept/detach" ] || say "$kept/detach takes it off."
 	fi
 }
 
@@ -132,6 +135,7 @@ put_in_force() {
 		say "$version in force, run one of"
 		say "  egressbpf attach                    with the options that it was attached with"
 		say "  systemctl enable --now egressbpf    now and from each boot on"
+		! noted handed-over || say "Until then, defences can be missing that version $version does not know: see egressbpf status."
 	elif noted install; then
 		say "nothing is in force yet. To put the filter in force, now and from each boot on, run:"
 		say "  systemctl enable --now egressbpf"
