@@ -18,6 +18,7 @@ import (
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/stats"
 	"github.com/egressbpf/egressbpf/internal/text"
 )
@@ -260,11 +261,13 @@ func remedyFor(err error) string {
 		remedy string
 	}{
 		{unix.ENOMEM, "the kernel had no memory for it, or the cgroup of this process may not take so much (memory.max; MemoryMax= of its unit): see docs/hosts.md for how much egressbpf needs"},
-		{unix.EMFILE, "this process may open too few files: raise the limit (ulimit -n; LimitNOFILE= of its unit)"},
 	} {
 		if errors.Is(err, r.err) {
 			return r.remedy
 		}
+	}
+	if maps.TooManyFiles(err) {
+		return "this process may open too few files: raise the limit (ulimit -n; LimitNOFILE= of its unit)"
 	}
 	if errors.Is(err, errCapabilities) || errors.Is(err, fs.ErrPermission) {
 		const remedy = "this needs root (or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH)"

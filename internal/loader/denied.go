@@ -33,6 +33,12 @@ func Rejected(err error) *ebpf.VerifierError {
 	if !errors.As(err, &rejected) || len(rejected.Log) == 0 && !errors.Is(err, unix.EINVAL) {
 		return nil
 	}
+	// There may be a log, too, where the verifier accepted the program, or did not come to an end.
+	for _, lack := range []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
+		if errors.Is(err, lack) {
+			return nil
+		}
+	}
 	return rejected
 }
 

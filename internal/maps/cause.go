@@ -2,6 +2,7 @@ package maps
 
 import (
 	"errors"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -10,12 +11,21 @@ import (
 // Inconclusive says whether an error tells nothing about what the kernel can do: it lacked memory
 // or descriptors, or something refused a system call to this process.
 func Inconclusive(err error) bool {
-	for _, cause := range []error{unix.ENOMEM, unix.EMFILE, unix.ENFILE, unix.ENOSPC, unix.EPERM, unix.EACCES} {
+	if TooManyFiles(err) {
+		return true
+	}
+	for _, cause := range []error{unix.ENOMEM, unix.ENFILE, unix.ENOSPC, unix.EPERM, unix.EACCES} {
 		if errors.Is(err, cause) {
 			return true
 		}
 	}
 	return false
+}
+
+// TooManyFiles says whether an error is that this process may open no more files. Where the library
+// duplicates a descriptor, it keeps only the text of that.
+func TooManyFiles(err error) bool {
+	return errors.Is(err, unix.EMFILE) || strings.HasSuffix(err.Error(), "can't dup fd: "+unix.EMFILE.Error())
 }
 
 // Cause returns why a map could not be created, or a collection not be loaded. If the kernel

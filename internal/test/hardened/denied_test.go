@@ -151,7 +151,7 @@ func TestFewFiles(t *testing.T) {
 	h := newHost(t)
 	p := newProber(t, h.policed)
 	before := allObjects(t)
-	for _, n := range []int{12, 20, 28} {
+	for _, n := range []int{12, 20, 28, 37, 45} {
 		h.wrap = []string{"/bin/sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$@"`, n), "-"}
 		o := h.run("attach")
 		h.wrap = nil
