@@ -261,6 +261,7 @@ func remedyFor(err error) string {
 		remedy string
 	}{
 		{unix.ENOMEM, "the kernel had no memory for it, or the cgroup of this process may not take so much (memory.max; MemoryMax= of its unit): see docs/hosts.md for how much egressbpf needs"},
+		{unix.EROFS, "in a container, mount that volume without :ro"},
 	} {
 		if errors.Is(err, r.err) {
 			return r.remedy

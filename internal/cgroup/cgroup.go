@@ -279,14 +279,25 @@ func (r Root) below(path string) (rel string, ok bool) {
 // OfProcess returns the cgroup of a process, as [Root.Rel] does. The error wraps
 // fs.ErrNotExist if there is no such process.
 func OfProcess(pid int) (string, error) {
+	cgroups, err := ofProcess(pid)
+	if err != nil {
+		return "", err
+	}
+	return unified(cgroups)
+}
+
+// ofProcess returns the cgroups of a process in all hierarchies, each in a line.
+func ofProcess(pid int) (string, error) {
 	text, err := read(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if errors.Is(err, unix.ESRCH) {
 		return "", fs.ErrNotExist
 	}
-	if err != nil {
-		return "", err
-	}
-	for line := range strings.Lines(text) {
+	return text, err
+}
+
+// unified returns the path in the unified hierarchy.
+func unified(cgroups string) (string, error) {
+	for line := range strings.Lines(cgroups) {
 		if rel, ok := strings.CutPrefix(line, "0::"); ok {
 			// The kernel adds this to the path of a removed cgroup.
 			return strings.TrimSuffix(strings.TrimSuffix(rel, "\n"), " (deleted)"), nil

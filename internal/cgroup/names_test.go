@@ -49,3 +49,21 @@ func TestSampleNames(t *testing.T) {
 		t.Errorf("got %s in a slice", got)
 	}
 }
+
+func TestContainerOf(t *testing.T) {
+	docker, inner := cgroup.DockerContainer("/docker"), cgroup.DockerContainer("/inner")
+	for _, tt := range []struct{ name, cgroups, want string }{
+		{"service", "0::/system.slice/ssh.service\n", ""},
+		{"container", "0::" + docker + "\n", docker},
+		{"within a container", "0::" + docker + inner + "/init\n", docker},
+		{"hybrid", "4:memory:" + docker + "\n1:name=systemd:" + docker + "\n0::" + docker + "\n", docker},
+		{"hybrid, runc before 1.1", "4:memory:" + docker + "\n1:name=systemd:" + docker + "\n0::/system.slice/docker.service\n", docker},
+		{"hybrid, service", "4:memory:/system.slice/ssh.service\n1:name=systemd:/system.slice/ssh.service\n0::/\n", ""},
+		{"version 1 alone", "4:cpu,cpuacct:" + docker + "\n", docker},
+		{"a colon in the name", "1:name=systemd:/a:b" + docker + "\n0::/\n", "/a:b" + docker},
+	} {
+		if got := cgroup.ContainerIn(tt.cgroups); got != tt.want {
+			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}

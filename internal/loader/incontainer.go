@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"strconv"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -42,8 +43,9 @@ func (f *Filter) CheckContainer() error {
 	if own == "" {
 		return nil
 	}
-	first, err := cgroup.OfProcess(1)
-	if err != nil || cgroup.OutermostContainer(first) == own {
+	// Where it is the process of this container, or of one whose PID namespace this one shares,
+	// it is not the host's.
+	if first, err := cgroup.ContainerOf(1); err != nil || first != "" {
 		return ErrOwnPIDs
 	}
 	if err := f.pins.CheckContainersMount(); err != nil {
@@ -52,31 +54,44 @@ func (f *Filter) CheckContainer() error {
 	return checkContainersNetwork()
 }
 
-// checkContainersNetwork returns ErrOwnNetwork if no process outside of all containers is in
-// this network namespace.
+// checkContainersNetwork returns ErrOwnNetwork if this process is in another network namespace
+// than the host's first process and the engine, which is the nearest parent outside of all
+// containers. Other processes do not tell: one of the host's may look into a container's.
 func checkContainersNetwork() error {
 	own := netNamespace("self")
-	is := func(pid string) bool {
-		if n, err := strconv.Atoi(pid); err != nil || n < 1 || netNamespace(pid) != own {
-			return false
-		} else if rel, err := cgroup.OfProcess(n); err != nil || cgroup.OutermostContainer(rel) != "" {
-			return false
+	for pid := os.Getpid(); pid > 0; {
+		in, err := cgroup.ContainerOf(pid)
+		if err != nil {
+			return err
 		}
-		return true
+		if in == "" {
+			if netNamespace(strconv.Itoa(pid)) == own {
+				return nil
+			}
+			break
+		}
+		if pid, err = parent(pid); err != nil {
+			return err
+		}
 	}
-	if is("1") {
+	if netNamespace("1") == own {
 		return nil
 	}
-	processes, err := os.ReadDir("/proc")
+	return ErrOwnNetwork
+}
+
+// parent returns the parent of a process; 0 if it is in an outer PID namespace.
+func parent(pid int) (int, error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
-		return err
+		return 0, err
 	}
-	for _, p := range processes {
-		if is(p.Name()) {
-			return nil
+	for line := range strings.Lines(string(status)) {
+		if value, ok := strings.CutPrefix(line, "PPid:"); ok {
+			return strconv.Atoi(strings.TrimSpace(value))
 		}
 	}
-	return ErrOwnNetwork
+	return 0, fmt.Errorf("/proc/%d/status: it names no parent", pid)
 }
 
 // CheckBPF returns ErrNoBPF if something else than capabilities keeps this process from using

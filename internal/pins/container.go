@@ -39,8 +39,10 @@ func (p Path) CheckContainersMount() error {
 		}
 		return nil // Mount says what is wrong
 	}
+	// It has to be the same directory: of a part of that filesystem, mounted as if it were the
+	// whole, the host knows nothing either.
 	var here, host unix.Stat_t
-	if unix.Stat(p.existing(), &here) != nil || unix.Stat(on, &host) != nil || here.Dev != host.Dev {
+	if unix.Stat(strings.TrimPrefix(on, hostsRoot), &here) != nil || unix.Stat(on, &host) != nil || here.Dev != host.Dev || here.Ino != host.Ino {
 		return fmt.Errorf("%s: %w", p.existing(), ErrPrivateMount)
 	}
 	return nil

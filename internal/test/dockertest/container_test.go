@@ -156,6 +156,21 @@ func testWrongFlags(t *testing.T, e *engine, right []string) {
 	// It is a bpf filesystem of the host, and ends with the last container that has it.
 	e.docker(t, "volume", "create", "--opt", "type=bpf", "--opt", "device=bpf", "pins")
 	bpffs := "--volume=/sys/fs/bpf:/sys/fs/bpf"
+	part := "/sys/fs/bpf/part"
+	if err := os.Mkdir(part, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(part)
+	// Somebody on the host looks into the network of another container.
+	e.sleeper(t, "other", "--volume=pins:/sys/fs/bpf")
+	looks := exec.Command("nsenter", "--net", "--target", e.docker(t, "inspect", "-f", "{{.State.Pid}}", "other"), "sleep", "1000000")
+	if err := looks.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = looks.Process.Kill()
+		_ = looks.Wait()
+	}()
 	for _, test := range []struct {
 		name, without, with string
 		code                int
@@ -164,10 +179,14 @@ func testWrongFlags(t *testing.T, e *engine, right []string) {
 	}{
 		{"cgroup namespace", "--cgroupns=host", "--cgroupns=private", 3, "--cgroupns=host", true},
 		{"PID namespace", "--pid=host", "", 3, "--pid=host", false},
+		{"another container's processes", "--pid=host", "--pid=container:other", 3, "run the container with --pid=host", false},
 		{"network namespace", "--network=host", "", 3, "--network=host", false},
 		{"no network", "--network=host", "--network=none", 3, "--network=host", false},
+		{"another container's network", "--network=host", "--network=container:other", 3, "--network=host", false},
 		{"bpf filesystem", bpffs, "", 3, "-v /sys/fs/bpf:/sys/fs/bpf", true},
 		{"volume of pins", bpffs, "--volume=pins:/sys/fs/bpf", 3, "-v /sys/fs/bpf:/sys/fs/bpf", false},
+		{"part of the bpf filesystem", bpffs, "--volume=" + part + ":/sys/fs/bpf", 3, "-v /sys/fs/bpf:/sys/fs/bpf", false},
+		{"read-only bpf filesystem", bpffs, bpffs + ":ro", 1, "without :ro", false},
 		{"tmpfs", bpffs, "--tmpfs=/sys/fs/bpf", 3, "-v /sys/fs/bpf:/sys/fs/bpf", false},
 		{"no system administrator", "--cap-add=SYS_ADMIN", "", 1, "lacks CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN", false},
 		{"no network administrator", "--cap-add=NET_ADMIN", "", 1, "lacks CAP_NET_ADMIN", false},

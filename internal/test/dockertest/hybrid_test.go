@@ -40,7 +40,14 @@ func TestHybrid(t *testing.T) {
 		t.Errorf("status: exit code %d\n%s%s", exit.Code, exit.Stdout, exit.Stderr)
 	}
 
-	// An older runc leaves the container in the engine's cgroup.
+	// An older runc leaves the container in the engine's cgroup: egressbpf's own, too.
+	e.importImage(t, toolImage, executable(t, "egressbpf", lab.Binary(t)), executable(t, "bin/busybox", "/usr/bin/busybox"))
+	own := e.command("run", "--rm", "--cap-add=SYS_ADMIN", "--cap-add=NET_ADMIN", "--cap-add=DAC_READ_SEARCH", "--cap-add=SYS_PTRACE",
+		"--volume=/sys/fs/cgroup:/sys/fs/cgroup", "--volume=/sys/fs/bpf:/sys/fs/bpf", toolImage,
+		"/bin/busybox", "sh", "-c", "echo 0 > /sys/fs/cgroup/unified/cgroup.procs && exec /egressbpf status")
+	if exit := lab.Run(t, own); exit.Code != 3 || !strings.Contains(exit.Stderr, "--pid=host") {
+		t.Errorf("status in a container: exit code %d\n%s%s", exit.Code, exit.Stdout, exit.Stderr)
+	}
 	pid := e.docker(t, "inspect", "-f", "{{.State.Pid}}", "hybrid")
 	if err := os.WriteFile(filepath.Join(cgroups, "unified/cgroup.procs"), []byte(pid), 0); err != nil {
 		t.Fatal(err)
