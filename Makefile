@@ -153,7 +153,7 @@ lint-fleet:
 .PHONY: test-tools
 test-tools:
 	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables tmux:tmux dockerd:docker.io prometheus:prometheus \
-		chromium:chromium fonts-dejavu-core $$(internal/test/vmtest/run.sh --packages)
+		chromium:chromium fonts-dejavu-core apparmor_parser:apparmor $$(internal/test/vmtest/run.sh --packages)
 	@$(INSTALL) docker:docker-cli # not part of docker.io on newer releases
 
 # For generated objects, and for tests that make a later version.

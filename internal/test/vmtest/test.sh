@@ -65,7 +65,7 @@ for arch in $architectures; do
     done
 done
 if [ -z "$document" ]; then
-    for package in internal/test/{dockertest,e2e}; do
+    for package in internal/test/{dockertest,e2e,hardened}; do
         CGO_ENABLED=0 go test -c -o "$dir/amd64/${package##*/}" "./$package"
     done
     CGO_ENABLED=0 go build -buildvcs=false -o "$dir/egressbpf" ./cmd/egressbpf
@@ -132,6 +132,9 @@ on_kernel() {
         in_root "$1" e2e '^TestUnusualTunnels$' || failed=1
         in_root "$1" dockertest '^TestAttacks$/^families$' -attacks "$packet_sockets" || failed=1
         guest lockdown "$1" internal/test/vmtest/run.sh --root --append lockdown=confidentiality "$1" "$dir/amd64/loader" -test.run '^TestLockedDown$' || failed=1
+        guest hardened "$1" internal/test/vmtest/run.sh --root --append lockdown=integrity --append security=apparmor \
+            --env "EGRESSBPF_BINARY=$dir/egressbpf" "$1" "$dir/amd64/hardened" -guest \
+            -test.run '^(TestLockdown|TestHardenedSettings|TestNoJIT|TestAppArmor)$' || failed=1
         ;;
     esac
     return "$failed"
