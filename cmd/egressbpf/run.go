@@ -104,6 +104,9 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	if err != nil {
 		return err
 	}
+	if err := filter.CheckMount(); err != nil && !inTest {
+		return err // the filter would end with the unit, and run promises that it does not
+	}
 	(&names{containers: containers, asked: o.sourceNamed(), stderr: stderr}).warnNoDocker()
 	log := newLogger(stderr)
 	node, _ := os.Hostname() // then nobody is told where something happened

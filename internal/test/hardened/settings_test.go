@@ -77,6 +77,24 @@ func TestHardenedSettings(t *testing.T) {
 	h.everythingInForce(p, "with hardened settings")
 }
 
+// In a mount namespace with a bpf filesystem of its own, as systemd's PrivateBPF= makes one, the
+// filter would end with the service.
+func TestPrivateMount(t *testing.T) {
+	guest(t)
+	h := newHost(t)
+	p := newProber(t, h.policed)
+	h.wrap = []string{"unshare", "--mount", "sh", "-c", `mount -t bpf bpf /sys/fs/bpf && exec timeout 30 "$@"`, "-"}
+	h.pins = "/sys/fs/bpf/private"
+	if o := h.run("run", "--cgroup="+h.policed); o.code != 3 || !strings.Contains(o.stderr, "not the host's bpf filesystem") {
+		t.Errorf("run: got %v", o)
+	}
+	p.policed(false, "refused")
+	if o := h.run("attach"); !strings.Contains(o.stderr, "the filter ends with this mount namespace") {
+		t.Errorf("attach: got %v", o)
+	}
+	h.wrap = nil
+}
+
 // Without the JIT compiler, the netfilter programs of the host side cannot be loaded, since they call
 // the kernel's functions. The program of older kernels does their work.
 func TestNoJIT(t *testing.T) {
