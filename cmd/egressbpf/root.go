@@ -223,8 +223,8 @@ func remedyFor(err error) string {
 		err    error
 		remedy string
 	}{
-		{cgroup.ErrNoCgroup2, "a cgroup v2 hierarchy is needed: boot with systemd.unified_cgroup_hierarchy=1, or mount one with `mount -t cgroup2 none DIR` and name it with --cgroup-root"},
-		{cgroup.ErrNotBelowRoot, "name a directory of the cgroup2 mount, such as its docker directory"},
+		{cgroup.ErrNoCgroup2, "a cgroup v2 hierarchy is needed: boot with systemd.unified_cgroup_hierarchy=1, or mount one with `mount -t cgroup2 none DIR` and name it with --cgroup-root; where the host has one, run it outside of `ip netns exec`, which hides it"},
+		{cgroup.ErrNotBelowRoot, "name a directory of the cgroup2 mount, such as its docker directory, or another mount of it with --cgroup-root"},
 		{cgroup.ErrNotInitialNamespace, "run it on the host, or with `nsenter --target 1 --cgroup`; in a container, with --cgroupns=host"},
 		{loader.ErrOwnPIDs, "run the container with --pid=host"},
 		{loader.ErrOwnNetwork, "run the container with --network=host"},
@@ -232,14 +232,14 @@ func remedyFor(err error) string {
 		{loader.ErrHidden, "run the container with --cap-add=SYS_PTRACE, and where AppArmor is on with --security-opt=apparmor=unconfined"},
 		{loader.ErrWholeHost, "name the cgroup whose children are containers, or list the names of containers' cgroups with --scopes"},
 		{loader.ErrCannotRecognise, "let Docker put its containers into a cgroup of their own, and name that with --cgroup: /sys/fs/cgroup/docker with its cgroupfs driver, or with its systemd driver a slice (\"cgroup-parent\": \"docker.slice\" in /etc/docker/daemon.json) and --scopes any"},
-		{loader.ErrPrivateMount, "run it on the host; in a container, with --pid=host and the host's /sys/fs/bpf mounted (-v /sys/fs/bpf:/sys/fs/bpf)"},
+		{loader.ErrPrivateMount, "run it on the host, in its mount namespace (a unit without PrivateBPF=); in a container, with --pid=host and the host's /sys/fs/bpf mounted (-v /sys/fs/bpf:/sys/fs/bpf)"},
 		{loader.ErrUnmounted, "on the host, mount one first: `mount -t bpf bpf /sys/fs/bpf`"},
 		{loader.ErrExcluded, "that program was attached to this cgroup, or to one above it, without BPF_F_ALLOW_MULTI: find it with `bpftool cgroup tree`, and detach it, or have its owner attach it with that flag"},
 		{loader.ErrNested, "name only the outer cgroup, which takes over from those inside it"},
 		{loader.ErrPinPath, "use a directory in a bpf filesystem as --pin-path (`mount -t bpf bpf DIR`, then DIR/egressbpf), or leave --pin-path out"},
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},
 		{loader.ErrOtherProgram, "ask with the build that attached, or attach with this one"},
-		{loader.ErrServed, "stop it first: `systemctl stop egressbpf`"},
+		{loader.ErrServed, "stop it first: `systemctl stop egressbpf`, or the container in which it runs"},
 		{loader.ErrStillPinned, "this link judges no packets any more, but ends only when its pins are removed: unmount what hides their bpf filesystem, and remove the pins or run `egressbpf detach` there"},
 		{loader.ErrInterrupted, "run `egressbpf attach`, which completes it"},
 		{loader.ErrBusy, "try again; if it persists, see who holds the directory with `fuser -v`"},
