@@ -138,6 +138,11 @@ kernels: test-tools
 test-debian: test-tools
 	internal/test/vmtest/test.sh debian
 
+# The rpm packages, by Debian's rpm on a whole Debian.
+.PHONY: test-rpm
+test-rpm: test-tools
+	internal/test/vmtest/test.sh rpm
+
 # The Ansible role and the cloud-init user-data, by Ansible and cloud-init on a whole Debian.
 .PHONY: test-fleet
 test-fleet: test-tools

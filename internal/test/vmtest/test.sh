@@ -4,7 +4,7 @@
 # a service on a whole Debian. Emulation is about ten times slower: so each kernel runs TestKernel,
 # which shows all defences at work, and beyond that what the kernel of a developer's machine
 # cannot show. What the kernels do is compared with docs/kernels.md.
-# Usage: test.sh [--document] [KERNEL|debian]...   (default: all that run.sh knows, and debian)
+# Usage: test.sh [--document] [KERNEL|debian|rpm]...   (default: all that run.sh knows, and debian)
 #   --document   only write docs/kernels.md, from TestKernel on each kernel
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
@@ -134,7 +134,7 @@ on_kernel() {
         guest lockdown "$1" internal/test/vmtest/run.sh --root --append lockdown=confidentiality "$1" "$dir/amd64/loader" -test.run '^TestLockedDown$' || failed=1
         guest hardened "$1" internal/test/vmtest/run.sh --root --append lockdown=integrity --append security=apparmor \
             --env "EGRESSBPF_BINARY=$dir/egressbpf" "$1" "$dir/amd64/hardened" -guest \
-            -test.run '^(TestLockdown|TestHardenedSettings|TestNoJIT|TestAppArmor)$' || failed=1
+            -test.run '^(TestLockdown|TestHardenedSettings|TestPrivateMount|TestNoJIT|TestAppArmor)$' || failed=1
         ;;
     esac
     return "$failed"
@@ -158,16 +158,18 @@ package_both() {
     packaged this . "$(git describe --tags --always --dirty)" "$(git log -1 --format=%ct)"
 }
 
-# on_debian tests the packages, and the service that they install, on a whole Debian.
+# on_debian tests the deb packages, and the service that they install, on a whole Debian. With the
+# argument rpm, it tests the rpm packages alone, by Debian's rpm.
 on_debian() {
     mkdir "$dir/debian"
+    [ "$1" != rpm ] || touch "$dir/debian/rpms"
     cp internal/test/vmtest/debian/run "$dir/debian"
     CGO_ENABLED=0 go build -o "$dir/debian/traffic" ./internal/test/vmtest/debian/traffic
     package_both >"$dir/out-debian" 2>&1 || { cat "$dir/out-debian"; return 1; }
     # The image needs root.
     local sudo=()
     [ "$(id -u)" = 0 ] || sudo=(sudo)
-    guest 'all of egressbpf' debian "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1500 "$dir/debian"
+    guest 'packages and service' "$1" "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1500 "$dir/debian"
 }
 
 # As many machines at once as there are processors, those that take longest first.
@@ -177,7 +179,7 @@ for machine in $(printf '%s\n' "${machines[@]}" | sort -rV); do
         wait -n || failed=1
     done
     case $machine in
-    debian) on_debian & ;;
+    debian | rpm) on_debian "$machine" & ;;
     *) on_kernel "$machine" & ;;
     esac
 done
