@@ -152,7 +152,8 @@ func TestKernel(t *testing.T) {
 	}
 }
 
-// otherPolicies are policies with which the programs are largest, and in mode audit.
+// otherPolicies are a policy with which the programs are larger than with the default, and one in
+// mode audit.
 func otherPolicies(t *testing.T) []policy.Policy {
 	full := policy.Default()
 	full.Block = rules(t, "192.0.2.0/24", "203.0.113.7:8000/udp", "2001:db8:1::/48")

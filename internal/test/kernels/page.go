@@ -42,8 +42,8 @@ const text = `
 ## Instructions
 
 The number of instructions that the verifier processes for each program: the largest of three
-policies (the default, mode audit, and one that uses all that a policy can say). The kernel's limit
-is 1,000,000. CI fails above %s, and if a number differs from this page by more than %d %%.
+policies (the default, the default in mode audit, and one that blocks prefixes, exempts a relay and
+has over_limit reject). Other policies may need more. The kernel's limit is 1,000,000. CI fails above %s, and if a number differs from this page by more than %d %%.
 `
 
 const tail = `
