@@ -25,7 +25,7 @@ func Inconclusive(err error) bool {
 // TooManyFiles says whether an error is that this process may open no more files. Where the library
 // duplicates a descriptor, it keeps only the text of that.
 func TooManyFiles(err error) bool {
-	return errors.Is(err, unix.EMFILE) || strings.HasSuffix(err.Error(), "can't dup fd: "+unix.EMFILE.Error())
+	return err != nil && (errors.Is(err, unix.EMFILE) || strings.HasSuffix(err.Error(), "can't dup fd: "+unix.EMFILE.Error()))
 }
 
 // Cause returns why a map could not be created, or a collection not be loaded. If the kernel
