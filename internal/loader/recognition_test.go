@@ -410,7 +410,12 @@ func TestRemovedContainers(t *testing.T) {
 		enter(h.root.Path(home))
 		check(t, os.Remove(path))
 	}
-	if r := room(); r.Containers != 0 || r.Removed != n || r.Without != 0 {
+	// Linux 7 lets go of a cgroup of which only cached pages are left.
+	least := n
+	if paged {
+		least = n / 2
+	}
+	if r := room(); r.Containers != 0 || r.Removed < least || r.Removed > n || r.Without != 0 {
 		t.Errorf("with %d removed containers: %+v (cached pages: %v)", n, r, paged)
 	}
 	start := time.Now()
