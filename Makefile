@@ -138,10 +138,11 @@ kernels: test-tools
 test-debian: test-tools
 	internal/test/vmtest/test.sh debian
 
-# The rpm packages, by Debian's rpm on a whole Debian.
-.PHONY: test-rpm
-test-rpm: test-tools
-	internal/test/vmtest/test.sh rpm
+# What else is done with packages than to install and upgrade them: going back, removal, purge; and
+# the rpm packages, by Debian's rpm.
+.PHONY: test-packages
+test-packages: test-tools
+	internal/test/vmtest/test.sh deb rpm
 
 # The Ansible role and the cloud-init user-data, by Ansible and cloud-init on a whole Debian.
 .PHONY: test-fleet

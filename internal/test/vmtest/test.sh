@@ -4,7 +4,7 @@
 # a service on a whole Debian. Emulation is about ten times slower: so each kernel runs TestKernel,
 # which shows all defences at work, and beyond that what the kernel of a developer's machine
 # cannot show. What the kernels do is compared with docs/kernels.md.
-# Usage: test.sh [--document] [KERNEL|debian|rpm]...   (default: all that run.sh knows, and debian)
+# Usage: test.sh [--document] [KERNEL|debian|deb|rpm]...   (default: all that run.sh knows, and debian)
 #   --document   only write docs/kernels.md, from TestKernel on each kernel
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
@@ -143,33 +143,33 @@ on_kernel() {
 # The packages of this commit are upgraded from, and gone back to.
 readonly earlier=c10a985
 
-# packaged NAME SOURCE VERSION EPOCH builds the source in a folder and makes packages of it.
+# packaged FOLDER NAME SOURCE VERSION EPOCH builds the source, and makes packages of it in FOLDER/NAME.
 packaged() {
-    local command="$dir/egressbpf-$1"
-    (cd "$2" && CGO_ENABLED=0 go build -buildvcs=false -trimpath -o "$command" \
-        -ldflags "-s -w -X github.com/egressbpf/egressbpf/internal/loader.version=$3" ./cmd/egressbpf) || return
-    SOURCE_DATE_EPOCH=$4 dist/packages/build.sh "$3" amd64 "$command" "$command" "$dir/debian/$1" || return
-    echo "$3" >"$dir/debian/$1/version"
+    local command="$1.build/egressbpf-$2"
+    (cd "$3" && CGO_ENABLED=0 go build -buildvcs=false -trimpath -o "$command" \
+        -ldflags "-s -w -X github.com/egressbpf/egressbpf/internal/loader.version=$4" ./cmd/egressbpf) || return
+    SOURCE_DATE_EPOCH=$5 dist/packages/build.sh "$4" amd64 "$command" "$command" "$1/$2" || return
+    echo "$4" >"$1/$2/version"
 }
 
 package_both() {
-    mkdir "$dir/earlier" && git archive "$earlier" | tar x -C "$dir/earlier" || return
-    packaged earlier "$dir/earlier" "$earlier" "$(git log -1 --format=%ct "$earlier")" || return
-    packaged this . "$(git describe --tags --always --dirty)" "$(git log -1 --format=%ct)"
+    mkdir -p "$1.build/source" && git archive "$earlier" | tar x -C "$1.build/source" || return
+    packaged "$1" earlier "$1.build/source" "$earlier" "$(git log -1 --format=%ct "$earlier")" || return
+    packaged "$1" this . "$(git describe --tags --always --dirty)" "$(git log -1 --format=%ct)"
 }
 
-# on_debian tests the deb packages, and the service that they install, on a whole Debian. With the
-# argument rpm, it tests the rpm packages alone, by Debian's rpm.
+# on_debian tests the service that the package installs, on a whole Debian; with the argument deb or
+# rpm, what else is done with such packages.
 on_debian() {
-    mkdir "$dir/debian"
-    [ "$1" != rpm ] || touch "$dir/debian/rpms"
-    cp internal/test/vmtest/debian/run "$dir/debian"
-    CGO_ENABLED=0 go build -o "$dir/debian/traffic" ./internal/test/vmtest/debian/traffic
-    package_both >"$dir/out-debian" 2>&1 || { cat "$dir/out-debian"; return 1; }
+    mkdir "$dir/$1"
+    echo "$1" >"$dir/$1/kind"
+    cp internal/test/vmtest/debian/run "$dir/$1"
+    CGO_ENABLED=0 go build -o "$dir/$1/traffic" ./internal/test/vmtest/debian/traffic
+    package_both "$dir/$1" >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
     # The image needs root.
     local sudo=()
     [ "$(id -u)" = 0 ] || sudo=(sudo)
-    guest 'packages and service' "$1" "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1500 "$dir/debian"
+    guest 'packages and service' "$1" "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1800 "$dir/$1"
 }
 
 # As many machines at once as there are processors, those that take longest first.
@@ -179,7 +179,7 @@ for machine in $(printf '%s\n' "${machines[@]}" | sort -rV); do
         wait -n || failed=1
     done
     case $machine in
-    debian | rpm) on_debian "$machine" & ;;
+    debian | deb | rpm) on_debian "$machine" & ;;
     *) on_kernel "$machine" & ;;
     esac
 done
