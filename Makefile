@@ -138,8 +138,8 @@ kernels: test-tools
 test-debian: test-tools
 	internal/test/vmtest/test.sh debian
 
-# What else is done with packages than to install and upgrade them: going back, removal, purge; and
-# the rpm packages, by Debian's rpm.
+# The packages: install, upgrade, going back, removal, purge, on a whole Debian. The rpm packages by
+# Debian's rpm.
 .PHONY: test-packages
 test-packages: test-tools
 	internal/test/vmtest/test.sh deb rpm
@@ -203,7 +203,7 @@ lint:
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	@$(INSTALL) shellcheck:shellcheck
-	shellcheck --severity=warning internal/test/*/*.sh internal/test/vmtest/debian/run internal/test/vmtest/fleet/* dist/packages/*.sh .ci/run
+	shellcheck --severity=warning internal/test/*/*.sh internal/test/vmtest/debian/run internal/test/vmtest/packages/run internal/test/vmtest/fleet/* dist/packages/*.sh .ci/run
 	for script in $(filter-out %/lib.sh,$(wildcard dist/packages/scripts/*)); do \
 		{ printf '#!/bin/sh\nset -e\n' && cat dist/packages/scripts/lib.sh $$script; } | shellcheck --severity=warning - || exit 1; \
 	done

@@ -158,18 +158,30 @@ package_both() {
     packaged "$1" this . "$(git describe --tags --always --dirty)" "$(git log -1 --format=%ct)"
 }
 
-# on_debian tests the service that the package installs, on a whole Debian; with the argument deb or
-# rpm, what else is done with such packages.
-on_debian() {
-    mkdir "$dir/$1"
-    echo "$1" >"$dir/$1/kind"
-    cp internal/test/vmtest/debian/run "$dir/$1"
-    CGO_ENABLED=0 go build -o "$dir/$1/traffic" ./internal/test/vmtest/debian/traffic
-    package_both "$dir/$1" >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
+# whole NAME boots a whole Debian with the folder of that name.
+whole() {
     # The image needs root.
     local sudo=()
     [ "$(id -u)" = 0 ] || sudo=(sudo)
-    guest 'packages and service' "$1" "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1800 "$dir/$1"
+    guest 'all of egressbpf' "$1" "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1800 "$dir/$1"
+}
+
+# on_debian runs `make install` and tests the service on a whole Debian.
+on_debian() {
+    mkdir "$dir/debian"
+    cp internal/test/vmtest/debian/run "$dir/debian"
+    make --no-print-directory install DESTDIR="$dir/debian/root" SUDO= >"$dir/out-debian" 2>&1 || { cat "$dir/out-debian"; return 1; }
+    whole debian
+}
+
+# with_packages KIND installs, upgrades and removes packages, deb or rpm, on a whole Debian.
+with_packages() {
+    mkdir "$dir/$1"
+    echo "$1" >"$dir/$1/kind"
+    cp internal/test/vmtest/packages/run "$dir/$1"
+    CGO_ENABLED=0 go build -o "$dir/$1/traffic" ./internal/test/vmtest/packages/traffic
+    package_both "$dir/$1" >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
+    whole "$1"
 }
 
 # As many machines at once as there are processors, those that take longest first.
@@ -179,7 +191,8 @@ for machine in $(printf '%s\n' "${machines[@]}" | sort -rV); do
         wait -n || failed=1
     done
     case $machine in
-    debian | deb | rpm) on_debian "$machine" & ;;
+    debian) on_debian & ;;
+    deb | rpm) with_packages "$machine" & ;;
     *) on_kernel "$machine" & ;;
     esac
 done
