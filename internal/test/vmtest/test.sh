@@ -169,7 +169,7 @@ whole() {
 # on_debian runs `make install` and tests the service on a whole Debian.
 on_debian() {
     mkdir "$dir/debian"
-    cp internal/test/vmtest/debian/run "$dir/debian"
+    cp internal/test/vmtest/{guest.sh,debian/run} "$dir/debian"
     make --no-print-directory install DESTDIR="$dir/debian/root" SUDO= >"$dir/out-debian" 2>&1 || { cat "$dir/out-debian"; return 1; }
     whole debian
 }
@@ -178,7 +178,7 @@ on_debian() {
 with_packages() {
     mkdir "$dir/$1"
     echo "$1" >"$dir/$1/kind"
-    cp internal/test/vmtest/packages/run "$dir/$1"
+    cp internal/test/vmtest/{guest.sh,packages/run} "$dir/$1"
     CGO_ENABLED=0 go build -o "$dir/$1/traffic" ./internal/test/vmtest/packages/traffic
     package_both "$dir/$1" >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
     whole "$1"

@@ -15,7 +15,7 @@ mkdir "$dir/files"
 dist/packages/build.sh "$version" amd64 "$dir/egressbpf" "$dir/egressbpf" "$dir/files"
 rm "$dir"/files/*.rpm
 [ "${1:-}" != --all ] || : >"$dir/files/all"
-cp -r internal/test/vmtest/fleet/run dist/ansible dist/cloud-init "$dir/files"
+cp -r internal/test/vmtest/{guest.sh,fleet/run} dist/ansible dist/cloud-init "$dir/files"
 
 # The image needs root.
 sudo=()
