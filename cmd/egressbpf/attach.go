@@ -77,7 +77,7 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err != nil {
 		return err
 	}
-	names.warnNoDocker()
+	o.warnNoDocker(names.containers, stderr)
 	ctx, cancel := context.WithTimeout(ctx, lockPatience)
 	defer cancel()
 	if err := filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {

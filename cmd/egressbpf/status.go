@@ -50,7 +50,7 @@ look.`,
 		if err != nil {
 			return err
 		}
-		names.warnNoDocker()
+		g.warnNoDocker(names.containers, cmd.ErrOrStderr())
 		status, err := awaitStatus(cmd.Context(), filter, names, wait)
 		if err != nil {
 			return err

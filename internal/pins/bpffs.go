@@ -113,7 +113,7 @@ func (p Path) CheckMount() error {
 	if err := unix.Stat(dir, &here); err != nil {
 		return err
 	}
-	if err := unix.Stat(filepath.Join("/proc/1/root", dir), &host); err != nil || here.Dev != host.Dev {
+	if err := unix.Stat(filepath.Join(hostsRoot, dir), &host); err != nil || here.Dev != host.Dev {
 		return fmt.Errorf("%s: %w", dir, ErrPrivateMount)
 	}
 	return nil

@@ -83,7 +83,7 @@ func expect(t *testing.T, problems []string, want string) {
 
 func TestCeiling(t *testing.T) {
 	f := example()
-	f.Programs["egress"] = ceiling
+	f.Programs["egress"] = facts.Ceiling
 	expect(t, tooLarge(kernels{"k": f}), "")
 	f.Programs["egress"]++
 	expect(t, tooLarge(kernels{"k": f}), "more than 100000")

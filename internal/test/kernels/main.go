@@ -123,15 +123,11 @@ func write(all kernels) error {
 	return os.WriteFile(page, []byte(render(all)), 0o644)
 }
 
-// ceiling is how many instructions the verifier may process for one program. The kernel's own
-// limit is 1,000,000; other kernels and compilers need more or less than those tested here.
-const ceiling = 100_000
-
 func tooLarge(is kernels) (problems []string) {
 	for _, name := range is.names() {
 		for _, program := range sorted(is[name].Programs) {
-			if n := is[name].Programs[program]; n > ceiling {
-				problems = append(problems, fmt.Sprintf("%s: program %s: the verifier processes %d instructions, more than %d", name, program, n, ceiling))
+			if n := is[name].Programs[program]; n > facts.Ceiling {
+				problems = append(problems, fmt.Sprintf("%s: program %s: the verifier processes %d instructions, more than %d", name, program, n, facts.Ceiling))
 			}
 		}
 	}

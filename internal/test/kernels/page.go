@@ -70,7 +70,7 @@ func render(all kernels) string {
 		rows = append(rows, row)
 	}
 	table(&b, rows)
-	fmt.Fprintf(&b, text, thousands(ceiling), drift)
+	fmt.Fprintf(&b, text, thousands(facts.Ceiling), drift)
 	rows = [][]string{append([]string{"program"}, names...)}
 	for _, program := range programs {
 		row := []string{"`" + program + "`"}

@@ -16,6 +16,7 @@ import (
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/test/kernels/facts"
 )
 
 func loadSpec(t *testing.T) *ebpf.CollectionSpec {
@@ -138,10 +139,6 @@ func TestEnums(t *testing.T) {
 	}
 }
 
-// maxVerified is how many instructions the verifier may process for one program: a tenth of
-// its limit, since how many it needs differs between kernels.
-const maxVerified = 100_000
-
 // TestSwitches loads the programs with each combination of the boolean constants, with a limit
 // and without: the verifier sees a different program each time. Features that the kernel lacks
 // stay off.
@@ -202,8 +199,8 @@ func TestSwitches(t *testing.T) {
 						t.Fatal(err)
 					}
 					// 0 before 5.16, which does not tell.
-					if n, _ := info.VerifiedInstructions(); n > maxVerified {
-						t.Errorf("%s: the verifier processed %d instructions, want at most %d", name, n, maxVerified)
+					if n, _ := info.VerifiedInstructions(); n > facts.Ceiling {
+						t.Errorf("%s: the verifier processed %d instructions, want at most %d", name, n, facts.Ceiling)
 					}
 				}
 			})

@@ -10,6 +10,10 @@ import (
 	"strings"
 )
 
+// Ceiling is how many instructions the verifier may process for one program: a tenth of the kernel's
+// own limit, since other kernels and compilers need more or less than those that are tested.
+const Ceiling = 100_000
+
 // Facts are what a test found on a kernel.
 type Facts struct {
 	// Release is the kernel's version, and Arch its architecture, as Go names it.
