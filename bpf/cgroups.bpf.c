@@ -129,6 +129,7 @@ int recognise(__u64 *ctx)
 	struct name_key key = {};
 	struct container *c;
 	struct past *before;
+	struct pod *pod;
 	__u32 len, depth;
 	__u64 id;
 
@@ -154,11 +155,19 @@ int recognise(__u64 *ctx)
 	c = state_of(id);
 	if (!c && top->recognises)
 		do_without(id, HAS_NO_ROOM);
+	id = above(cgrp, cgrp->level - 1);
+	pod = bpf_map_lookup_elem(&pods, &id);
+	if (c && pod) {
+		c->limit = pod->limit;
+		c->flags = pod->flags;
+	}
 	if (c && before) {
 		/* A restart does not refill a bucket. */
 		c->bucket = before->bucket;
-		c->limit = before->limit;
-		c->flags = before->flags;
+		if (before->flags) {	/* a limit that was set by hand */
+			c->limit = before->limit;
+			c->flags |= before->flags;
+		}
 		bpf_map_delete_elem(&retired, &key);
 	}
 	return 0;
@@ -186,6 +195,7 @@ int keep(__u64 *ctx)
 	if (!top)
 		return 0;
 	id = cgrp->kn->id;
+	bpf_map_delete_elem(&pods, &id);
 	c = bpf_map_lookup_elem(&containers, &id);
 	if (!c) {
 		/* Otherwise a socket that lives on would get an entry

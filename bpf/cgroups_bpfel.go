@@ -73,6 +73,7 @@ const (
 	CgroupsMapDevices    = "devices"
 	CgroupsMapMails      = "mails"
 	CgroupsMapPermitted  = "permitted"
+	CgroupsMapPods       = "pods"
 	CgroupsMapReaders    = "readers"
 	CgroupsMapRetired    = "retired"
 	CgroupsMapSeen       = "seen"
@@ -148,6 +149,7 @@ type CgroupsMapSpecs struct {
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
+	Pods       *ebpf.MapSpec `ebpf:"pods"`
 	Readers    *ebpf.MapSpec `ebpf:"readers"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
 	Seen       *ebpf.MapSpec `ebpf:"seen"`
@@ -195,6 +197,7 @@ type CgroupsMaps struct {
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
+	Pods       *ebpf.Map `ebpf:"pods"`
 	Readers    *ebpf.Map `ebpf:"readers"`
 	Retired    *ebpf.Map `ebpf:"retired"`
 	Seen       *ebpf.Map `ebpf:"seen"`
@@ -214,6 +217,7 @@ func (m *CgroupsMaps) Close() error {
 		m.Devices,
 		m.Mails,
 		m.Permitted,
+		m.Pods,
 		m.Readers,
 		m.Retired,
 		m.Seen,

@@ -59,6 +59,7 @@ const (
 	ControlMapDevices        = "devices"
 	ControlMapMails          = "mails"
 	ControlMapPermitted      = "permitted"
+	ControlMapPods           = "pods"
 	ControlMapReaders        = "readers"
 	ControlMapRetired        = "retired"
 	ControlMapSeen           = "seen"
@@ -133,6 +134,7 @@ type ControlMapSpecs struct {
 	Devices        *ebpf.MapSpec `ebpf:"devices"`
 	Mails          *ebpf.MapSpec `ebpf:"mails"`
 	Permitted      *ebpf.MapSpec `ebpf:"permitted"`
+	Pods           *ebpf.MapSpec `ebpf:"pods"`
 	Readers        *ebpf.MapSpec `ebpf:"readers"`
 	Retired        *ebpf.MapSpec `ebpf:"retired"`
 	Seen           *ebpf.MapSpec `ebpf:"seen"`
@@ -181,6 +183,7 @@ type ControlMaps struct {
 	Devices        *ebpf.Map `ebpf:"devices"`
 	Mails          *ebpf.Map `ebpf:"mails"`
 	Permitted      *ebpf.Map `ebpf:"permitted"`
+	Pods           *ebpf.Map `ebpf:"pods"`
 	Readers        *ebpf.Map `ebpf:"readers"`
 	Retired        *ebpf.Map `ebpf:"retired"`
 	Seen           *ebpf.Map `ebpf:"seen"`
@@ -203,6 +206,7 @@ func (m *ControlMaps) Close() error {
 		m.Devices,
 		m.Mails,
 		m.Permitted,
+		m.Pods,
 		m.Readers,
 		m.Retired,
 		m.Seen,

@@ -202,6 +202,21 @@ type EgressPermit struct {
 	Closed  uint32
 }
 
+type EgressPod struct {
+	_        structs.HostLayout
+	Flags    EgressContainerFlag
+	Reserved uint32
+	Limit    struct {
+		_         structs.HostLayout
+		Interval  uint64
+		Tolerance uint64
+		Count     uint32
+		Rest      uint32
+		Burst     uint32
+		Period    uint32
+	}
+}
+
 type EgressPolicedCgroup struct {
 	_          structs.HostLayout
 	Id         uint64
@@ -342,6 +357,7 @@ const (
 	EgressMapDevices         = "devices"
 	EgressMapMails           = "mails"
 	EgressMapPermitted       = "permitted"
+	EgressMapPods            = "pods"
 	EgressMapPorts           = "ports"
 	EgressMapReaders         = "readers"
 	EgressMapRetired         = "retired"
@@ -435,6 +451,7 @@ type EgressMapSpecs struct {
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
+	Pods       *ebpf.MapSpec `ebpf:"pods"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Readers    *ebpf.MapSpec `ebpf:"readers"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
@@ -496,6 +513,7 @@ type EgressMaps struct {
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
+	Pods       *ebpf.Map `ebpf:"pods"`
 	Ports      *ebpf.Map `ebpf:"ports"`
 	Readers    *ebpf.Map `ebpf:"readers"`
 	Retired    *ebpf.Map `ebpf:"retired"`
@@ -517,6 +535,7 @@ func (m *EgressMaps) Close() error {
 		m.Devices,
 		m.Mails,
 		m.Permitted,
+		m.Pods,
 		m.Ports,
 		m.Readers,
 		m.Retired,

@@ -23,6 +23,7 @@ const (
 	FamiliesMapDevices           = "devices"
 	FamiliesMapMails             = "mails"
 	FamiliesMapPermitted         = "permitted"
+	FamiliesMapPods              = "pods"
 	FamiliesMapReaders           = "readers"
 	FamiliesMapRetired           = "retired"
 	FamiliesMapSeen              = "seen"
@@ -102,6 +103,7 @@ type FamiliesMapSpecs struct {
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
+	Pods       *ebpf.MapSpec `ebpf:"pods"`
 	Readers    *ebpf.MapSpec `ebpf:"readers"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
 	Seen       *ebpf.MapSpec `ebpf:"seen"`
@@ -155,6 +157,7 @@ type FamiliesMaps struct {
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
+	Pods       *ebpf.Map `ebpf:"pods"`
 	Readers    *ebpf.Map `ebpf:"readers"`
 	Retired    *ebpf.Map `ebpf:"retired"`
 	Seen       *ebpf.Map `ebpf:"seen"`
@@ -174,6 +177,7 @@ func (m *FamiliesMaps) Close() error {
 		m.Devices,
 		m.Mails,
 		m.Permitted,
+		m.Pods,
 		m.Readers,
 		m.Retired,
 		m.Seen,

@@ -31,6 +31,7 @@ const (
 	HostMapDevices        = "devices"
 	HostMapMails          = "mails"
 	HostMapPermitted      = "permitted"
+	HostMapPods           = "pods"
 	HostMapPorts          = "ports"
 	HostMapReaders        = "readers"
 	HostMapRetired        = "retired"
@@ -117,6 +118,7 @@ type HostMapSpecs struct {
 	Devices     *ebpf.MapSpec `ebpf:"devices"`
 	Mails       *ebpf.MapSpec `ebpf:"mails"`
 	Permitted   *ebpf.MapSpec `ebpf:"permitted"`
+	Pods        *ebpf.MapSpec `ebpf:"pods"`
 	Ports       *ebpf.MapSpec `ebpf:"ports"`
 	Readers     *ebpf.MapSpec `ebpf:"readers"`
 	Retired     *ebpf.MapSpec `ebpf:"retired"`
@@ -175,6 +177,7 @@ type HostMaps struct {
 	Devices     *ebpf.Map `ebpf:"devices"`
 	Mails       *ebpf.Map `ebpf:"mails"`
 	Permitted   *ebpf.Map `ebpf:"permitted"`
+	Pods        *ebpf.Map `ebpf:"pods"`
 	Ports       *ebpf.Map `ebpf:"ports"`
 	Readers     *ebpf.Map `ebpf:"readers"`
 	Retired     *ebpf.Map `ebpf:"retired"`
@@ -197,6 +200,7 @@ func (m *HostMaps) Close() error {
 		m.Devices,
 		m.Mails,
 		m.Permitted,
+		m.Pods,
 		m.Ports,
 		m.Readers,
 		m.Retired,

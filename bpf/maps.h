@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* The state. The controller pins these maps and hands them to the next version of the
- * programs: the first four with their contents (internal/maps, Kept), the others if they
- * still fit.
+ * programs: some with their contents (internal/maps, Kept), the others if they still fit.
  */
 #ifndef EGRESSBPF_MAPS_H
 #define EGRESSBPF_MAPS_H
@@ -39,6 +38,18 @@ struct {
 	__type(key, struct name_key);
 	__type(value, struct past);
 } retired SEC(".maps");
+
+/* Pods of Kubernetes to which a rule gives something, which the controller knows as soon as the
+ * pod's sandbox exists. Their containers follow. The kernel never uses an id again, and the entry
+ * goes with the pod's cgroup.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u64);	/* id of the pod's cgroup */
+	__type(value, struct pod);
+} pods SEC(".maps");
 
 /* Sums over all containers, including those that are gone or never had state. */
 struct {

@@ -23,6 +23,7 @@ const (
 	TcMapDevices        = "devices"
 	TcMapMails          = "mails"
 	TcMapPermitted      = "permitted"
+	TcMapPods           = "pods"
 	TcMapPorts          = "ports"
 	TcMapReaders        = "readers"
 	TcMapRetired        = "retired"
@@ -104,6 +105,7 @@ type TcMapSpecs struct {
 	Devices    *ebpf.MapSpec `ebpf:"devices"`
 	Mails      *ebpf.MapSpec `ebpf:"mails"`
 	Permitted  *ebpf.MapSpec `ebpf:"permitted"`
+	Pods       *ebpf.MapSpec `ebpf:"pods"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Readers    *ebpf.MapSpec `ebpf:"readers"`
 	Retired    *ebpf.MapSpec `ebpf:"retired"`
@@ -161,6 +163,7 @@ type TcMaps struct {
 	Devices    *ebpf.Map `ebpf:"devices"`
 	Mails      *ebpf.Map `ebpf:"mails"`
 	Permitted  *ebpf.Map `ebpf:"permitted"`
+	Pods       *ebpf.Map `ebpf:"pods"`
 	Ports      *ebpf.Map `ebpf:"ports"`
 	Readers    *ebpf.Map `ebpf:"readers"`
 	Retired    *ebpf.Map `ebpf:"retired"`
@@ -183,6 +186,7 @@ func (m *TcMaps) Close() error {
 		m.Devices,
 		m.Mails,
 		m.Permitted,
+		m.Pods,
 		m.Ports,
 		m.Readers,
 		m.Retired,

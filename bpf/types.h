@@ -265,6 +265,13 @@ struct past {
 	__u32 spare;
 };
 
+/* What holds for the containers of a pod from their start. */
+struct pod {
+	enum container_flag flags;
+	__u32 reserved;
+	struct limit limit;
+};
+
 /* Input of the program configure, behind an Ethernet header. The flags in mask become those
  * in flags, and the limit becomes limit, unless keep_limit is set or the container has one
  * of the flags in unless.

@@ -9,7 +9,7 @@ import (
 )
 
 // warnNoDocker says that nobody tells the names of containers, if this process is in a container,
-// where the socket of the daemon may be missing. Outside of containers there may be no Docker.
+// where the socket of the engine may be missing. Outside of containers there may be no engine.
 func (g *globals) warnNoDocker(containers *container.Inventory, stderr io.Writer) {
 	if containers != nil && !g.sourceNamed() && !containers.Started() && cgroup.OwnContainer() != "" {
 		fmt.Fprintln(stderr, "warning: this container has no socket of a Docker daemon: containers have no names here, rules by name or label are not applied, and containers without a cgroup of their own are not found; mount it with -v /var/run/docker.sock:/var/run/docker.sock:ro")

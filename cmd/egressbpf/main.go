@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/notify"
 	"github.com/egressbpf/egressbpf/internal/preflight"
 	"github.com/egressbpf/egressbpf/internal/web"
@@ -48,6 +49,7 @@ func main() {
 	if len(os.Args) == 2 && os.Args[1] == notify.SendArg {
 		os.Exit(notify.Child(os.Stdin, os.Stdout))
 	}
+	_ = cgroup.JoinHosts() // commands that need it say what is wrong
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	// A second signal ends a command that does not react to the first, such as one that waits
 	// for a pipe.

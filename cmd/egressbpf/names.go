@@ -14,6 +14,7 @@ import (
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/container"
+	"github.com/egressbpf/egressbpf/internal/cri"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/stats"
 )
@@ -24,7 +25,7 @@ const (
 	namesPatience = 2 * time.Second
 	// namesAge is how long names stay valid.
 	namesAge = time.Second
-	// namesRetry is how long to wait before asking a daemon again that has not answered.
+	// namesRetry is how long to wait before asking again for a container that nobody knew.
 	namesRetry = 30 * time.Second
 	// maxMissing is how many containers without a name are remembered.
 	maxMissing = 10_000
@@ -48,23 +49,35 @@ type names struct {
 func (g *globals) names(stderr io.Writer) (*names, error) {
 	n := &names{asked: g.sourceNamed(), stderr: stderr}
 	n.containers, n.err = g.inventory()
-	if n.err != nil && g.dockerHost != "" {
-		return nil, usageError{fmt.Errorf("--docker-host: %w", n.err)}
+	if n.err != nil && (g.dockerHost != "" || g.criEndpoint != "") {
+		return nil, n.err
 	}
 	return n, nil // the environment may be meant for other programs
 }
 
 // sourceNamed says whether the user has named a source.
-func (g *globals) sourceNamed() bool { return g.dockerHost != "" || os.Getenv("DOCKER_HOST") != "" }
+func (g *globals) sourceNamed() bool {
+	return g.dockerHost != "" || os.Getenv("DOCKER_HOST") != "" || g.criEndpoint != "" || os.Getenv(cri.EndpointVariable) != ""
+}
 
 // inventory returns one of all sources that there are, which the flags and the environment
-// name. Nobody is asked yet. The caller closes it.
+// name. Nobody is asked yet. The caller closes it. The error is a usageError.
 func (g *globals) inventory() (*container.Inventory, error) {
+	root := cgroup.Root(g.cgroupRoot)
+	if root == "" {
+		root, _ = cgroup.FindRoot() // what needs it says why there is none
+	}
+	// A pod's containers may have the names of Docker's with cri-dockerd, but only the runtime
+	// knows the pod.
+	pods, err := container.OpenCRI(g.criEndpoint, root)
+	if err != nil {
+		return nil, usageError{fmt.Errorf("--cri-endpoint: %w", err)}
+	}
 	docker, err := container.OpenDocker(g.dockerHost)
 	if err != nil {
-		return nil, err
+		return nil, usageError{fmt.Errorf("--docker-host: %w", err)}
 	}
-	return container.NewInventory(docker), nil
+	return container.NewInventory(pods, docker), nil
 }
 
 // refresh asks for the names, unless it has just done so.
@@ -76,9 +89,6 @@ func (n *names) refresh(ctx context.Context) {
 		defer cancel()
 		n.err = n.containers.Refresh(ctx)
 		n.next = time.Now().Add(namesAge)
-		if n.err != nil {
-			n.next = time.Now().Add(namesRetry)
-		}
 	}
 	if n.asked {
 		n.warn()
@@ -102,9 +112,7 @@ func (n *names) find(id string) (container.Container, bool) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), namesPatience)
 	defer cancel()
-	if now := time.Now(); len(n.containers.Stale()) == 0 {
-		n.containers.Learn(ctx, id)
-	} else if !now.Before(n.next) {
+	if now := time.Now(); !n.containers.Learn(ctx, id) && len(n.containers.Stale()) > 0 && !now.Before(n.next) {
 		n.err = n.containers.Refresh(ctx)
 		n.next = now.Add(namesRetry)
 	}
@@ -182,8 +190,8 @@ func (n *names) addToStatus(ctx context.Context, filter *loader.Filter, s *loade
 
 // selected returns the container of a name.
 func (n *names) selected(ctx context.Context, r *stats.Reader, s *stats.Stats, name string) (*stats.Container, error) {
-	// No container's name is a path, and whole ids take precedence.
-	if !strings.Contains(name, "/") && cgroup.ContainerID(name) == "" {
+	// No container's name begins with a slash, and whole ids take precedence.
+	if !strings.HasPrefix(name, "/") && cgroup.ContainerID(name) == "" {
 		n.addTo(ctx, s)
 		// Without the names, another container may be found by the beginning of its id.
 		if !errors.Is(n.err, fs.ErrNotExist) {

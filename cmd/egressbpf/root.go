@@ -42,10 +42,11 @@ var errNotInForce = errors.New("not in force")
 
 // globals are the flags of every command.
 type globals struct {
-	pinPath    string
-	cgroupRoot string
-	dockerHost string
-	debug      bool
+	pinPath     string
+	cgroupRoot  string
+	dockerHost  string
+	criEndpoint string
+	debug       bool
 }
 
 // filter returns the filter of the flags.
@@ -151,6 +152,7 @@ on this host (check, attach, run) or refused (explain).`,
 	flags.StringVar(&g.pinPath, "pin-path", loader.DefaultPinPath, "directory in a bpf filesystem where the filter is pinned")
 	flags.StringVar(&g.cgroupRoot, "cgroup-root", "", "mount point of the cgroup2 filesystem (default: from /proc/self/mountinfo)")
 	flags.StringVar(&g.dockerHost, "docker-host", "", "Docker daemon to ask for the names of containers: unix:///PATH or tcp://HOST:PORT (default: $DOCKER_HOST, or the usual socket)")
+	flags.StringVar(&g.criEndpoint, "cri-endpoint", "", "container runtime to ask for the names of pods: unix:///PATH (default: $CONTAINER_RUNTIME_ENDPOINT, or on a Kubernetes node the first usual socket)")
 	flags.BoolVar(&g.debug, "debug", false, "show the kernel verifier's full log if it rejects a program")
 	cmd.AddCommand(newAttach(g), newCheck(g), newDetach(g), newStatus(g), newStats(g), newMonitor(g), newTop(g), newExplain(g), newSuggest(g), newLimit(g), newNotify(), newImport(), newRun(g), newMan(), newVersion())
 	return cmd
@@ -165,7 +167,7 @@ func checkFlags(flags *pflag.FlagSet) (err error) {
 			values = list.GetSlice()
 		}
 		switch f.Name {
-		case "cgroup", "cgroup-root", "config", "container", "destination", "docker-host", "fields", "input", "pin-path",
+		case "cgroup", "cgroup-root", "config", "container", "cri-endpoint", "destination", "docker-host", "fields", "input", "pin-path",
 			"process", "reason", "web-config-file", "web-listen":
 			if len(values) == 0 || slices.Contains(values, "") {
 				err = usageError{fmt.Errorf("--%s: want a value, got none", f.Name)}

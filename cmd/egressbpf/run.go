@@ -97,7 +97,7 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	}
 	containers, err := o.inventory()
 	if err != nil {
-		return usageError{fmt.Errorf("--docker-host: %w", err)}
+		return err
 	}
 	defer containers.Close()
 	filter, root, err := o.filter()

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -141,6 +142,30 @@ func CheckNamespace() error {
 	}
 	if ns != initialNamespace {
 		return ErrNotInitialNamespace
+	}
+	return nil
+}
+
+// JoinHosts moves all threads of this process to the host's cgroup namespace if they are in
+// another one, and the host's first process can be seen. A container of a pod has no other way to
+// get there: Kubernetes gives it the host's network and processes if asked, but not this. It needs
+// CAP_SYS_ADMIN and CAP_SYS_PTRACE. An error changes nothing; CheckNamespace says what it means.
+func JoinHosts() error {
+	if CheckNamespace() == nil {
+		return nil
+	}
+	// Without the host's PID namespace, the first process is this container's.
+	const of1 = "/proc/1/ns/cgroup"
+	if ns, err := os.Readlink(of1); err != nil || ns != initialNamespace {
+		return ErrNotInitialNamespace
+	}
+	f, err := os.Open(of1)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_SETNS, f.Fd(), unix.CLONE_NEWCGROUP, 0); errno != 0 {
+		return fmt.Errorf("join the host's cgroup namespace: %w", errno)
 	}
 	return nil
 }

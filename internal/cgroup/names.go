@@ -3,6 +3,7 @@ package cgroup
 import (
 	"os"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -123,6 +124,26 @@ var podParents = []string{"kubepods", "kubepods.slice"}
 func OfPod(rel string) bool {
 	first, _, _ := strings.Cut(strings.TrimPrefix(rel, "/"), "/")
 	return slices.Contains(podParents, first)
+}
+
+// podName is the name of a pod's cgroup, with either cgroup driver. The driver of systemd, in whose
+// names a hyphen separates levels, has underscores in uids.
+var podName = regexp.MustCompile(`^(?:kubelet-)?(?:kubepods-(?:besteffort-|burstable-)?pod([0-9a-zA-Z_]{1,64})\.slice|pod([-0-9a-zA-Z]{1,64}))$`)
+
+// PodUID returns the uid that [Pod] does.
+func PodUID(rel string) string {
+	_, uid := Pod(rel)
+	return uid
+}
+
+// Pod returns the cgroup of the pod that a container's cgroup is in, and the pod's uid; "" if it is
+// in none. A kubelet makes the cgroup of a container directly in that of its pod.
+func Pod(rel string) (pod, uid string) {
+	pod = path.Dir(OutermostContainer(rel))
+	if m := podName.FindStringSubmatch(path.Base(pod)); m != nil {
+		return pod, strings.ReplaceAll(m[1], "_", "-") + m[2]
+	}
+	return "", ""
 }
 
 // HasPods says whether a kubelet has made a cgroup for pods.

@@ -38,11 +38,12 @@ type Container struct {
 	// Source is the name of the [Source] that knows the container. If no source does,
 	// Source is empty, and so are the fields below.
 	Source string
-	// Names are the container's own names.
+	// Names are the container's own names; of a container in a pod, its name in the pod.
 	Names []string
 	// Image is the reference that the container was started from.
 	Image string
-	// Labels are as their author wrote them: any characters, any length.
+	// Labels are as their author wrote them: any characters, any length. Those of a container
+	// in a pod are the pod's.
 	Labels map[string]string
 	// Pod is the container's pod, if its source knows pods. Docker does not.
 	Pod Pod
@@ -53,11 +54,29 @@ type Container struct {
 }
 
 // Pod is a pod of Kubernetes; empty for a container outside of pods.
-type Pod struct{ Namespace, Name, UID string }
+type Pod struct {
+	Namespace, Name, UID string
+	// Container is the name of the container in the pod; [Sandbox] for the pod's sandbox.
+	Container string
+	// HostNetwork is whether the pod is in the network namespace of its node, as far as that is
+	// known.
+	HostNetwork bool
+}
+
+// Sandbox stands for the name of a sandbox, which has none. It cannot be that of a container.
+const Sandbox = "POD"
+
+// fullName returns the name that users know.
+func (p Pod) fullName() string { return p.Namespace + "/" + p.Name + "/" + p.Container }
 
 // Subject returns the container in the form that rules match.
 func (c Container) Subject() policy.Subject {
-	return policy.Subject{Names: c.Names, Image: c.Image, Labels: c.Labels}
+	s := policy.Subject{Names: c.Names, Image: c.Image, Labels: c.Labels}
+	// Names of cgroups are made by the kubelet, and those that a source tells have to fit.
+	if c.Pod.UID != "" && cgroup.PodUID(c.Cgroup) == c.Pod.UID {
+		s.Namespace, s.Pod, s.HostNetwork = c.Pod.Namespace, c.Pod.Name, c.Pod.HostNetwork
+	}
+	return s
 }
 
 // Identify returns the container whose cgroup has an id, without its name. If the cgroup is

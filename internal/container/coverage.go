@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io/fs"
-	"maps"
 	"slices"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
@@ -59,7 +58,15 @@ func (a *account) askable() []string {
 	if a.stale || a.lost || !a.Local() {
 		return nil
 	}
-	return slices.Sorted(maps.Keys(a.running))
+	var ids []string
+	for id, c := range a.running {
+		// Some runtimes run no process in a sandbox.
+		if c.Pod.Container != Sandbox {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
 }
 
 var errEnded = errors.New("the container has ended")

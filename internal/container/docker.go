@@ -37,6 +37,9 @@ func (d *Docker) Local() bool { return d.client.Local() }
 // Started implements [Source].
 func (d *Docker) Started() bool { return docker.Running() || d.mounted() }
 
+// Dormant implements [Source].
+func (d *Docker) Dormant() bool { return false }
+
 // mounted says whether this process is in a container that has the socket. The daemon's other files
 // are not there, and whoever mounts the socket wants the daemon to be asked.
 func (d *Docker) mounted() bool {

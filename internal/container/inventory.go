@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 )
@@ -13,7 +15,10 @@ import (
 // Inventory is what is known about the containers on this host. Watch, Find, Name and
 // AddUncovered may be called at any time. The other methods must not be called concurrently
 // with each other.
-type Inventory struct{ accounts []*account }
+type Inventory struct {
+	accounts []*account
+	wake     chan struct{} // has room for one
+}
 
 // account is what one source has told.
 type account struct {
@@ -23,12 +28,20 @@ type account struct {
 	running map[string]Container // by id
 	stale   bool                 // the source has to list all containers again
 	lost    bool                 // the source cannot be reached
+	watched bool                 // its events are followed
+	// failed is why the source did not answer last time, and retry when to ask it again.
+	failed error
+	retry  time.Time
 }
+
+// retryAfter is how long Refresh leaves alone a source that has not answered, and does not let
+// the others wait for it.
+const retryAfter = 30 * time.Second
 
 // NewInventory returns an Inventory of what the sources tell. The caller closes the
 // Inventory, and not the sources.
 func NewInventory(sources ...Source) *Inventory {
-	v := &Inventory{}
+	v := &Inventory{wake: make(chan struct{}, 1)}
 	for _, s := range sources {
 		v.accounts = append(v.accounts, &account{Source: s, running: map[string]Container{}})
 	}
@@ -50,21 +63,39 @@ func (v *Inventory) Started() bool {
 	return slices.ContainsFunc(v.accounts, func(a *account) bool { return a.Started() })
 }
 
-// Refresh asks all sources for their containers. It goes on after an error; the errors are
-// joined. If a source does not answer, what it told before stays.
+// Refresh asks all sources for their containers, but not one that has just failed to answer. It
+// goes on after an error; the errors are joined, with those of before. That there is no engine is
+// an error only if there is none of any source. If a source does not answer, what it told before
+// stays.
 func (v *Inventory) Refresh(ctx context.Context) error {
-	var errs []error
+	var absent, errs []error
+	answered := false
 	for _, a := range v.accounts {
-		errs = append(errs, a.refresh(ctx))
+		if !a.stale || !time.Now().Before(a.retry) {
+			_ = a.refresh(ctx) // it is kept
+		}
+		switch {
+		case a.failed == nil:
+			answered = answered || a.Started()
+		case errors.Is(a.failed, fs.ErrNotExist):
+			absent = append(absent, a.failed)
+		default:
+			errs = append(errs, a.failed)
+		}
 	}
-	return errors.Join(errs...)
+	if len(errs) > 0 || answered {
+		return errors.Join(errs...)
+	}
+	return errors.Join(absent...)
 }
 
 func (a *account) refresh(ctx context.Context) error {
 	all, err := a.List(ctx)
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.stale = err != nil; err != nil {
+	a.stale, a.failed = err != nil, err
+	if err != nil {
+		a.retry = time.Now().Add(retryAfter)
 		return err
 	}
 	a.lost = false
@@ -75,15 +106,38 @@ func (a *account) refresh(ctx context.Context) error {
 	return nil
 }
 
-// Watch calls fn for events of all sources until ctx ends. Calls for several sources may
-// overlap.
+// Watch calls fn for events of all sources until ctx ends, which it waits for. Calls for several
+// sources may overlap. A source that is Dormant is followed only once Wake has been called after
+// it has started.
 func (v *Inventory) Watch(ctx context.Context, fn func(Event)) {
 	var all sync.WaitGroup
 	defer all.Wait()
-	for _, a := range v.accounts {
-		all.Go(func() { _ = a.Watch(ctx, fn) }) // the error is that of ctx
+	for {
+		for _, a := range v.accounts {
+			if !a.watched && !a.dormant() {
+				a.watched = true
+				all.Go(func() { _ = a.Watch(ctx, fn) }) // the error is that of ctx
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-v.wake:
+		}
 	}
 }
+
+// Wake makes Watch look whether a Dormant source has started.
+func (v *Inventory) Wake() {
+	if slices.ContainsFunc(v.accounts, func(a *account) bool { return a.Dormant() && a.Started() }) {
+		select {
+		case v.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (a *account) dormant() bool { return a.Dormant() && !a.Started() }
 
 // Update takes in an event, and asks its source for what the event is about. It returns
 // whether more or something else may be known about a container than before. The error says

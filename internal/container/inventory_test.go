@@ -50,6 +50,7 @@ func (e *engine) run(id, name string) {
 func (e *engine) Name() string  { return e.name }
 func (e *engine) Host() string  { return "test:" + e.name }
 func (e *engine) Local() bool   { return !e.remote }
+func (e *engine) Dormant() bool { return false }
 func (e *engine) Started() bool { return e.started }
 
 func (e *engine) Close() error { return nil }

@@ -31,6 +31,9 @@ type Source interface {
 	// Started says whether the engine runs, as far as that is known without asking it.
 	// Asking could start it.
 	Started() bool
+	// Dormant says whether the engine is left alone, by Watch too, until Started says that it
+	// runs: most hosts have no such engine.
+	Dormant() bool
 	// List returns all running containers.
 	List(ctx context.Context) ([]Container, error)
 	// Inspect returns the container with a whole id. The error wraps ErrNoContainer if

@@ -341,6 +341,7 @@ func (d *Daemon) change(ctx context.Context, do func(*maps.State) error) error {
 
 // check repairs what others have broken, and reports what is wrong.
 func (d *Daemon) check(ctx context.Context) {
+	d.Containers.Wake() // a kubelet may have been started
 	for _, source := range d.Containers.Stale() {
 		d.learn(ctx, container.Event{Source: source, Action: container.Resync})
 	}

@@ -3,13 +3,10 @@ package docker
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
-	"strconv"
 	"strings"
 )
 
@@ -110,43 +107,4 @@ func (l *lines) Read(p []byte) (int, error) {
 	n := copy(p, l.rest)
 	l.rest = l.rest[n:]
 	return n, nil
-}
-
-// tame makes an error safe to show, since the daemon may have written its text.
-func tame(err error) error {
-	if errors.Is(err, context.DeadlineExceeded) {
-		// The library's text includes the address in escaped form.
-		return fmt.Errorf("no answer in time: %w", context.DeadlineExceeded)
-	}
-	const shown = 300
-	text := strings.Map(func(r rune) rune {
-		if !strconv.IsPrint(r) {
-			return ' '
-		}
-		return r
-	}, err.Error())
-	if len(text) > shown {
-		text = strings.ToValidUTF8(text[:shown], "") + "…"
-	}
-	return &tamed{text, err}
-}
-
-type tamed struct {
-	text string
-	error
-}
-
-func (t *tamed) Error() string { return t.text }
-func (t *tamed) Unwrap() error { return t.error }
-
-// longestText limits names and similar texts, in bytes; the daemon itself has no limit.
-const longestText = 1024
-
-// printable returns s, or "" if s is too long or has characters that could control a
-// terminal.
-func printable(s string) string {
-	if len(s) > longestText || strings.ContainsFunc(s, func(r rune) bool { return !strconv.IsPrint(r) }) {
-		return ""
-	}
-	return s
 }

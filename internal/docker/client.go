@@ -24,6 +24,8 @@ import (
 
 	"github.com/docker/go-connections/tlsconfig"
 	"github.com/moby/moby/client"
+
+	"github.com/egressbpf/egressbpf/internal/text"
 )
 
 // ErrHost means that Open cannot reach a host of this form.
@@ -93,7 +95,7 @@ func Open(host string) (*Client, error) {
 		}
 	}
 	if err := c.connect(); err != nil {
-		return nil, fmt.Errorf("%s%q: %w", prefix, host, tame(err))
+		return nil, fmt.Errorf("%s%q: %w", prefix, host, text.Tame(err))
 	}
 	return c, nil
 }
@@ -223,7 +225,7 @@ func (c *Client) ask(ctx context.Context, what string, do func(context.Context, 
 	ctx, cancel := context.WithTimeout(ctx, c.pace.answer)
 	defer cancel()
 	if err := do(ctx, c.connection.Load().Client); err != nil {
-		return fmt.Errorf("%s from Docker at %s: %w", what, c.host, tame(err))
+		return fmt.Errorf("%s from Docker at %s: %w", what, c.host, text.Tame(err))
 	}
 	return nil
 }
@@ -251,8 +253,8 @@ func (c *Client) Info(ctx context.Context) (Info, error) {
 			return err
 		}
 		info = Info{
-			Version:      printable(answer.Info.ServerVersion),
-			CgroupDriver: printable(answer.Info.CgroupDriver),
+			Version:      text.Clean(answer.Info.ServerVersion),
+			CgroupDriver: text.Clean(answer.Info.CgroupDriver),
 			Rootless:     slices.Contains(answer.Info.SecurityOptions, "name=rootless"),
 		}
 		switch answer.Info.CgroupVersion {

@@ -13,6 +13,8 @@ import (
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
+
+	"github.com/egressbpf/egressbpf/internal/text"
 )
 
 // ErrNoContainer means that the daemon has no container with an id.
@@ -75,7 +77,7 @@ func (c *Client) Containers(ctx context.Context) ([]Container, error) {
 			if err := checkID(s.ID); err != nil {
 				return err
 			}
-			one := Container{ID: s.ID, Labels: s.Labels, Image: printable(s.Image), ImageID: printable(s.ImageID)}
+			one := Container{ID: s.ID, Labels: s.Labels, Image: text.Clean(s.Image), ImageID: text.Clean(s.ImageID)}
 			one.setNames(s.Names)
 			if s.NetworkSettings != nil {
 				one.setNetworks(s.NetworkSettings.Networks)
@@ -114,16 +116,16 @@ func (c *Container) fill(from *container.InspectResponse) error {
 	if from.ID != c.ID {
 		return fmt.Errorf("the answer is about another container: %.64q", from.ID)
 	}
-	c.ImageID = printable(from.Image)
+	c.ImageID = text.Clean(from.Image)
 	c.setNames([]string{from.Name})
 	if from.Config != nil {
-		c.Image, c.Labels = printable(from.Config.Image), from.Config.Labels
+		c.Image, c.Labels = text.Clean(from.Config.Image), from.Config.Labels
 	}
 	if from.NetworkSettings != nil {
 		c.setNetworks(from.NetworkSettings.Networks)
 	}
 	if from.HostConfig != nil {
-		c.CgroupParent = printable(from.HostConfig.CgroupParent)
+		c.CgroupParent = text.Clean(from.HostConfig.CgroupParent)
 	}
 	if from.State != nil {
 		if from.State.Pid < 0 {
@@ -144,7 +146,7 @@ func checkID(id string) error {
 // nameOf returns a name as users know it; "" if it is not a valid name.
 func nameOf(name string) string {
 	name = strings.TrimPrefix(name, "/")
-	if len(name) > longestText || !plainName.MatchString(name) {
+	if text.Clean(name) == "" || !plainName.MatchString(name) {
 		return ""
 	}
 	return name
@@ -166,7 +168,7 @@ func (c *Container) setNames(names []string) {
 
 func (c *Container) setNetworks(networks map[string]*network.EndpointSettings) {
 	for name, endpoint := range networks {
-		if name = printable(name); name == "" || endpoint == nil {
+		if name = text.Clean(name); name == "" || endpoint == nil {
 			continue
 		}
 		n := Network{Name: name}

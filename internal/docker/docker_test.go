@@ -83,7 +83,7 @@ var slow = pace{answer: time.Hour, ping: time.Hour, retryMin: time.Millisecond, 
 
 func id(n int) string { return fmt.Sprintf("%064x", n) }
 
-func text(s string) http.HandlerFunc {
+func plainText(s string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, s) }
 }
 
@@ -144,7 +144,7 @@ func TestTLS(t *testing.T) {
 	for _, name := range []string{"DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_API_VERSION"} {
 		t.Setenv(name, "")
 	}
-	server := httptest.NewUnstartedServer(text("[]"))
+	server := httptest.NewUnstartedServer(plainText("[]"))
 	server.Config.ErrorLog = log.New(io.Discard, "", 0)
 	server.StartTLS()
 	defer server.Close()
@@ -170,7 +170,7 @@ func TestTLS(t *testing.T) {
 
 func TestContainers(t *testing.T) {
 	d := newDaemon(t)
-	d.answer("/containers/json", text(`[
+	d.answer("/containers/json", plainText(`[
 		{"Id":"`+id(1)+`","Names":["/db/alias","/web"],"Image":"nginx:1","ImageID":"sha256:1","Labels":{"a":"b\u001b"},
 		 "NetworkSettings":{"Networks":{"bridge":{"NetworkID":"`+id(7)+`","IPAddress":"","MacAddress":""},"a":null,"b\n":{},"net":{"NetworkID":"../x"}}}},
 		{"Id":"`+id(2)+`","Names":["/\u001b[2J"],"Image":"x\u0007","Unknown":[{}]},
@@ -230,7 +230,7 @@ func TestInspect(t *testing.T) {
 
 func TestInfo(t *testing.T) {
 	d := newDaemon(t)
-	d.answer("/info", text(`{"ServerVersion":"29.1.3","CgroupDriver":"systemd\u001b","CgroupVersion":"2","SecurityOptions":["name=seccomp","name=rootless"]}`))
+	d.answer("/info", plainText(`{"ServerVersion":"29.1.3","CgroupDriver":"systemd\u001b","CgroupVersion":"2","SecurityOptions":["name=seccomp","name=rootless"]}`))
 	got, err := d.client(slow).Info(t.Context())
 	check(t, err)
 	if want := (Info{Version: "29.1.3", CgroupVersion: 2, Rootless: true}); got != want {
@@ -277,21 +277,21 @@ func failing(code int, s string) http.HandlerFunc {
 func TestHostileAnswers(t *testing.T) {
 	const header = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 	for name, handle := range map[string]http.HandlerFunc{
-		"nothing":             text(""),
-		"no JSON":             text("<html>\x1b[2J</html>"),
-		"an object":           text(`{"message":"x"}`),
-		"a number":            text("1"),
-		"numbers":             text("[1,2]"),
-		"wrong types":         text(`[{"Id":1,"Names":"web"}]`),
-		"names of numbers":    text(`[{"Id":"` + id(1) + `","Names":[1]}]`),
-		"an id in words":      text(`[{"Id":"web"}]`),
-		"no id":               text(`[{}]`),
-		"an id with escapes":  text(`[{"Id":"\u001b[2J` + id(1) + `"}]`),
-		"a short id":          text(`[{"Id":"0123456789ab"}]`),
-		"an upper-case id":    text(`[{"Id":"` + strings.Repeat("A", 64) + `"}]`),
-		"an id and a newline": text(`[{"Id":"` + id(1) + `\n"}]`),
-		"half an answer":      text(`[{"Id":"` + id(1) + `"`),
-		"nesting":             text(strings.Repeat("[", 100_000)),
+		"nothing":             plainText(""),
+		"no JSON":             plainText("<html>\x1b[2J</html>"),
+		"an object":           plainText(`{"message":"x"}`),
+		"a number":            plainText("1"),
+		"numbers":             plainText("[1,2]"),
+		"wrong types":         plainText(`[{"Id":1,"Names":"web"}]`),
+		"names of numbers":    plainText(`[{"Id":"` + id(1) + `","Names":[1]}]`),
+		"an id in words":      plainText(`[{"Id":"web"}]`),
+		"no id":               plainText(`[{}]`),
+		"an id with escapes":  plainText(`[{"Id":"\u001b[2J` + id(1) + `"}]`),
+		"a short id":          plainText(`[{"Id":"0123456789ab"}]`),
+		"an upper-case id":    plainText(`[{"Id":"` + strings.Repeat("A", 64) + `"}]`),
+		"an id and a newline": plainText(`[{"Id":"` + id(1) + `\n"}]`),
+		"half an answer":      plainText(`[{"Id":"` + id(1) + `"`),
+		"nesting":             plainText(strings.Repeat("[", 100_000)),
 		"a huge string":       repeat(`[{"Id":"`, "x"),
 		"huge white space":    repeat("", " "),
 		"many containers":     repeat("[{}", ",{}"),
@@ -412,7 +412,7 @@ func TestNoDaemon(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	// It may come later.
-	d.answer("/containers/json", text("[]"))
+	d.answer("/containers/json", plainText("[]"))
 	d.start()
 	_, err := c.Containers(t.Context())
 	check(t, err)
@@ -611,7 +611,7 @@ func TestWatchRestart(t *testing.T) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/_ping", func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Api-Version", "1.44") })
 	mux.HandleFunc("/v1.44/events", f.serve)
-	mux.HandleFunc("/v1.44/containers/json", text("[]"))
+	mux.HandleFunc("/v1.44/containers/json", plainText("[]"))
 	d.mux.Store(mux)
 	d.start()
 	s = receive(t, f.opened, "a subscription with the new daemon")

@@ -11,6 +11,8 @@ import (
 
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/client"
+
+	"github.com/egressbpf/egressbpf/internal/text"
 )
 
 // Action says what an Event is about.
@@ -74,7 +76,7 @@ func (c *Client) follow(ctx context.Context, q *queue) {
 		if ctx.Err() != nil {
 			return
 		}
-		q.lost(fmt.Errorf("events from Docker at %s: %w", c.host, tame(err)))
+		q.lost(fmt.Errorf("events from Docker at %s: %w", c.host, text.Tame(err)))
 		if lasted >= c.pace.steady {
 			wait = c.pace.retryMin
 		}

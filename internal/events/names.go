@@ -54,6 +54,14 @@ func (n *Names) container(id uint64) (*Container, container.Container) {
 	return &Container{ID: is.ID, Name: is.Name, Image: known.Image, Cgroup: is.Cgroup, CgroupID: id}, known
 }
 
+// k8sOf returns a pod as records show it; nil if it is none.
+func k8sOf(p container.Pod) *K8s {
+	if p.Name == "" {
+		return nil
+	}
+	return &K8s{Namespace: p.Namespace, Pod: p.Name, PodUID: p.UID, Container: p.Container}
+}
+
 // Container returns the container whose cgroup has an id, as records show it.
 func (n *Names) Container(id uint64) Container {
 	c, _ := n.container(id)

@@ -356,7 +356,9 @@ func (r *Reader) note(s *seat, now account) error {
 	for _, id := range slices.Sorted(gomaps.Keys(containers)) {
 		if record.Count = more(s.containers[id], containers[id]); record.Count > 0 {
 			record := record
-			record.Container, _ = r.names.container(id)
+			var known container.Container
+			record.Container, known = r.names.container(id)
+			record.K8s = k8sOf(known.Pod)
 			r.addNote(record)
 		}
 	}
@@ -499,6 +501,7 @@ func (r *Reader) record(e maps.Event, state *maps.State) Record {
 	}
 	var known container.Container
 	record.Container, known = r.names.container(e.Container)
+	record.K8s = k8sOf(known.Pod)
 	record.Rule = r.names.rule(state, &known, e.Reason, src, dst, uint8(e.Proto))
 	return record
 }

@@ -202,6 +202,10 @@ func (f *Filter) finish(a *attachment, plan *plan) error {
 	if err := f.pins.RemoveFormer(); err != nil {
 		return err
 	}
+	// The rules may be others now. Whoever applies them sets this again.
+	if err := a.state.ForgetPods(); err != nil {
+		return err
+	}
 	if err := a.state.SweepReaders(); err != nil {
 		return err
 	}

@@ -31,6 +31,7 @@ func StateNames() []string {
 		bpf.EgressMapContainers, bpf.EgressMapStateless, bpf.EgressMapRetired, bpf.EgressMapTotals, bpf.EgressMapTickets,
 		bpf.EgressMapAdmitted, bpf.EgressMapPermitted, bpf.EgressMapMails, bpf.EgressMapDevices, bpf.EgressMapTunnels,
 		bpf.EgressMapReaders, bpf.EgressMapBuffers, bpf.EgressMapTellings, bpf.EgressMapCallers, bpf.EgressMapSeen,
+		bpf.EgressMapPods,
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/egressbpf/egressbpf/bpf"
+	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -281,12 +282,17 @@ func (r *Reading) label(leftOut int, engines Engines) {
 			continue
 		}
 		name, image := c.Name, ""
+		var pod container.Pod
 		if engines != nil {
 			if known, ok := engines.Find(c.ID); ok {
-				name, image = known.Name, known.Image
+				name, image, pod = known.Name, known.Image, known.Pod
 			}
 		}
-		r.containers = append(r.containers, labelled{c, `container="` + escape(name) + `",id="` + escape(ids[i]) + `"`, name, image})
+		labels := `container="` + escape(cmp.Or(pod.Container, name)) + `",id="` + escape(ids[i]) + `"`
+		if pod.Name != "" {
+			labels += `,namespace="` + escape(pod.Namespace) + `",pod="` + escape(pod.Name) + `"`
+		}
+		r.containers = append(r.containers, labelled{c, labels, name, image})
 	}
 }
 

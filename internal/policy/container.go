@@ -22,13 +22,20 @@ const (
 func ParseAccess(s string) (Access, error) { return oneOf(s, Allowed, Denied) }
 
 // ContainerRule is an exception to the policy for the containers with a name, an image or a
-// label. Whoever may start containers chooses these.
+// label, or in a pod of Kubernetes. Whoever may start containers or make pods chooses all of
+// these; in most clusters, but for the namespace.
 type ContainerRule struct {
 	// Name, Image and Label select containers: all that are not empty must match. A star
-	// stands for any characters. Label is KEY or KEY=VALUE.
+	// stands for any characters. Label is KEY or KEY=VALUE; for a container of a pod, of the
+	// pod. The name of such a container is its name in the pod.
 	Name  string `json:"name,omitempty" yaml:"name,omitempty"`
 	Image string `json:"image,omitempty" yaml:"image,omitempty"`
 	Label string `json:"label,omitempty" yaml:"label,omitempty"`
+	// Namespace and Pod, with stars, and HostNetwork select containers of pods; HostNetwork
+	// those of pods with the network of their node. Alone, that selects none.
+	Namespace   string `json:"namespace,omitempty" yaml:"namespace,omitempty"`
+	Pod         string `json:"pod,omitempty" yaml:"pod,omitempty"`
+	HostNetwork bool   `json:"host_network,omitempty" yaml:"host_network,omitempty"`
 
 	// SMTP is the containers' limit; nil for the policy's.
 	SMTP *Limit `json:"smtp,omitempty" yaml:"smtp,omitempty"`
@@ -45,6 +52,9 @@ type Subject struct {
 	Names  []string
 	Image  string
 	Labels map[string]string
+	// Namespace and Pod are empty for a container outside of pods.
+	Namespace, Pod string
+	HostNetwork    bool
 }
 
 // Matches says whether the rule holds for a container.
@@ -55,6 +65,18 @@ func (r ContainerRule) Matches(s Subject) bool {
 	if r.Image != "" && !glob(r.Image, s.Image) {
 		return false
 	}
+	return r.matchesPod(s)
+}
+
+// matchesPod is Matches without what can differ between the containers of a pod.
+func (r ContainerRule) matchesPod(s Subject) bool {
+	inPod := s.Namespace != "" && s.Pod != ""
+	if r.ofPods() && !inPod || r.HostNetwork && !s.HostNetwork {
+		return false
+	}
+	if r.Namespace != "" && !glob(r.Namespace, s.Namespace) || r.Pod != "" && !glob(r.Pod, s.Pod) {
+		return false
+	}
 	if r.Label == "" {
 		return true
 	}
@@ -62,6 +84,9 @@ func (r ContainerRule) Matches(s Subject) bool {
 	have, ok := s.Labels[key]
 	return ok && (!valued || glob(value, have))
 }
+
+// ofPods says whether the rule holds for containers of pods alone.
+func (r ContainerRule) ofPods() bool { return r.Namespace != "" || r.Pod != "" || r.HostNetwork }
 
 func anyMatches(pattern string, names []string) bool {
 	for _, name := range names {
@@ -106,10 +131,24 @@ func RuleIndex(rules []ContainerRule, s Subject) int {
 	return slices.IndexFunc(rules, func(r ContainerRule) bool { return r.Matches(s) })
 }
 
+// RuleForPod returns the rule that holds for all containers of a pod, whatever their names and
+// images are, of which the Subject may have none; the zero rule if there is none, or if it
+// depends on these.
+func RuleForPod(rules []ContainerRule, s Subject) ContainerRule {
+	i := slices.IndexFunc(rules, func(r ContainerRule) bool { return r.matchesPod(s) })
+	if i < 0 || rules[i].Name != "" || rules[i].Image != "" {
+		return ContainerRule{}
+	}
+	return rules[i]
+}
+
 // Validate refuses a rule that the parser could not have returned.
 func (r ContainerRule) Validate() error {
-	if r.Name == "" && r.Image == "" && r.Label == "" {
-		return errors.New("want a name, an image or a label, to say which containers the rule is for")
+	if r.Name == "" && r.Image == "" && r.Label == "" && r.Namespace == "" && r.Pod == "" {
+		if r.HostNetwork {
+			return errors.New("host_network alone selects nothing, since each pod can ask for the network of its node: add a namespace, or a pod or label")
+		}
+		return errors.New("want a name, an image, a label, a namespace or a pod, to say which containers the rule is for")
 	}
 	if r.SMTP == nil && r.Metadata == "" && r.Families == "" {
 		return errors.New("want smtp, metadata or socket_families, to say what holds for them")
@@ -144,6 +183,23 @@ func parseNamePattern(s string) (string, error) {
 	return s, nil
 }
 
+// podCharacters are the characters of the names of namespaces and pods, and the star.
+const podCharacters = "abcdefghijklmnopqrstuvwxyz0123456789.-*"
+
+func parsePodPattern(s string) (string, error) {
+	if s == "" || strings.ContainsFunc(s, func(r rune) bool { return !strings.ContainsRune(podCharacters, r) }) {
+		return "", fmt.Errorf("%q: want a name as Kubernetes has them, in which a star stands for any characters", s)
+	}
+	return s, nil
+}
+
+func parseTrue(s string) (bool, error) {
+	if s != "true" {
+		return false, fmt.Errorf("%q: want true, or no such key for pods with any network", s)
+	}
+	return true, nil
+}
+
 func parseLabel(s string) (string, error) {
 	if key, _, _ := strings.Cut(s, "="); key == "" || strings.Contains(key, "*") {
 		return "", fmt.Errorf("%q: want KEY or KEY=VALUE, with stars in VALUE only", s)
@@ -159,6 +215,9 @@ func setContainer(r *ContainerRule, def Limit) setter {
 			{"name", value(&r.Name, parseNamePattern)},
 			{"image", value(&r.Image, parsePattern)},
 			{"label", value(&r.Label, parseLabel)},
+			{"namespace", value(&r.Namespace, parsePodPattern)},
+			{"pod", value(&r.Pod, parsePodPattern)},
+			{"host_network", value(&r.HostNetwork, parseTrue)},
 			{"metadata", value(&r.Metadata, ParseAccess)},
 			{"socket_families", familiesOf(&r.Families)},
 			{"smtp", func(at position, n *yaml.Node) error {

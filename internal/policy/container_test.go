@@ -2,6 +2,7 @@ package policy
 
 import (
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -66,6 +67,14 @@ func TestParseContainerRules(t *testing.T) {
     socket_families: packet, can
   - name: balancer
     socket_families: [packet, can]
+  - namespace: kube-system
+    host_network: true
+    pod: "cni-*"
+    metadata: allow
+  - namespace: "kube-*"
+    image: "*"
+    label: app
+    socket_families: any
 smtp: {burst: 7}
 `
 	got, err := ParseConfig("config.yaml", []byte(text))
@@ -75,16 +84,23 @@ smtp: {burst: 7}
 		{Image: "bulk:*", SMTP: &Limit{Rate{50, time.Hour}, 7}, Metadata: Denied},
 		{Name: "dhcp", Families: "can,packet"},
 		{Name: "balancer", Families: "can,packet"},
+		{Namespace: "kube-system", HostNetwork: true, Pod: "cni-*", Metadata: Allowed},
+		{Namespace: "kube-*", Image: "*", Label: "app", Families: AnyFamily},
 	}
 	if err != nil || !reflect.DeepEqual(got.Containers, want) {
 		t.Fatalf("got %+v, %v, want %+v", got.Containers, err, want)
 	}
 
 	for _, tt := range []struct{ entry, want string }{
-		{"{smtp: {rate: 1/day}}", "config.yaml:2: containers: want a name, an image or a label"},
+		{"{smtp: {rate: 1/day}}", "config.yaml:2: containers: want a name, an image, a label, a namespace or a pod"},
+		{"{host_network: true, metadata: allow}", "config.yaml:2: containers: host_network alone selects nothing"},
+		{"{namespace: a, host_network: false, metadata: allow}", `config.yaml:2: containers.host_network: "false": want true`},
+		{"{namespace: '', metadata: allow}", `config.yaml:2: containers.namespace: ""`},
+		{"{namespace: a/b, metadata: allow}", `config.yaml:2: containers.namespace: "a/b"`},
+		{"{pod: Web, metadata: allow}", `config.yaml:2: containers.pod: "Web": want a name as Kubernetes has them`},
 		{"{name: a}", "config.yaml:2: containers: want smtp, metadata or socket_families"},
 		{"", "config.yaml:2: containers: want a name"},
-		{"web", "config.yaml:2: containers: want keys and values: name, image, label, metadata, socket_families, smtp"},
+		{"web", "config.yaml:2: containers: want keys and values: name, image, label, namespace, pod, host_network, metadata, socket_families, smtp"},
 		{"{name: a/b, metadata: allow}", `config.yaml:2: containers.name: "a/b"`},
 		{"{name: '', metadata: allow}", `config.yaml:2: containers.name: ""`},
 		{"{image: '', metadata: allow}", `config.yaml:2: containers.image: want a pattern`},
@@ -108,5 +124,50 @@ smtp: {burst: 7}
 	}
 	if _, err := ParseConfig("config.yaml", []byte("containers: {name: a}\n")); err == nil || !strings.Contains(err.Error(), "want a list") {
 		t.Errorf("got %v, want a list asked for", err)
+	}
+}
+
+// Rules for pods hold for no other container, and what holds for a whole pod does not depend on
+// what its containers choose.
+func TestRulesForPods(t *testing.T) {
+	agent := Subject{Names: []string{"agent"}, Image: "agent:1", Labels: map[string]string{"app": "cni"}, Namespace: "kube-system", Pod: "cni-x7k2p", HostNetwork: true}
+	plain := agent
+	plain.HostNetwork = false
+	// Whoever starts a container with Docker chooses its labels.
+	docker := Subject{Names: []string{"kube-system"}, Labels: map[string]string{"io.kubernetes.pod.namespace": "kube-system", "app": "cni"}}
+	for _, tt := range []struct {
+		rule                 ContainerRule
+		agent, plain, docker bool
+	}{
+		{ContainerRule{Namespace: "kube-system"}, true, true, false},
+		{ContainerRule{Namespace: "kube-*"}, true, true, false},
+		{ContainerRule{Namespace: "*"}, true, true, false},
+		{ContainerRule{Namespace: "kube"}, false, false, false},
+		{ContainerRule{Namespace: "kube-system", HostNetwork: true}, true, false, false},
+		{ContainerRule{Pod: "cni-*"}, true, true, false},
+		{ContainerRule{Pod: "*", Namespace: "team"}, false, false, false},
+		{ContainerRule{Label: "app=cni"}, true, true, true},
+		{ContainerRule{Label: "app", HostNetwork: true}, true, false, false},
+		{ContainerRule{Namespace: "kube-system", Name: "agent"}, true, true, false},
+		{ContainerRule{Namespace: "kube-system", Name: "other"}, false, false, false},
+		{ContainerRule{HostNetwork: true}, true, false, false},
+	} {
+		if a, p, d := tt.rule.Matches(agent), tt.rule.Matches(plain), tt.rule.Matches(docker); a != tt.agent || p != tt.plain || d != tt.docker {
+			t.Errorf("%+v: got %v, %v, %v", tt.rule, a, p, d)
+		}
+	}
+	all := []ContainerRule{
+		{Namespace: "team", Metadata: Allowed},
+		{Namespace: "kube-system", Name: "agent", Metadata: Denied},
+		{Namespace: "kube-system", Metadata: Allowed},
+	}
+	if got := RuleForPod(all, agent); got != (ContainerRule{}) {
+		t.Errorf("the second rule can hold for some of its containers: got %+v", got)
+	}
+	if got := RuleForPod(slices.Delete(slices.Clone(all), 1, 2), Subject{Namespace: "kube-system", Pod: "cni"}); got.Metadata != Allowed {
+		t.Errorf("got %+v", got)
+	}
+	if got := RuleForPod(all, Subject{Namespace: "other", Pod: "cni"}); got != (ContainerRule{}) {
+		t.Errorf("got %+v", got)
 	}
 }

@@ -109,11 +109,15 @@ func (c Config) YAML(comments map[string][]string) []byte {
 	for i, r := range c.Containers {
 		comment(entryKey("containers", i), "  ")
 		begin := "  - "
-		for _, k := range [][2]string{{"name", r.Name}, {"image", r.Image}, {"label", r.Label}, {"metadata", string(r.Metadata)}, {"socket_families", string(r.Families)}} {
+		for _, k := range [][2]string{{"name", r.Name}, {"image", r.Image}, {"label", r.Label}, {"namespace", r.Namespace}, {"pod", r.Pod}, {"metadata", string(r.Metadata)}, {"socket_families", string(r.Families)}} {
 			if k[1] != "" {
 				fmt.Fprintf(&b, "%s%s: %s\n", begin, k[0], strconv.Quote(k[1]))
 				begin = "    "
 			}
+		}
+		if r.HostNetwork {
+			fmt.Fprintf(&b, "%shost_network: true\n", begin)
+			begin = "    "
 		}
 		if r.SMTP != nil {
 			fmt.Fprintf(&b, "%ssmtp: {rate: %s, burst: %d}\n", begin, r.SMTP.Rate, r.SMTP.Burst)

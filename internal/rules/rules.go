@@ -25,7 +25,7 @@ func Apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, co
 	if err != nil {
 		return 0, err
 	}
-	var errs []error
+	errs := []error{applyToPods(root, state, rules, running, revoke)}
 	for _, c := range running {
 		if c.Source == "" && !revoke {
 			continue
@@ -43,11 +43,77 @@ func Apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, co
 // ApplyTo is Apply for a single container, which a source knows. It says whether it changed the
 // container. What it costs does not depend on how many other containers there are.
 func ApplyTo(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, c container.Container) (changed bool, err error) {
+	if id, pod := podOf(root, rules, c); id != 0 {
+		if before, err := state.Pod(id); err != nil {
+			return false, err
+		} else if err := setPod(state, id, before, pod); err != nil {
+			return false, err
+		}
+	}
 	before, existed, err := state.Container(c.CgroupID)
 	if err != nil {
 		return false, err
 	}
 	return apply(root, state, rules, c, before, existed)
+}
+
+// applyToPods sets what holds from their start for the containers of those pods that have a
+// container in running, so that a rule for a pod is not late for most of them.
+func applyToPods(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, running []container.Container, revoke bool) error {
+	before, err := state.Pods()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	known := map[uint64]bool{}
+	for _, c := range running {
+		if id, pod := podOf(root, rules, c); id != 0 && !known[id] {
+			known[id] = true
+			errs = append(errs, setPod(state, id, before[id], pod))
+		}
+	}
+	for id := range before {
+		if revoke && !known[id] {
+			errs = append(errs, state.SetPod(id, maps.Pod{}))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func setPod(state *maps.State, id uint64, before, now maps.Pod) error {
+	if before == now {
+		return nil
+	}
+	return state.SetPod(id, now)
+}
+
+// podOf returns the id of the cgroup of a container's pod, and what holds for all containers of
+// the pod; 0 if the container is in none, or no source knows the pod.
+func podOf(root cgroup.Root, rules []policy.ContainerRule, c container.Container) (id uint64, is maps.Pod) {
+	subject := c.Subject()
+	if subject.Namespace == "" {
+		return 0, is
+	}
+	rel, _ := cgroup.Pod(c.Cgroup)
+	at, err := root.ID(rel)
+	if err != nil {
+		return 0, is // it is gone
+	}
+	rule := policy.RuleForPod(rules, subject)
+	is.Flags = flagsOf(rule)
+	if rule.SMTP != nil {
+		is.Limit = *rule.SMTP
+	}
+	return at, is
+}
+
+// flagsOf returns the flags of the containers for which a rule holds.
+func flagsOf(rule policy.ContainerRule) maps.Flag {
+	flags := maps.FlagsOf(rule.Families)
+	if rule.Metadata == policy.Allowed {
+		flags |= maps.MayReachMetadata
+	}
+	return flags
 }
 
 // apply gives a container what the first matching rule says. before is its entry, if it has
@@ -75,10 +141,7 @@ func apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, c 
 // change is needed.
 func changeFor(c maps.Container, rule policy.ContainerRule) (change maps.Change, needed bool) {
 	const byRule = maps.MayReachMetadata | maps.AnyFamily
-	change.Flags = maps.FlagsOf(rule.Families)
-	if rule.Metadata == policy.Allowed {
-		change.Flags |= maps.MayReachMetadata
-	}
+	change.Flags = flagsOf(rule)
 	if c.Flags&byRule != change.Flags {
 		change.Mask, needed = byRule, true
 	}

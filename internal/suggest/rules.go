@@ -59,7 +59,8 @@ func (s *suggestion) rules() {
 	s.Added += len(rules)
 	for _, r := range s.Config.Containers {
 		replaced := slices.ContainsFunc(rules, func(by policy.ContainerRule) bool {
-			return r.Name == by.Name && r.Image == "" && r.Label == ""
+			by = policy.ContainerRule{Name: by.Name, SMTP: r.SMTP, Metadata: r.Metadata, Families: r.Families}
+			return r == by
 		})
 		if !replaced {
 			rules = append(rules, r)

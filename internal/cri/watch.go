@@ -1,0 +1,207 @@
+package cri
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// Action says what an [Event] is about.
+type Action string
+
+const (
+	// Resync comes first, and after the runtime could not be reached: the caller has to ask
+	// for all containers. Events follow for everything that happens after it.
+	Resync Action = "resync"
+	// Lost comes once when the runtime cannot be reached any more, or not yet.
+	Lost Action = "lost"
+	// Start and Stop are about a container or a sandbox.
+	Start Action = "start"
+	Stop  Action = "stop"
+)
+
+// Event says that something has happened.
+type Event struct {
+	Action Action
+	// ID is the Container's; empty if the event is not about one.
+	ID string
+	// Err says why the runtime was Lost.
+	Err error
+}
+
+// Watch calls fn for what happens to containers and sandboxes, one call at a time, until ctx
+// ends, and returns the error of ctx.
+//
+// Not all runtimes tell events, and none says which it has dropped. So what has happened is always
+// found by comparing two lists. An event of the runtime, or a send on made, which says that a pod
+// has been made, is only a reason to ask for a list at once; without either, Watch asks now and
+// then.
+func (c *Client) Watch(ctx context.Context, made <-chan struct{}, fn func(Event)) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var following sync.WaitGroup
+	defer following.Wait()
+	defer cancel()
+	events := newFollower()
+	following.Go(func() { events.run(ctx, c) })
+
+	var known map[string]bool // nil while the runtime cannot be reached
+	told := false             // that it cannot
+	retry := c.pace.retryMin
+	var hurry time.Time // until when a new pod is awaited
+	for {
+		from := time.Now()
+		now, err := c.ids(ctx)
+		took := time.Since(from)
+		wait := c.pace.often
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
+			if known = nil; !told {
+				told = true
+				fn(Event{Action: Lost, Err: err})
+			}
+			// Random, so that not all nodes of a rack come back in step.
+			wait = retry/2 + rand.N(retry/2+1)
+			retry = min(2*retry, c.pace.retryMax)
+		default:
+			if known == nil {
+				fn(Event{Action: Resync})
+			} else {
+				compare(known, now, fn)
+			}
+			known, told, retry = now, false, c.pace.retryMin
+			if events.live() {
+				wait = c.pace.rarely
+			}
+		}
+		if time.Now().Before(hurry) {
+			// On a node with many pods, a list costs the runtime much.
+			wait = min(wait, max(c.pace.soon, 10*took))
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-made:
+			hurry = time.Now().Add(c.pace.soonFor)
+			if pause(ctx, c.pace.soon) != nil {
+				return ctx.Err()
+			}
+		case <-events.told:
+			// Events come in bursts.
+			if pause(ctx, c.pace.soon/5) != nil {
+				return ctx.Err()
+			}
+		case <-time.After(wait):
+		}
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
+
+// compare tells what has stopped and started between two lists, which say of each id whether it is
+// that of a sandbox.
+func compare(before, now map[string]bool, fn func(Event)) {
+	for id := range before {
+		if _, ok := now[id]; !ok {
+			fn(Event{Action: Stop, ID: id})
+		}
+	}
+	// Sandboxes come first: what holds for their containers is to be known before these run.
+	for _, sandbox := range []bool{true, false} {
+		for id, is := range now {
+			if _, ok := before[id]; !ok && is == sandbox {
+				fn(Event{Action: Start, ID: id})
+			}
+		}
+	}
+}
+
+// ids asks for the ids of all that runs, and says which are those of sandboxes.
+func (c *Client) ids(ctx context.Context) (map[string]bool, error) {
+	r, err := c.list(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	all := make(map[string]bool, len(r.sandboxes)+len(r.containers))
+	for id := range r.containers {
+		all[id] = false
+	}
+	for id := range r.sandboxes {
+		all[id] = true
+	}
+	return all, nil
+}
+
+// follower follows the runtime's own events.
+type follower struct {
+	told chan struct{} // has room for one
+	mu   sync.Mutex
+	open bool
+}
+
+func newFollower() *follower { return &follower{told: make(chan struct{}, 1)} }
+
+// live says whether the runtime tells events.
+func (f *follower) live() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.open
+}
+
+func (f *follower) set(open bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.open = open
+}
+
+// run follows events until ctx ends, and tries again while there are none: another version of
+// the runtime may have been started.
+func (f *follower) run(ctx context.Context, c *Client) {
+	for ctx.Err() == nil {
+		_ = f.stream(ctx, c) // the lists say whether the runtime can be reached
+		f.set(false)
+		f.signal()
+		if pause(ctx, c.pace.rarely) != nil {
+			return
+		}
+	}
+}
+
+func (f *follower) stream(ctx context.Context, c *Client) error {
+	api, err := c.api()
+	if err != nil {
+		return err
+	}
+	stream, err := api.GetContainerEvents(ctx, &runtime.GetEventsRequest{})
+	if err != nil {
+		return fmt.Errorf("follow events: %w", err)
+	}
+	for {
+		// A stream that is open may have no events, in CRI-O unless it is configured. Only an
+		// event shows that there are any.
+		if _, err := stream.Recv(); err != nil {
+			return err
+		}
+		f.set(true)
+		f.signal()
+	}
+}
+
+func (f *follower) signal() {
+	select {
+	case f.told <- struct{}{}:
+	default:
+	}
+}
