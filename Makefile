@@ -12,6 +12,8 @@
 #                 the same, and write docs/performance.md
 #   make pictures draw the pictures in docs/pictures
 #   make kernels  write docs/kernels.md, from a test on each kernel
+#   make manifests
+#                 write dist/kubernetes/egressbpf.yaml, from the Helm chart
 
 SHELL := /bin/bash
 GO ?= go
@@ -155,6 +157,17 @@ lint-fleet:
 	yamllint --strict -d '{extends: default, rules: {line-length: {max: 120}, document-start: disable, comments: {require-starting-space: false}}}' \
 		dist/ansible dist/cloud-init
 	ANSIBLE_ROLES_PATH=dist/ansible ansible-lint --offline --nocolor --profile production dist/ansible/egressbpf dist/ansible/rolling.yml
+
+# The chart and the manifests for Kubernetes: helm lint, several renderings, compared with the schemas of
+# Kubernetes, their config files read by egressbpf. Helm and kubectl-validate are built by Go, once.
+.PHONY: lint-kubernetes
+lint-kubernetes:
+	CGO_ENABLED=0 $(GO) test -count=1 ./internal/test/kubernetes
+
+# Writes dist/kubernetes/egressbpf.yaml, from the chart.
+.PHONY: manifests
+manifests:
+	CGO_ENABLED=0 $(GO) test -count=1 ./internal/test/kubernetes -run TestManifests -args -write
 
 .PHONY: test-tools
 test-tools:
