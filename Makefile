@@ -159,15 +159,16 @@ lint-fleet:
 	ANSIBLE_ROLES_PATH=dist/ansible ansible-lint --offline --nocolor --profile production dist/ansible/egressbpf dist/ansible/rolling.yml
 
 # The chart and the manifests for Kubernetes: helm lint, several renderings, compared with the schemas of
-# Kubernetes, their config files read by egressbpf. Helm and kubectl-validate are built by Go, once.
+# Kubernetes, their config files read by egressbpf. Go builds Helm and kubectl-validate for it, which takes minutes,
+# once. So .ci/run has only the test that the manifests are made from the chart.
 .PHONY: lint-kubernetes
 lint-kubernetes:
-	CGO_ENABLED=0 $(GO) test -count=1 ./internal/test/kubernetes
+	CGO_ENABLED=0 $(GO) test -count=1 -tags helm ./internal/test/kubernetes
 
 # Writes dist/kubernetes/egressbpf.yaml, from the chart.
 .PHONY: manifests
 manifests:
-	CGO_ENABLED=0 $(GO) test -count=1 ./internal/test/kubernetes -run TestManifests -args -write
+	CGO_ENABLED=0 $(GO) test -count=1 -tags helm ./internal/test/kubernetes -run TestManifests -args -write
 
 .PHONY: test-tools
 test-tools:
@@ -214,6 +215,7 @@ release-check:
 lint:
 	@test -z "$$(gofmt -l .)" || { echo 'gofmt:'; gofmt -l .; exit 1; }
 	$(GO) vet ./...
+	$(GO) vet -tags helm ./internal/test/kubernetes
 	$(GO) tool staticcheck ./...
 	@$(INSTALL) shellcheck:shellcheck
 	shellcheck --severity=warning internal/test/*/*.sh internal/test/vmtest/debian/run internal/test/vmtest/packages/run internal/test/vmtest/fleet/* dist/packages/*.sh .ci/run

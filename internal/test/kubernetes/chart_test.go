@@ -1,4 +1,5 @@
-// Package kubernetes tests the Helm chart and the manifests in dist/kubernetes, without a cluster.
+//go:build helm
+
 package kubernetes
 
 import (
@@ -6,7 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
-	"io"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,13 +24,8 @@ import (
 
 var write = flag.Bool("write", false, "write dist/kubernetes/egressbpf.yaml")
 
-const (
-	repository = "../../.."
-	chart      = repository + "/dist/kubernetes/egressbpf"
-	manifests  = repository + "/dist/kubernetes/egressbpf.yaml"
-	// operator has the schema of PodMonitor, which is not one of Kubernetes' own.
-	operator = "github.com/prometheus-operator/prometheus-operator@v0.85.0"
-)
+// operator has the schema of PodMonitor, which is not one of Kubernetes' own.
+const operator = "github.com/prometheus-operator/prometheus-operator@v0.85.0"
 
 // The versions of Kubernetes that the chart is rendered for, and the newest ones whose schemas are
 // at hand: since 1.30, AppArmor's profile is a field.
@@ -84,56 +80,6 @@ func render(t *testing.T, version string, flags ...string) string {
 		t.Fatalf("helm template: %s", stderr)
 	}
 	return out
-}
-
-// object is an object of Kubernetes.
-type object map[string]any
-
-// at returns what is below keys; nil if nothing is.
-func (o object) at(keys ...string) any {
-	var v any = map[string]any(o)
-	for _, key := range keys {
-		m, _ := v.(map[string]any)
-		v = m[key]
-	}
-	return v
-}
-
-func (o object) text(keys ...string) string {
-	s, _ := o.at(keys...).(string)
-	return s
-}
-
-// list returns the objects of a list.
-func (o object) list(keys ...string) (list []object) {
-	entries, _ := o.at(keys...).([]any)
-	for _, e := range entries {
-		m, _ := e.(map[string]any)
-		list = append(list, m)
-	}
-	return list
-}
-
-// parse returns the objects of a rendering by their kinds, each of which it has once.
-func parse(t *testing.T, text string) map[string]object {
-	t.Helper()
-	objects := map[string]object{}
-	for in := yaml.NewDecoder(strings.NewReader(text)); ; {
-		var o map[string]any
-		if err := in.Decode(&o); errors.Is(err, io.EOF) {
-			return objects
-		} else if err != nil {
-			t.Fatalf("%v\n%s", err, text)
-		}
-		if o == nil {
-			continue
-		}
-		kind := object(o).text("kind")
-		if objects[kind] != nil {
-			t.Errorf("two objects of kind %s", kind)
-		}
-		objects[kind] = o
-	}
 }
 
 // sets are the names of files of values in testdata, without their suffix.
@@ -388,23 +334,6 @@ func argsOf(c object) (args []string) {
 	return args
 }
 
-// checkConfig has the parser of egressbpf read config.yaml.
-func checkConfig(t *testing.T, objects map[string]object) (config policy.Config, ok bool) {
-	t.Helper()
-	text := objects["ConfigMap"].text("data", "config.yaml")
-	if text == "" {
-		text = objects["Secret"].text("stringData", "config.yaml")
-	}
-	if text == "" {
-		return config, false
-	}
-	config, err := policy.ParseConfig("config.yaml", []byte(text))
-	if err != nil {
-		t.Errorf("%v\n%s", err, text)
-	}
-	return config, err == nil
-}
-
 func TestConfig(t *testing.T) {
 	defaults, _ := checkConfig(t, parse(t, render(t, "1.30")))
 	if len(defaults.Containers) != 1 || defaults.Containers[0].Metadata != policy.Allowed || defaults.Containers[0].Families != "any" {
@@ -475,6 +404,7 @@ func TestRefusesValues(t *testing.T) {
 
 const manifestsHead = `# egressbpf on each node of a Kubernetes cluster, for kubectl apply: made by "make manifests" from the chart
 # in dist/kubernetes/egressbpf, with its defaults, for Kubernetes 1.30 and newer. See docs/kubernetes.md.
+# The chart's digest: %s
 apiVersion: v1
 kind: Namespace
 metadata:
@@ -493,7 +423,7 @@ func TestManifests(t *testing.T) {
 	for _, line := range []string{`(?m)^ +helm\.sh/chart: .*\n`, `(?m)^ +app\.kubernetes\.io/managed-by: .*\n`, `(?m)^# Source: .*\n`} {
 		text = regexp.MustCompile(line).ReplaceAllString(text, "")
 	}
-	text = manifestsHead + text
+	text = fmt.Sprintf(manifestsHead, digest(t)) + text
 	if said, err := checkSchema(t, "1.30", file(t, "egressbpf", text)); err != nil {
 		t.Error(said)
 	}
