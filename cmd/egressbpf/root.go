@@ -227,7 +227,7 @@ func remedyFor(err error) string {
 	}{
 		{cgroup.ErrNoCgroup2, "a cgroup v2 hierarchy is needed: boot with systemd.unified_cgroup_hierarchy=1, or mount one with `mount -t cgroup2 none DIR` and name it with --cgroup-root; where the host has one, run it outside of `ip netns exec`, which hides it"},
 		{cgroup.ErrNotBelowRoot, "name a directory of the cgroup2 mount, such as its docker directory, or another mount of it with --cgroup-root"},
-		{cgroup.ErrNotInitialNamespace, "run it on the host, or with `nsenter --target 1 --cgroup`; in a container, with --cgroupns=host"},
+		{cgroup.ErrNotInitialNamespace, "run it on the host, or with `nsenter --target 1 --cgroup`; in a container, with --cgroupns=host, or with --pid=host and --cap-add=SYS_PTRACE, which let it get there by itself"},
 		{loader.ErrOwnPIDs, "run the container with --pid=host"},
 		{loader.ErrOwnNetwork, "run the container with --network=host"},
 		{loader.ErrNotMounted, "on the host, mount one first: `mount -t bpf bpf /sys/fs/bpf`"},

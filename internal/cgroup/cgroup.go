@@ -146,28 +146,32 @@ func CheckNamespace() error {
 	return nil
 }
 
-// JoinHosts moves all threads of this process to the host's cgroup namespace if they are in
-// another one, and the host's first process can be seen. A container of a pod has no other way to
-// get there: Kubernetes gives it the host's network and processes if asked, but not this. It needs
-// CAP_SYS_ADMIN and CAP_SYS_PTRACE. An error changes nothing; CheckNamespace says what it means.
+// JoinHosts moves all threads of this process to the host's cgroup namespace if they are in another
+// one, and the host's first process can be seen, or a parent of this one that is in it, as the
+// engine is. A container of a pod has no other way to get there: Kubernetes gives it the host's
+// network and processes if asked, but not this. It needs CAP_SYS_ADMIN and CAP_SYS_PTRACE. An error
+// changes nothing; CheckNamespace says what it means.
 func JoinHosts() error {
 	if CheckNamespace() == nil {
 		return nil
 	}
-	// Without the host's PID namespace, the first process is this container's.
-	const of1 = "/proc/1/ns/cgroup"
-	if ns, err := os.Readlink(of1); err != nil || ns != initialNamespace {
-		return ErrNotInitialNamespace
+	for _, pid := range []int{1, os.Getppid()} {
+		of := fmt.Sprintf("/proc/%d/ns/cgroup", pid)
+		// Without the host's PID namespace, these are this container's, or none.
+		if ns, err := os.Readlink(of); err != nil || ns != initialNamespace {
+			continue
+		}
+		f, err := os.Open(of)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_SETNS, f.Fd(), unix.CLONE_NEWCGROUP, 0); errno != 0 {
+			return fmt.Errorf("join the host's cgroup namespace: %w", errno)
+		}
+		return nil
 	}
-	f, err := os.Open(of1)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_SETNS, f.Fd(), unix.CLONE_NEWCGROUP, 0); errno != 0 {
-		return fmt.Errorf("join the host's cgroup namespace: %w", errno)
-	}
-	return nil
+	return ErrNotInitialNamespace
 }
 
 // Rel returns the path of a cgroup from the root, as the kernel writes it: with a slash at

@@ -8,10 +8,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -128,6 +131,50 @@ func TestCheckNamespace(t *testing.T) {
 		if err := cgroup.CheckNamespace(); !errors.Is(err, cgroup.ErrNotInitialNamespace) {
 			t.Errorf("got %v, want %v", err, cgroup.ErrNotInitialNamespace)
 		}
+		// The first process is the host's, so there is a way back.
+		if err := cgroup.JoinHosts(); err != nil {
+			t.Error(err)
+		}
+		if err := cgroup.CheckNamespace(); err != nil {
+			t.Error(err)
+		}
+		var all sync.WaitGroup
+		for range 20 {
+			all.Go(func() {
+				runtime.LockOSThread() // each a thread of its own
+				if ns, err := os.Readlink("/proc/thread-self/ns/cgroup"); err != nil || ns != "cgroup:[4026531835]" {
+					t.Errorf("a thread is in %s, %v", ns, err)
+				}
+			})
+		}
+		all.Wait()
+	}
+}
+
+func TestWatchPods(t *testing.T) {
+	base := testenv.Cgroup(t)
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	check(os.Mkdir(base+"/kubepods", 0o755))
+	made, stop := cgroup.Root(base).WatchPods()
+	defer stop()
+	for _, at := range []string{"podone", "besteffort", "besteffort/podtwo"} {
+		check(os.Mkdir(base+"/kubepods/"+at, 0o755))
+		select {
+		case <-made:
+		case <-time.After(20 * time.Second):
+			t.Fatalf("nothing told of %s", at)
+		}
+	}
+	check(os.Mkdir(base+"/other", 0o755))
+	select {
+	case <-made:
+		t.Error("told of what is no pod's")
+	default:
 	}
 }
 

@@ -2,6 +2,7 @@ package cgroup_test
 
 import (
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
@@ -64,6 +65,37 @@ func TestContainerOf(t *testing.T) {
 	} {
 		if got := cgroup.ContainerIn(tt.cgroups); got != tt.want {
 			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestPod(t *testing.T) {
+	id := strings.Repeat("0", 64)
+	const uid = "0e0f1b6a-24a4-4b5c-8a3a-0f6c2f1a9b1d"
+	under := strings.ReplaceAll(uid, "-", "_")
+	for rel, want := range map[string]string{
+		"/kubepods/besteffort/pod" + uid + "/" + id:                                                                                                                uid,
+		"/kubepods/pod" + uid + "/" + id + "/nested/" + id:                                                                                                         uid,
+		"/kubepods/pod" + uid + "/crio-" + id + "/container":                                                                                                       uid,
+		"/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod" + under + ".slice/cri-containerd-" + id + ".scope":                                     uid,
+		"/kubepods.slice/kubepods-pod" + under + ".slice/crio-" + id + ".scope/container":                                                                          uid,
+		"/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod" + under + ".slice/cri-containerd-" + id + ".scope": uid,
+		// A static pod, whose uid is a hash.
+		"/kubepods/burstable/pod0123456789abcdef0123456789abcdef/" + id: "0123456789abcdef0123456789abcdef",
+
+		"/kubepods/besteffort/pod" + uid:              "", // no container
+		"/kubepods/besteffort/pod" + uid + "/x/" + id: "",
+		"/docker/" + id: "",
+		"/docker/" + id + "/kubepods/pod" + uid + "/" + id:                "", // a node of kind
+		"/system.slice/docker-" + id + ".scope":                           "",
+		"/kubepods.slice/kubepods-evil-pod" + under + ".slice/crio-" + id: "",
+		"/":                                 "",
+		"":                                  "",
+		"/kubepods/besteffort/podx y/" + id: "",
+	} {
+		pod, got := cgroup.Pod(rel)
+		if got != want || (pod == "") != (want == "") || pod != "" && !strings.HasPrefix(rel, pod+"/") {
+			t.Errorf("%s: got %q in %s, want %q", rel, got, pod, want)
 		}
 	}
 }

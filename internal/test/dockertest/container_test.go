@@ -177,7 +177,7 @@ func testWrongFlags(t *testing.T, e *engine, right []string) {
 		says                string
 		all                 bool // tried with each command
 	}{
-		{"cgroup namespace", "--cgroupns=host", "--cgroupns=private", 3, "--cgroupns=host", true},
+		{"cgroup and PID namespaces", "--pid=host", "--cgroupns=private", 3, "--cgroupns=host", true},
 		{"PID namespace", "--pid=host", "", 3, "--pid=host", false},
 		{"another container's processes", "--pid=host", "--pid=container:other", 3, "run the container with --pid=host", false},
 		{"network namespace", "--network=host", "", 3, "--network=host", false},
@@ -238,6 +238,14 @@ func testWrongFlags(t *testing.T, e *engine, right []string) {
 	}
 	if exit := e.tool(t, right, "detach"); exit.Code != 0 {
 		t.Errorf("detach: exit code %d\n%s", exit.Code, exit.Stderr)
+	}
+	lab.ExpectPrograms(t, cgroups, 0)
+	// A pod cannot ask for the host's cgroup namespace, but the command gets there by itself.
+	private := append(slices.DeleteFunc(slices.Clone(right), func(flag string) bool { return flag == "--cgroupns=host" }), "--cgroupns=private")
+	for _, command := range []string{"attach", "status", "detach"} {
+		if exit := e.tool(t, private, command); exit.Code != 0 || command != "detach" && !strings.Contains(exit.Stdout, "enforcing  yes") {
+			t.Errorf("%s: exit code %d\n%s%s", command, exit.Code, exit.Stdout, exit.Stderr)
+		}
 	}
 	lab.ExpectPrograms(t, cgroups, 0)
 }

@@ -1,0 +1,136 @@
+package rules_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/container"
+	"github.com/egressbpf/egressbpf/internal/maps"
+	"github.com/egressbpf/egressbpf/internal/policy"
+	"github.com/egressbpf/egressbpf/internal/rules"
+	"github.com/egressbpf/egressbpf/internal/test/testenv"
+)
+
+// source knows these containers.
+type source struct {
+	container.Source
+	known []container.Container
+}
+
+func (s *source) Name() string                                        { return "test" }
+func (s *source) Started() bool                                       { return true }
+func (s *source) List(context.Context) ([]container.Container, error) { return s.known, nil }
+
+// TestPods applies a rule for a namespace: the pods that the source knows get it, and those of
+// which it tells what the cgroup's path does not confirm get nothing.
+func TestPods(t *testing.T) {
+	root := testenv.Root(t)
+	base := testenv.Cgroup(t)
+	state, err := maps.CreateState()
+	check(t, err)
+	defer state.Close()
+	src := &source{}
+	n := 0
+	type made struct {
+		path    string
+		pod, at uint64
+	}
+	add := func(parent, namespace, uid string) made {
+		t.Helper()
+		n++
+		id := fmt.Sprintf("%064x", n)
+		path := filepath.Join(base, parent, id)
+		check(t, os.MkdirAll(path, 0o755))
+		src.known = append(src.known, container.Container{
+			Identity: container.Identity{ID: id}, Source: "test",
+			Pod: container.Pod{Namespace: namespace, Name: "pod", UID: uid, Container: container.Sandbox},
+		})
+		return made{path, number(t, root, filepath.Dir(path)), number(t, root, path)}
+	}
+	due := add("kubepods/besteffort/pod11-a", "kube-system", "11-a")
+	systemd := add("kubepods.slice/kubepods-pod12_b.slice", "kube-system", "12-b")
+	add("kubepods/besteffort/pod13", "team", "13")
+	add("kubepods/besteffort/pod14", "kube-system", "15") // another pod's
+	add("docker", "kube-system", "16")
+	add("kubepods/burstable/pod17/"+strings.Repeat("a", 64)+"/kubepods/pod18", "kube-system", "18")
+
+	v := container.NewInventory(src)
+	check(t, v.Refresh(t.Context()))
+	all := []policy.ContainerRule{{Namespace: "kube-system", Metadata: policy.Allowed}}
+	apply := func(list []policy.ContainerRule, revoke bool) {
+		t.Helper()
+		_, err := rules.Apply(root, state, list, v, revoke)
+		check(t, err)
+	}
+	expect := func(when string, want ...made) {
+		t.Helper()
+		pods, err := state.Pods()
+		check(t, err)
+		containers, err := state.Containers()
+		check(t, err)
+		spared := map[uint64]bool{}
+		for id, c := range containers {
+			if c.Flags != 0 {
+				spared[id] = true
+			}
+		}
+		if len(pods) != len(want) || len(spared) != len(want) {
+			t.Errorf("%s: %d pods and %d containers are spared, want %d", when, len(pods), len(spared), len(want))
+		}
+		for _, m := range want {
+			if pods[m.pod].Flags != maps.MayReachMetadata || !spared[m.at] {
+				t.Errorf("%s: %s is not spared", when, m.path)
+			}
+		}
+	}
+	apply(all, false)
+	expect("a rule", due, systemd)
+	apply(all[:0], false)
+	expect("no rule")
+	apply(all, false)
+	src.known = src.known[:1]
+	check(t, v.Refresh(t.Context()))
+	apply(all, false)
+	expect("the source does not know one any more", due, systemd)
+	apply(all, true)
+	expect("nor is it to keep anything", due)
+
+	// A rule by image or name does not hold for all containers of a pod.
+	apply([]policy.ContainerRule{{Namespace: "kube-system", Name: "agent", Metadata: policy.Denied}, all[0]}, false)
+	pods, err := state.Pods()
+	check(t, err)
+	if len(pods) != 0 {
+		t.Errorf("got %+v", pods)
+	}
+	// For one container.
+	c := container.Container{Identity: container.Identity{ID: src.known[0].ID, CgroupID: due.at}, Source: "test", Pod: src.known[0].Pod}
+	c.Cgroup, err = root.Rel(due.path)
+	check(t, err)
+	_, err = rules.ApplyTo(root, state, all, c)
+	check(t, err)
+	expect("one container", due)
+	_, err = rules.ApplyTo(root, state, nil, c)
+	check(t, err)
+	expect("one container without a rule")
+}
+
+func number(t *testing.T, root cgroup.Root, path string) uint64 {
+	t.Helper()
+	rel, err := root.Rel(path)
+	check(t, err)
+	id, err := root.ID(rel)
+	check(t, err)
+	return id
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
