@@ -77,7 +77,7 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	if err != nil {
 		return err
 	}
-	o.warnNoDocker(names.containers, stderr)
+	o.warnNoEngine(names.containers, stderr)
 	ctx, cancel := context.WithTimeout(ctx, lockPatience)
 	defer cancel()
 	if err := filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {
@@ -109,7 +109,7 @@ func (o *attachOptions) tell(ctx context.Context, config policy.Config, filter *
 		fmt.Fprintf(stderr, "warning: %v: the filter ends with this mount namespace, and status on the host does not show it\n", err)
 	}
 	warn(stderr, status, blockedResolvers(config.Policy))
-	if status.Policy != nil && root.HasPods() && status.Policy.PolicesPods() {
+	if status.Policy != nil && root.HasPods() && status.Policy.PolicesPods() && !status.Policy.SparesPods() {
 		fmt.Fprintf(stderr, "warning: %s\n", preflight.PodsArePoliced)
 	}
 	switch {

@@ -107,7 +107,7 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	if err := filter.CheckMount(); err != nil && !inTest {
 		return err // the filter would end with the unit, and run promises that it does not
 	}
-	o.warnNoDocker(containers, stderr)
+	o.warnNoEngine(containers, stderr)
 	log := newLogger(stderr)
 	node, _ := os.Hostname() // then nobody is told where something happened
 	named := &events.Names{Node: node, Filter: filter, Root: root, Find: patiently(containers.Find)}

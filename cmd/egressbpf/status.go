@@ -50,7 +50,7 @@ look.`,
 		if err != nil {
 			return err
 		}
-		g.warnNoDocker(names.containers, cmd.ErrOrStderr())
+		g.warnNoEngine(names.containers, cmd.ErrOrStderr())
 		status, err := awaitStatus(cmd.Context(), filter, names, wait)
 		if err != nil {
 			return err

@@ -63,3 +63,10 @@ func (p Policy) IsContainer(path string) bool {
 func (p Policy) PolicesPods() bool {
 	return slices.ContainsFunc(cgroup.PodContainers(), p.IsContainer)
 }
+
+// SparesPods says whether a rule gives pods of some namespace or name more than others.
+func (p Policy) SparesPods() bool {
+	return slices.ContainsFunc(p.Containers, func(r ContainerRule) bool {
+		return (r.Namespace != "" || r.Pod != "") && (r.Metadata == Allowed || r.Families != "")
+	})
+}

@@ -96,7 +96,7 @@ func (h Host) Run(ctx context.Context) *Report {
 	h.others(r)
 	h.docker(ctx, r)
 	h.covered(r)
-	if h.Root.HasPods() && h.Config.PolicesPods() {
+	if h.Root.HasPods() && h.Config.PolicesPods() && !h.Config.SparesPods() {
 		r.add("kubernetes", Warn, "%s", PodsArePoliced)
 	}
 	h.resolvers(r)
@@ -109,8 +109,8 @@ func (h Host) Run(ctx context.Context) *Report {
 // notTried is the reason of defences that need what could not be had.
 const notTried = "not tried, since the state could not be made"
 
-// PodsArePoliced says what the default scopes mean on a Kubernetes node.
-const PodsArePoliced = "this is a Kubernetes node: all pods are policed, including those that run the node (CNI, CSI, with the host's network or without), and lose the metadata service and packet sockets; to leave pods out, list only what is to be policed with --scopes, such as docker-{id}.scope and {build}"
+// PodsArePoliced says what the default scopes mean on a Kubernetes node, if no rule spares pods.
+const PodsArePoliced = "this is a Kubernetes node: all pods are policed, including those that run the node (CNI, CSI, with the host's network or without), and lose the metadata service and packet sockets; to spare these, have egressbpf run apply a rule such as `containers: [{namespace: kube-system, metadata: allow, socket_families: any}]`; to leave all pods out, list only what is to be policed with --scopes, such as docker-{id}.scope and {build}"
 
 // The oldest kernel that is supported.
 const oldestMajor, oldestMinor = 5, 10
