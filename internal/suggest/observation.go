@@ -367,8 +367,12 @@ func (o *Observation) from() time.Time {
 	return began
 }
 
-// ruleName returns the name for a rule for this container alone; empty if there is none.
+// ruleName returns the name for a rule for this container alone; empty if there is none. The names
+// of pods' containers are not their own: whoever makes a pod anywhere could take one.
 func (at *observed) ruleName() string {
+	if at.Pod.Name != "" {
+		return ""
+	}
 	for _, name := range slices.Concat([]string{at.Name}, at.Names) {
 		if slices.Contains(at.Names, name) && docker.MatchString(name) {
 			return name

@@ -164,7 +164,7 @@ func (s *suggestion) container(c *observed) {
 	}
 	if m := s.of.mailOf(c, s.relays); m.n > 0 {
 		if n := s.need(c); n == nil {
-			s.leave("%s: %s of mail over the limit%s: %s", c.title(), plural(m.n, "connection"), m.where(3), noName)
+			s.leave("%s: %s of mail over the limit%s: %s", c.title(), plural(m.n, "connection"), m.where(3), c.noName())
 		} else {
 			limit := limitFor(c.limit, m.peak)
 			if n.wanted != nil {
@@ -177,7 +177,7 @@ func (s *suggestion) container(c *observed) {
 		}
 	}
 	if len(unnamed) > 0 {
-		s.leave("%s: asked for the metadata service, %s: %s: %s", c.title(), times(unnamed.sum()), unnamed.list(3, policy.Rule.String), noName)
+		s.leave("%s: asked for the metadata service, %s: %s: %s", c.title(), times(unnamed.sum()), unnamed.list(3, policy.Rule.String), c.noName())
 	}
 	if len(probes) > 0 {
 		s.leave("%s: asked for metadata addresses by protocols that no metadata service speaks: %s", c.title(), probes.list(3, policy.Rule.String))
@@ -195,7 +195,13 @@ func (s *suggestion) container(c *observed) {
 	s.leaveCounted(c, counted)
 }
 
-const noName = "no rule can name this container"
+// noName says why no rule is suggested for a container without a name of its own.
+func (c *observed) noName() string {
+	if c.Pod.Name != "" {
+		return "for a pod, write a rule with its namespace"
+	}
+	return "no rule can name this container"
+}
 
 // leaveCounted tells of what was only counted.
 func (s *suggestion) leaveCounted(c *observed, known map[string]uint64) {

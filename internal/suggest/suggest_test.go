@@ -253,6 +253,24 @@ func TestNames(t *testing.T) {
 	}
 }
 
+// No rule by name is suggested for a container of a pod: whoever makes a pod in any namespace could
+// take the name.
+func TestPodsAreNotNamed(t *testing.T) {
+	o := observe()
+	o.Add(container.Container{
+		Identity: container.Identity{ID: id(1), Name: "kube-system/cni-1/agent", CgroupID: 1, Cgroup: "/kubepods/pod1/" + id(1)},
+		Names:    []string{"agent"}, Pod: container.Pod{Namespace: "kube-system", Name: "cni-1", UID: "1", Container: "agent"},
+	}, stats.Container{}, time.Time{})
+	o.saw(1, blocked, "169.254.169.254:80", tcp, 3, week, time.Hour)
+	s := o.Suggest()
+	if config := parsed(t, s); s.Added != 0 || len(config.Containers) != 0 || s.Left != 1 {
+		t.Errorf("got %d rules %+v, %d are left", s.Added, config.Containers, s.Left)
+	}
+	if text := string(s.Config.YAML(s.Comments)); !strings.Contains(text, "kube-system/cni-1/agent") || !strings.Contains(text, "rule with its namespace") {
+		t.Errorf("got\n%s", text)
+	}
+}
+
 // What an address embeds is allowed once, whatever the spelling.
 func TestSpellings(t *testing.T) {
 	o := observe()
