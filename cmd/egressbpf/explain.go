@@ -108,6 +108,7 @@ func (o *explainOptions) answer(ctx context.Context, dst policy.Rule, stderr io.
 	if o.container == "" {
 		return explain.Explain(filter, dst, nil)
 	}
+	o.podNetworks = true
 	names, err := o.names(stderr)
 	if err != nil {
 		return nil, err

@@ -69,7 +69,7 @@ func (g *globals) inventory() (*container.Inventory, error) {
 	}
 	// A pod's containers may have the names of Docker's with cri-dockerd, but only the runtime
 	// knows the pod.
-	pods, err := container.OpenCRI(g.criEndpoint, root)
+	pods, err := container.OpenCRI(g.criEndpoint, root, g.podNetworks)
 	if err != nil {
 		return nil, usageError{fmt.Errorf("--cri-endpoint: %w", err)}
 	}

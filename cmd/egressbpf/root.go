@@ -46,6 +46,7 @@ type globals struct {
 	cgroupRoot  string
 	dockerHost  string
 	criEndpoint string
+	podNetworks bool // set by commands that compare containers with rules
 	debug       bool
 }
 

@@ -95,6 +95,7 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	if _, err := o.load(flags)(); err != nil {
 		return usageError{errors.Join(err, o.putDefaults(ctx, flags, stderr))}
 	}
+	o.podNetworks = true
 	containers, err := o.inventory()
 	if err != nil {
 		return err

@@ -59,6 +59,7 @@ time, for containers that are gone, or for more destinations than the kernel rem
 }
 
 func (o *suggestOptions) run(ctx context.Context, stdin io.Reader, stdout, stderr io.Writer) error {
+	o.podNetworks = true
 	names, err := o.names(stderr)
 	if err != nil {
 		return err

@@ -17,12 +17,14 @@ type CRI struct {
 }
 
 // OpenCRI returns the Source for the runtime at an endpoint, as [cri.Open] does. The runtime need
-// not run, and nothing is sent to it. The caller closes the Source, or the [Inventory] that has it.
-func OpenCRI(endpoint string, root cgroup.Root) (*CRI, error) {
+// not run, and nothing is sent to it. networks says whether to find out which pods have the host's
+// network, as only rules need it. The caller closes the Source, or the [Inventory] that has it.
+func OpenCRI(endpoint string, root cgroup.Root, networks bool) (*CRI, error) {
 	client, err := cri.Open(endpoint)
 	if err != nil {
 		return nil, err
 	}
+	client.Networks = networks
 	return &CRI{client, root}, nil
 }
 

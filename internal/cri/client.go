@@ -46,6 +46,10 @@ var sockets = []string{
 
 // Client asks one runtime. Its methods may be called concurrently.
 type Client struct {
+	// Networks says whether to find out which pods have the host's network, by asking for each pod
+	// once. It is set before the Client is used.
+	Networks bool
+
 	path string // of the socket; empty to use the first of the usual ones
 	pace pace
 

@@ -41,7 +41,7 @@ type Pod struct {
 	// Labels are the pod's when it was made.
 	Labels map[string]string
 	// HostNetwork is whether the pod is in the node's network namespace; false if the runtime
-	// does not say.
+	// does not say, or Client.Networks is not set.
 	HostNetwork bool
 }
 
@@ -200,6 +200,9 @@ func (c *Client) pod(ctx context.Context, s *runtime.PodSandbox, silent *error) 
 	p := Pod{Namespace: m.GetNamespace(), Name: m.GetName(), UID: m.GetUid(), Labels: s.GetLabels()}
 	if !label.MatchString(p.Namespace) || !subdomain.MatchString(p.Name) || !uid.MatchString(p.UID) {
 		return Pod{}, nil
+	}
+	if !c.Networks {
+		return p, nil
 	}
 	c.mu.Lock()
 	host, known := c.networks[s.GetId()]

@@ -43,6 +43,7 @@ func start(t *testing.T) (*fakecri.Runtime, *Client) {
 	c, err := Open("unix://" + path)
 	check(t, err)
 	t.Cleanup(func() { check(t, c.Close()) })
+	c.Networks = true
 	c.pace = pace{
 		answer: time.Second, rarely: time.Minute, often: 20 * time.Millisecond, soon: 10 * time.Millisecond, soonFor: time.Second,
 		retryMin: 10 * time.Millisecond, retryMax: 50 * time.Millisecond,
@@ -88,6 +89,13 @@ func TestContainers(t *testing.T) {
 		if got, err := c.Inspect(t.Context(), tt.id); err != nil || fmt.Sprintf("%+v", got) != fmt.Sprintf("%+v", tt.want) {
 			t.Errorf("got %+v, %v, want %+v", got, err, tt.want)
 		}
+	}
+	c.Networks = false
+	r.Networks[id(3)] = runtime.NamespaceMode_NODE
+	r.Sandboxes = append(r.Sandboxes, fakecri.Sandbox(id(3), "team", "new", "n", nil))
+	asked := r.Asked("PodSandboxStatus")
+	if all, err := c.Containers(t.Context()); err != nil || len(all) != 5 || r.Asked("PodSandboxStatus") != asked {
+		t.Errorf("names alone: got %d, %v, asked %d times more", len(all), err, r.Asked("PodSandboxStatus")-asked)
 	}
 	for _, id := range []string{id(99), "", "11", strings.Repeat("x", 64)} {
 		if _, err := c.Inspect(t.Context(), id); !errors.Is(err, ErrNoContainer) {
