@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
+	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/docker"
 	"github.com/egressbpf/egressbpf/internal/preflight"
 )
@@ -65,8 +66,13 @@ func (o *checkOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout io.
 	if unix.Access(string(root), unix.W_OK) == unix.EROFS {
 		return fmt.Errorf("%s is read-only, and the self-test makes a cgroup there: in a container, mount it with -v /sys/fs/cgroup:/sys/fs/cgroup", root)
 	}
+	pods, err := container.OpenCRI(o.criEndpoint, root, false)
+	if err != nil {
+		return usageError{fmt.Errorf("--cri-endpoint: %w", err)}
+	}
+	defer pods.Close()
 	host := preflight.Host{
-		Filter: filter, Root: root, Docker: client, Config: config, Resolvers: blockedResolvers(config.Policy),
+		Filter: filter, Root: root, Docker: client, Pods: pods, Config: config, Resolvers: blockedResolvers(config.Policy),
 	}
 	report := host.Run(ctx)
 	if *o.output == jsonText {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
+	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/docker"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/maps"
@@ -75,6 +76,8 @@ type Host struct {
 	Root   cgroup.Root
 	// Docker is the daemon to ask; nil to ask none.
 	Docker *docker.Client
+	// Pods is the container runtime of a Kubernetes node; nil to ask none.
+	Pods   container.Source
 	Config policy.Config
 	// Resolvers are DNS servers of this host that the policy blocks.
 	Resolvers []netip.Addr
@@ -96,9 +99,7 @@ func (h Host) Run(ctx context.Context) *Report {
 	h.others(r)
 	h.docker(ctx, r)
 	h.covered(r)
-	if h.Root.HasPods() && h.Config.PolicesPods() && !h.Config.SparesPods() {
-		r.add("kubernetes", Warn, "%s", PodsArePoliced)
-	}
+	h.pods(ctx, r)
 	h.resolvers(r)
 	if r.Ready {
 		h.selfTest(ctx, r)
@@ -326,6 +327,27 @@ func (h Host) docker(ctx context.Context, r *Report) {
 		r.add("docker", Warn, "%s, rootless: its bridge is in a network namespace of its own, which host_side does not see", detail)
 	default:
 		r.add("docker", OK, "%s", detail)
+	}
+}
+
+// pods looks at a Kubernetes node.
+func (h Host) pods(ctx context.Context, r *Report) {
+	if h.Root.HasPods() && h.Config.PolicesPods() && !h.Config.SparesPods() {
+		r.add("kubernetes", Warn, "%s", PodsArePoliced)
+	}
+	if h.Pods == nil || !h.Root.HasPods() && !h.Pods.Started() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	const without = "pods have no names, and rules by namespace, pod or label are not applied to them"
+	switch all, err := h.Pods.List(ctx); {
+	case err != nil:
+		r.add("container runtime", Warn, "not asked: %v: %s", err, without)
+	case !h.Pods.Started():
+		r.add("container runtime", Warn, "no socket of one at the usual places: %s; name it with --cri-endpoint", without)
+	default:
+		r.add("container runtime", OK, "%s, %d containers and sandboxes of pods", h.Pods.Host(), len(all))
 	}
 }
 
