@@ -205,6 +205,25 @@ func TestValues(t *testing.T) {
 }
 
 // What cannot be read has no numbers.
+// A pod's container has the labels that Kubernetes' own metrics have.
+func TestPods(t *testing.T) {
+	known := engines{
+		"agent": {Identity: container.Identity{Name: "kube-system/cni-1/agent"}, Image: "agent:1", Pod: container.Pod{Namespace: "kube-system", Name: "cni-1", UID: "u", Container: "agent"}},
+		"box":   {Identity: container.Identity{Name: "kube-system/cni-1/POD"}, Pod: container.Pod{Namespace: "kube-system", Name: "cni-1", UID: "u", Container: container.Sandbox}},
+		"web":   {Identity: container.Identity{Name: "web"}},
+	}
+	got := show(t, full(row("agent", 1), row("box", 1), row("web", 1)), known)
+	for _, want := range []string{
+		`egressbpf_container_info{container="agent",id="agent",namespace="kube-system",pod="cni-1",image="agent:1"} 1`,
+		`egressbpf_container_smtp_connections_total{container="POD",id="box",namespace="kube-system",pod="cni-1",verdict="allowed"} 7`,
+		`egressbpf_container_smtp_connections_total{container="web",id="web",verdict="allowed"} 7`,
+	} {
+		if !strings.Contains(got, want+"\n") {
+			t.Errorf("no %s in\n%s", want, got)
+		}
+	}
+}
+
 func TestFailure(t *testing.T) {
 	const failed = "egressbpf_read_successful 0\n"
 	for _, tt := range []struct {
