@@ -84,6 +84,14 @@ type Daemon struct {
 	short bool
 	// uncovered are the ids of the containers that were not covered at the last look.
 	uncovered map[string]bool
+	// attached is the status after the last attach.
+	attached *loader.Status
+	// pairs tells at lookAt, not before notBefore, that the daemon is to look whether new
+	// devices lead to containers; nil if it is not to. nextLook is how long it waits after
+	// that, at least, until it looks again.
+	pairs             <-chan time.Time
+	lookAt, notBefore time.Time
+	nextLook          time.Duration
 }
 
 // Run puts the filter in force and follows the containers until ctx ends, which is no
@@ -144,6 +152,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 			d.apply(ctx)
 		case new := <-devices:
 			d.appeared(ctx, new)
+		case <-d.pairs:
+			d.lookForPairs(ctx)
 		case <-d.Reload:
 			d.reload(ctx)
 		case <-look.C:
@@ -199,7 +209,7 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 	if err != nil {
 		return err
 	}
-	d.optional = optional(s)
+	d.optional, d.attached = optional(s), s
 	d.Log.Info("in force", "mode", s.Mode, "cgroups", s.Cgroups)
 	for _, defence := range s.Defences {
 		if !defence.Active {

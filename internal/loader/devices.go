@@ -36,14 +36,17 @@ func (s site) findDevices(targets []*target, p policy.Policy, judged []policy.De
 	}
 	names := map[int]string{}
 	for _, l := range links {
-		names[l.Attrs().Index] = l.Attrs().Name
+		// Open vSwitch passes packets on without a device of its own.
+		if l.Type() != openVSwitch {
+			names[l.Attrs().Index] = l.Attrs().Name
+		}
 	}
 	// byNetwork are the devices to which veths of another network namespace lead, by the
 	// number that the kernel gives to that namespace in this one.
 	byNetwork := map[int][]string{}
 	for _, l := range links {
 		a := l.Attrs()
-		if l.Type() != "veth" || a.NetNsID < 0 {
+		if !LeadsElsewhere(l) {
 			continue
 		}
 		name := cmp.Or(names[a.MasterIndex], a.Name)

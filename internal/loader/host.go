@@ -3,7 +3,6 @@ package loader
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -76,17 +75,15 @@ func (h host) attach(a *attachment) error {
 // attachAny attaches the first strategy that this kernel supports. If it supports none, the
 // filter works without the host side, and what an earlier attach has put in force stays.
 func (h host) attachAny(a *attachment) error {
-	names, err := h.findDevices(a.targets, a.policy, a.policy.HostDevices)
+	devices := h.podDevices(a.targets, a.policy)
+	names, err := h.findDevices(a.targets, a.policy, devices)
 	if err != nil {
 		return err
 	}
 	if err := h.tunnels.attach(a); err != nil {
 		return err
 	}
-	devices := slices.Clone(a.policy.HostDevices)
-	for _, name := range names {
-		devices = append(devices, policy.Device(name))
-	}
+	devices = withFound(devices, names)
 	if err := a.change.Step(tryStep + HostSide); err != nil {
 		a.found.note(HostSide, err)
 		return nil
@@ -158,6 +155,9 @@ func (h host) defence(r *reading) Defence {
 	}
 	h.tunnels.read(&d, r.found)
 	h.findUnjudged(&d, r, in.doc)
+	if d.Active && h.wayOf(r.found) == hostWay(h.netfilter) {
+		h.netfilter.findPassing(&d, in.doc)
+	}
 	return d
 }
 
@@ -202,13 +202,33 @@ func (h host) findUnjudged(d *Defence, r *reading, doc *document) {
 	if err != nil {
 		d.Active, d.Reason = false, err.Error()
 	}
-	for _, name := range names {
-		if d.Active {
-			d.Active = false
-			r.Unjudged = append(r.Unjudged, name)
-			d.Reason = fmt.Sprintf("containers reach the host through %s, which is not judged: attach again, or name it with --host-devices", strconv.Quote(name))
+	if len(names) > 0 && d.Active {
+		r.Unjudged = append(r.Unjudged, names...)
+		verb := "is"
+		if len(names) > 1 {
+			verb = "are"
 		}
+		d.Active, d.Reason = false, fmt.Sprintf("containers reach the host through %s, which %s not judged: attach again, or name it with --host-devices", few(names), verb)
 	}
+}
+
+// few names the first of some devices, and counts the rest.
+func few(names []string) string {
+	const shown = 3
+	var text strings.Builder
+	for i, name := range names {
+		switch rest := len(names) - i; {
+		case i == shown:
+			fmt.Fprintf(&text, " and %d more", rest)
+			return text.String()
+		case i > 0 && rest == 1:
+			text.WriteString(" and ")
+		case i > 0:
+			text.WriteString(", ")
+		}
+		text.WriteString(strconv.Quote(name))
+	}
+	return text.String()
 }
 
 // hostDocument returns the document of the host side's programs.

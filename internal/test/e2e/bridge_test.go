@@ -19,9 +19,9 @@ import (
 
 // serve starts the service and waits until the filter is in force. The service ends with
 // the test, or when stop is called.
-func (s *scene) serve() (stop func()) {
+func (s *scene) serve(flags ...string) (stop func()) {
 	s.t.Helper()
-	service := exec.Command(lab.Binary(s.t), "run", "--cgroup", s.policed, "--docker-host", "unix:///nowhere")
+	service := exec.Command(lab.Binary(s.t), append([]string{"run", "--cgroup", s.policed, "--docker-host", "unix:///nowhere"}, flags...)...)
 	stderr, err := service.StderrPipe()
 	if err != nil {
 		s.t.Fatal(err)
