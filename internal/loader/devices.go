@@ -34,26 +34,7 @@ func (s site) findDevices(targets []*target, p policy.Policy, judged []policy.De
 	if err != nil {
 		return nil, err
 	}
-	names := map[int]string{}
-	for _, l := range links {
-		// Open vSwitch passes packets on without a device of its own.
-		if l.Type() != openVSwitch {
-			names[l.Attrs().Index] = l.Attrs().Name
-		}
-	}
-	// byNetwork are the devices to which veths of another network namespace lead, by the
-	// number that the kernel gives to that namespace in this one.
-	byNetwork := map[int][]string{}
-	for _, l := range links {
-		a := l.Attrs()
-		if !LeadsElsewhere(l) {
-			continue
-		}
-		name := cmp.Or(names[a.MasterIndex], a.Name)
-		if !coversDevice(judged, name) {
-			byNetwork[a.NetNsID] = append(byNetwork[a.NetNsID], name)
-		}
-	}
+	byNetwork := notJudged(links, judged)
 	if len(byNetwork) == 0 {
 		return nil, nil
 	}
@@ -82,6 +63,31 @@ func (s site) findDevices(targets []*target, p policy.Policy, judged []policy.De
 		}
 	}
 	return slices.Sorted(gomaps.Keys(found)), nil
+}
+
+// notJudged returns the devices to which the ends of pairs lead whose other ends are in another
+// network namespace, by the number that the kernel gives to that namespace in this one: without
+// those that are judged.
+func notJudged(links []netlink.Link, judged []policy.Device) map[int][]string {
+	names := map[int]string{}
+	for _, l := range links {
+		// Open vSwitch passes packets on without a device of its own.
+		if l.Type() != openVSwitch {
+			names[l.Attrs().Index] = l.Attrs().Name
+		}
+	}
+	byNetwork := map[int][]string{}
+	for _, l := range links {
+		a := l.Attrs()
+		if !LeadsElsewhere(l) {
+			continue
+		}
+		name := cmp.Or(names[a.MasterIndex], a.Name)
+		if !coversDevice(judged, name) {
+			byNetwork[a.NetNsID] = append(byNetwork[a.NetNsID], name)
+		}
+	}
+	return byNetwork
 }
 
 // links returns the devices of this network namespace.

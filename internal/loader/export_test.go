@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
 
 	"github.com/egressbpf/egressbpf/bpf"
 	"github.com/egressbpf/egressbpf/internal/maps"
@@ -138,3 +139,29 @@ func Processed(p policy.Policy, state *maps.State, rel string, id uint64) (map[s
 	}
 	return processed, nil
 }
+
+// WithFound adds devices that lead to containers to those that are judged.
+func WithFound(devices []policy.Device, names []string) []policy.Device {
+	return withFound(devices, names)
+}
+
+// UsualPodDevices are the devices that are judged on each Kubernetes node.
+var UsualPodDevices = usualPodDevices
+
+// NotJudged returns the devices through which containers may reach the host and that are not
+// judged, by network namespace.
+func NotJudged(links []netlink.Link, judged []policy.Device) map[int][]string {
+	return notJudged(links, judged)
+}
+
+// WhyPassing says why packets of devices may never reach netfilter; "" if nothing is known of.
+func WhyPassing(links []netlink.Link, devices []policy.Device) (string, error) {
+	found, err := passages(links, devices)
+	if err != nil || len(found) == 0 {
+		return "", err
+	}
+	return whyPassing(found), nil
+}
+
+// Few names some devices.
+func Few(names []string) string { return few(names) }

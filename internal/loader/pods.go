@@ -95,35 +95,38 @@ type passage struct{ device, program string }
 // only at the ends of pairs that are no ports of a bridge: these are the devices at which
 // network plugins attach programs for eBPF host routing.
 func (n *netfilter) findPassing(d *Defence, doc *document) {
-	found, err := passages(doc.Devices)
+	links, err := links()
+	var found []passage
+	if err == nil {
+		found, err = passages(links, doc.Devices)
+	}
 	if err != nil {
 		d.Active, d.Reason = false, err.Error()
 		return
 	}
-	if len(found) == 0 {
-		return
+	if len(found) > 0 {
+		d.Active, d.Reason = false, whyPassing(found)
 	}
+}
+
+// whyPassing says why packets of containers may never reach netfilter. What holds for one is
+// usually true of all; of different ones it tells about those that are as the first.
+func whyPassing(found []passage) string {
 	var names []string
 	for _, at := range found {
 		if at.program == found[0].program {
 			names = append(names, at.device)
 		}
 	}
-	const alone = ", and then the egress filter alone judges what these containers send"
-	d.Active = false
+	who := "the program " + strconv.Quote(found[0].program)
 	if found[0].program == "" {
-		d.Reason = fmt.Sprintf("%s is a port of Open vSwitch, which may pass packets on without netfilter%s", few(names), alone)
-		return
+		who = "Open vSwitch"
 	}
-	d.Reason = fmt.Sprintf("at %s, the program %s of another may pass packets on without netfilter (eBPF host routing)%s", few(names), strconv.Quote(found[0].program), alone)
+	return fmt.Sprintf("at %s, %s gets packets before netfilter and may send them on past it, as with eBPF host routing: it is not known whether host_side sees what these containers send", few(names), who)
 }
 
 // passages returns the passages at the devices that the host side judges.
-func passages(devices []policy.Device) (found []passage, err error) {
-	links, err := links()
-	if err != nil {
-		return nil, err
-	}
+func passages(links []netlink.Link, devices []policy.Device) (found []passage, err error) {
 	kinds := map[int]string{}
 	for _, l := range links {
 		kinds[l.Attrs().Index] = l.Type()
