@@ -155,8 +155,8 @@ func NotJudged(links []netlink.Link, judged []policy.Device) map[int][]string {
 }
 
 // WhyPassing says why packets of devices may never reach netfilter; "" if nothing is known of.
-func WhyPassing(links []netlink.Link, devices []policy.Device) (string, error) {
-	found, err := passages(links, devices)
+func WhyPassing(links []netlink.Link, devices []policy.Device, byFilters bool) (string, error) {
+	found, err := passages(links, devices, byFilters)
 	if err != nil || len(found) == 0 {
 		return "", err
 	}

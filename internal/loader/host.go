@@ -155,8 +155,8 @@ func (h host) defence(r *reading) Defence {
 	}
 	h.tunnels.read(&d, r.found)
 	h.findUnjudged(&d, r, in.doc)
-	if d.Active && h.wayOf(r.found) == hostWay(h.netfilter) {
-		h.netfilter.findPassing(&d, in.doc)
+	if d.Active {
+		h.findPassing(&d, r, in.doc)
 	}
 	return d
 }

@@ -88,17 +88,18 @@ func (s *Status) JudgesNewDevice(name string) bool {
 	})
 }
 
-// A passage is where packets of a device may leave before netfilter has seen them.
+// A passage is where packets of a device may leave before the host side has seen them: Open
+// vSwitch, if there is no program.
 type passage struct{ device, program string }
 
-// findPassing looks for devices of containers whose packets may never reach netfilter. It looks
+// findPassing looks for devices of containers whose packets the host side may never see. It looks
 // only at the ends of pairs that are no ports of a bridge: these are the devices at which
 // network plugins attach programs for eBPF host routing.
-func (n *netfilter) findPassing(d *Defence, doc *document) {
+func (h host) findPassing(d *Defence, r *reading, doc *document) {
 	links, err := links()
 	var found []passage
 	if err == nil {
-		found, err = passages(links, doc.Devices)
+		found, err = passages(links, doc.Devices, h.wayOf(r.found) == hostWay(h.ingress))
 	}
 	if err != nil {
 		d.Active, d.Reason = false, err.Error()
@@ -122,11 +123,12 @@ func whyPassing(found []passage) string {
 	if found[0].program == "" {
 		who = "Open vSwitch"
 	}
-	return fmt.Sprintf("at %s, %s gets packets before netfilter and may send them on past it, as with eBPF host routing: it is not known whether host_side sees what these containers send", few(names), who)
+	return fmt.Sprintf("at %s, %s gets packets first and may send them on without netfilter, as with eBPF host routing: it is not known whether host_side sees what these containers send", few(names), who)
 }
 
-// passages returns the passages at the devices that the host side judges.
-func passages(links []netlink.Link, devices []policy.Device) (found []passage, err error) {
+// passages returns the passages at the devices that the host side judges. If it judges by filters
+// at the devices, only programs that run before all filters count.
+func passages(links []netlink.Link, devices []policy.Device, byFilters bool) (found []passage, err error) {
 	kinds := map[int]string{}
 	for _, l := range links {
 		kinds[l.Attrs().Index] = l.Type()
@@ -138,11 +140,11 @@ func passages(links []netlink.Link, devices []policy.Device) (found []passage, e
 		if !LeadsElsewhere(l) || master != "" && master != openVSwitch || !coversDevice(devices, a.Name) {
 			continue
 		}
-		if master == openVSwitch {
+		if master == openVSwitch && !byFilters {
 			found = append(found, passage{device: a.Name})
 			continue
 		}
-		if filtered == nil {
+		if filtered == nil && !byFilters {
 			if filtered, err = withFilters(); err != nil {
 				return nil, err
 			}

@@ -113,12 +113,15 @@ func TestDevicesOfPods(t *testing.T) {
 	if got := loader.NotJudged(links, judged); !reflect.DeepEqual(got, want) {
 		t.Errorf("not judged are %v, want %v", got, want)
 	}
-	if why, err := loader.WhyPassing(links, judged); err != nil || why != "" {
+	if why, err := loader.WhyPassing(links, judged, false); err != nil || why != "" {
 		t.Errorf("without a judged port of Open vSwitch: %q, %v", why, err)
 	}
-	why, err := loader.WhyPassing(links, append(judged, "veth3"))
-	if err != nil || !strings.HasPrefix(why, `at "veth3", Open vSwitch gets packets before netfilter`) {
+	judged = append(judged, "veth3")
+	if why, err := loader.WhyPassing(links, judged, false); err != nil || !strings.HasPrefix(why, `at "veth3", Open vSwitch gets packets first`) {
 		t.Errorf("with one: %q, %v", why, err)
+	}
+	if why, err := loader.WhyPassing(links, judged, true); err != nil || why != "" {
+		t.Errorf("with one that has a filter: %q, %v", why, err)
 	}
 }
 
