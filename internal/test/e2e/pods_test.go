@@ -55,7 +55,7 @@ func (s *scene) getPast(seen *lab.Capture, c *container) int {
 	seen.Forget()
 	from4, from6 := at(c.IPv4, 2000), at(c.IPv6, 2000)
 	s.forge(c, segment(from4, at(lab.Metadata4, 80), 1, 0, tcpSYN), segment(from6, at(lab.Metadata6, 80), 1, 0, tcpSYN))
-	return lab.Count(seen.Settle(s.t), func(p lab.Packet) bool { return p.Src == from4 || p.Src == from6 })
+	return lab.Count(seen.Settle(s.t), func(p lab.Packet) bool { return p.SYN(80) && (p.Src == from4 || p.Src == from6) })
 }
 
 func (s *scene) hostSide() loader.Defence {
