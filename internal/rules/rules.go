@@ -46,7 +46,7 @@ func ApplyTo(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, 
 	if id, pod := podOf(root, rules, c); id != 0 {
 		if before, err := state.Pod(id); err != nil {
 			return false, err
-		} else if err := setPod(state, id, before, pod); err != nil {
+		} else if err := setPod(root, state, c, id, before, pod); err != nil {
 			return false, err
 		}
 	}
@@ -69,7 +69,7 @@ func applyToPods(root cgroup.Root, state *maps.State, rules []policy.ContainerRu
 	for _, c := range running {
 		if id, pod := podOf(root, rules, c); id != 0 && !known[id] {
 			known[id] = true
-			errs = append(errs, setPod(state, id, before[id], pod))
+			errs = append(errs, setPod(root, state, c, id, before[id], pod))
 		}
 	}
 	for id := range before {
@@ -80,11 +80,18 @@ func applyToPods(root cgroup.Root, state *maps.State, rules []policy.ContainerRu
 	return errors.Join(errs...)
 }
 
-func setPod(state *maps.State, id uint64, before, now maps.Pod) error {
+// setPod sets what holds for a container's pod, whose cgroup has an id.
+func setPod(root cgroup.Root, state *maps.State, c container.Container, id uint64, before, now maps.Pod) error {
 	if before == now {
 		return nil
 	}
-	return state.SetPod(id, now)
+	err := state.SetPod(id, now)
+	rel, _ := cgroup.Pod(c.Cgroup)
+	if at, gone := root.ID(rel); gone != nil || at != id {
+		// The pod ended before there was an entry to forget.
+		return errors.Join(err, state.SetPod(id, maps.Pod{}))
+	}
+	return err
 }
 
 // podOf returns the id of the cgroup of a container's pod, and what holds for all containers of
@@ -127,10 +134,16 @@ func apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, c 
 	if !needed {
 		return false, nil
 	}
-	if err := state.Configure(c.CgroupID, change); err != nil {
+	err = state.Configure(c.CgroupID, change)
+	now, gone := root.ID(c.Cgroup)
+	ended := gone != nil || now != c.CgroupID
+	if err != nil {
+		if ended {
+			return false, nil
+		}
 		return false, err
 	}
-	if now, err := root.ID(c.Cgroup); !existed && (err != nil || now != c.CgroupID) {
+	if !existed && ended {
 		// The container ended before there was an entry to forget.
 		return true, state.Forget(c.CgroupID)
 	}
