@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -303,5 +304,44 @@ func await(t *testing.T, ok func() bool) {
 			t.Fatal("it did not happen")
 		}
 		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// A runtime without events is asked for them again only after it was started again.
+func TestWatchWithoutEvents(t *testing.T) {
+	r, c := start(t)
+	c.pace.rarely = time.Second / 10
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	var lost atomic.Bool
+	go func() {
+		done <- c.Watch(ctx, nil, func(e Event) {
+			if e.Action == Lost {
+				lost.Store(true)
+			}
+		})
+	}()
+	lists := func(n int) {
+		t.Helper()
+		from := r.Asked("ListContainers")
+		await(t, func() bool { return r.Asked("ListContainers") >= from+n })
+	}
+	lists(20)
+	// The first call may be before the first list.
+	before := r.Asked("GetContainerEvents")
+	if before < 1 || before > 2 {
+		t.Errorf("asked for events %d times", before)
+	}
+	check(t, r.Stop())
+	await(t, lost.Load)
+	check(t, r.Restart())
+	await(t, func() bool { return r.Asked("GetContainerEvents") > before })
+	lists(10)
+	if got := r.Asked("GetContainerEvents"); got > before+2 {
+		t.Errorf("asked for events %d times after a restart", got-before)
+	}
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
 	}
 }

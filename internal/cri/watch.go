@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -71,6 +73,7 @@ func (c *Client) Watch(ctx context.Context, made <-chan struct{}, fn func(Event)
 		default:
 			if known == nil {
 				fn(Event{Action: Resync})
+				events.reached()
 			} else {
 				compare(known, now, fn)
 			}
@@ -147,11 +150,15 @@ func (c *Client) ids(ctx context.Context) (map[string]bool, error) {
 // follower follows the runtime's own events.
 type follower struct {
 	told chan struct{} // has room for one
-	mu   sync.Mutex
-	open bool
+	// again has room for one, and says that the runtime can be reached again.
+	again chan struct{}
+	mu    sync.Mutex
+	open  bool
 }
 
-func newFollower() *follower { return &follower{told: make(chan struct{}, 1)} }
+func newFollower() *follower {
+	return &follower{told: make(chan struct{}, 1), again: make(chan struct{}, 1)}
+}
 
 // live says whether the runtime tells events.
 func (f *follower) live() bool {
@@ -166,16 +173,33 @@ func (f *follower) set(open bool) {
 	f.open = open
 }
 
-// run follows events until ctx ends, and tries again while there are none: another version of
-// the runtime may have been started.
+// run follows events until ctx ends, and tries again while there are none. A runtime that has no
+// events is asked again after it could not be reached, when another version may have been started,
+// and otherwise hardly ever: some log each such call as an error.
 func (f *follower) run(ctx context.Context, c *Client) {
 	for ctx.Err() == nil {
-		_ = f.stream(ctx, c) // the lists say whether the runtime can be reached
+		err := f.stream(ctx, c) // the lists say whether the runtime can be reached
 		f.set(false)
 		f.signal()
+		if status.Code(err) == codes.Unimplemented {
+			select {
+			case <-ctx.Done():
+			case <-f.again:
+			case <-time.After(60 * c.pace.rarely): // it may have been away for too short a time to be missed
+			}
+			continue
+		}
 		if pause(ctx, c.pace.rarely) != nil {
 			return
 		}
+	}
+}
+
+// reached says that the runtime can be reached, perhaps for the first time.
+func (f *follower) reached() {
+	select {
+	case f.again <- struct{}{}:
+	default:
 	}
 }
 

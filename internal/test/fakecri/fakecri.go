@@ -34,6 +34,7 @@ type Runtime struct {
 	mu     sync.Mutex
 	asked  map[string]int
 	events map[chan *runtime.ContainerEventResponse]bool
+	conns  int
 	server *grpc.Server
 	path   string
 	served chan error
@@ -57,7 +58,7 @@ func (r *Runtime) Restart() error {
 	server, served := grpc.NewServer(grpc.UnaryInterceptor(r.intercept)), make(chan error, 1)
 	runtime.RegisterRuntimeServiceServer(server, r)
 	r.server, r.served = server, served
-	go func() { served <- server.Serve(l) }()
+	go func() { served <- server.Serve(counting{l, r}) }()
 	return nil
 }
 
@@ -91,6 +92,30 @@ func (r *Runtime) Asked(method string) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.asked[method]
+}
+
+// Connections returns how many connections were made to it.
+func (r *Runtime) Connections() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.conns
+}
+
+// counting is a listener that counts connections.
+type counting struct {
+	net.Listener
+	of *Runtime
+}
+
+// Accept implements net.Listener.
+func (l counting) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		l.of.mu.Lock()
+		defer l.of.mu.Unlock()
+		l.of.conns++
+	}
+	return c, err
 }
 
 func (r *Runtime) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
@@ -171,6 +196,7 @@ func (r *Runtime) info(verbose bool, id string) map[string]string {
 // GetContainerEvents implements the service.
 func (r *Runtime) GetContainerEvents(_ *runtime.GetEventsRequest, to grpc.ServerStreamingServer[runtime.ContainerEventResponse]) error {
 	r.mu.Lock()
+	r.asked["GetContainerEvents"]++
 	has, events := r.HasEvents, make(chan *runtime.ContainerEventResponse, 1)
 	if has {
 		r.events[events] = true
