@@ -172,7 +172,7 @@ manifests:
 
 .PHONY: test-tools
 test-tools:
-	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables tmux:tmux dockerd:docker.io prometheus:prometheus \
+	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables tmux:tmux dockerd:docker.io containerd:containerd /usr/lib/cni/bridge:containernetworking-plugins prometheus:prometheus \
 		chromium:chromium fonts-dejavu-core apparmor_parser:apparmor $$(internal/test/vmtest/run.sh --packages)
 	@$(INSTALL) docker:docker-cli # not part of docker.io on newer releases
 
