@@ -262,8 +262,8 @@ func TestExampleConfig(t *testing.T) {
 	}
 	// What is commented out must be valid too.
 	uncommented := strings.NewReplacer("\n#containers:", "\ncontainers:", "\n#  ", "\n  ").Replace(string(text))
-	if got, err := ParseConfig(path, []byte(uncommented)); err != nil || len(got.Containers) != 3 {
-		t.Errorf("got %+v, %v, want three rules", got.Containers, err)
+	if got, err := ParseConfig(path, []byte(uncommented)); err != nil || len(got.Containers) != 4 {
+		t.Errorf("got %+v, %v, want four rules", got.Containers, err)
 	}
 }
 
