@@ -58,9 +58,9 @@ type Pod struct {
 	Namespace, Name, UID string
 	// Container is the name of the container in the pod; [Sandbox] for the pod's sandbox.
 	Container string
-	// HostNetwork is whether the pod is in the network namespace of its node, as far as that is
-	// known.
-	HostNetwork bool
+	// HostNetwork is whether the pod is in the network namespace of its node; false if
+	// NetworkUnknown.
+	HostNetwork, NetworkUnknown bool
 }
 
 // Sandbox stands for the name of a sandbox, which has none. It cannot be that of a container.
@@ -74,7 +74,11 @@ func (c Container) Subject() policy.Subject {
 	s := policy.Subject{Names: c.Names, Image: c.Image, Labels: c.Labels}
 	// Names of cgroups are made by the kubelet, and those that a source tells have to fit.
 	if c.Pod.UID != "" && cgroup.PodUID(c.Cgroup) == c.Pod.UID {
-		s.Namespace, s.Pod, s.HostNetwork = c.Pod.Namespace, c.Pod.Name, c.Pod.HostNetwork
+		s.Namespace, s.Pod = c.Pod.Namespace, c.Pod.Name
+		s.HostNetwork, s.NetworkUnknown = c.Pod.HostNetwork, c.Pod.NetworkUnknown
+	} else {
+		// Another source than that of pods may know the container, and be quicker.
+		s.PodUnknown = c.Pod.UID != "" || cgroup.PodUID(c.Cgroup) != ""
 	}
 	return s
 }

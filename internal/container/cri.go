@@ -82,7 +82,7 @@ func (c *CRI) container(from *cri.Container) Container {
 		to.Names = []string{name}
 	}
 	if from.Pod.Name != "" && name != "" {
-		to.Pod = Pod{Namespace: from.Pod.Namespace, Name: from.Pod.Name, UID: from.Pod.UID, Container: name, HostNetwork: from.Pod.HostNetwork}
+		to.Pod = Pod{Namespace: from.Pod.Namespace, Name: from.Pod.Name, UID: from.Pod.UID, Container: name, HostNetwork: from.Pod.HostNetwork, NetworkUnknown: from.Pod.NetworkUnknown}
 		to.Name = to.Pod.fullName()
 	}
 	return to

@@ -59,6 +59,8 @@ type Client struct {
 	to string
 	// networks says which sandboxes have the host's network, by id. It never changes.
 	networks map[string]bool
+	// unknown are the sandboxes of which it was not told.
+	unknown map[string]bool
 }
 
 // pace is how long a Client waits.
@@ -85,7 +87,7 @@ const maxAnswer = 16 << 20
 // exists when the runtime is first asked. Nothing is sent to it before. The error wraps
 // [ErrEndpoint], and names the variable if that is wrong.
 func Open(endpoint string) (*Client, error) {
-	c := &Client{pace: usualPace, networks: map[string]bool{}}
+	c := &Client{pace: usualPace, networks: map[string]bool{}, unknown: map[string]bool{}}
 	prefix := ""
 	if endpoint == "" {
 		if endpoint = os.Getenv(EndpointVariable); endpoint == "" {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"maps"
 	"regexp"
 
 	"google.golang.org/grpc/codes"
@@ -40,9 +41,10 @@ type Pod struct {
 	Namespace, Name, UID string
 	// Labels are the pod's when it was made.
 	Labels map[string]string
-	// HostNetwork is whether the pod is in the node's network namespace; false if the runtime
-	// does not say, or Client.Networks is not set.
-	HostNetwork bool
+	// HostNetwork is whether the pod is in the node's network namespace. NetworkUnknown is whether
+	// the runtime has not said, or Client.Networks is not set; if it is, Watch tells when the
+	// runtime has.
+	HostNetwork, NetworkUnknown bool
 }
 
 var (
@@ -193,8 +195,8 @@ func container(from *runtime.Container, pod Pod) Container {
 }
 
 // pod returns the pod of a sandbox. Lists do not tell whose network a sandbox has, so the runtime
-// is asked for each once. If it does not answer, the pod counts as one with a network of its own;
-// with silent, it is asked only while that is nil, and silent becomes the error.
+// is asked for each once it is needed, until it says so. With silent, it is asked only while that is
+// nil, and silent becomes the error.
 func (c *Client) pod(ctx context.Context, s *runtime.PodSandbox, silent *error) (Pod, error) {
 	m := s.GetMetadata()
 	p := Pod{Namespace: m.GetNamespace(), Name: m.GetName(), UID: m.GetUid(), Labels: s.GetLabels()}
@@ -202,42 +204,77 @@ func (c *Client) pod(ctx context.Context, s *runtime.PodSandbox, silent *error) 
 		return Pod{}, nil
 	}
 	if !c.Networks {
+		p.NetworkUnknown = true
 		return p, nil
 	}
 	c.mu.Lock()
 	host, known := c.networks[s.GetId()]
 	c.mu.Unlock()
-	if !known {
-		if silent != nil && *silent != nil {
-			return p, *silent
-		}
-		err := c.ask(ctx, "a sandbox", func(ctx context.Context, api runtime.RuntimeServiceClient) error {
+	if known {
+		p.HostNetwork = host
+		return p, nil
+	}
+	var err error
+	if silent != nil {
+		err = *silent
+	}
+	if err == nil {
+		err = c.ask(ctx, "a sandbox", func(ctx context.Context, api runtime.RuntimeServiceClient) error {
 			answer, err := api.PodSandboxStatus(ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: s.GetId()})
 			options := answer.GetStatus().GetLinux().GetNamespaces().GetOptions()
-			host = options != nil && options.GetNetwork() == runtime.NamespaceMode_NODE
+			host, known = options.GetNetwork() == runtime.NamespaceMode_NODE, options != nil
 			return gone(err)
 		})
-		if err != nil {
-			if silent != nil && !errors.Is(err, ErrNoContainer) {
-				*silent = err
-			}
-			return p, err
-		}
-		c.mu.Lock()
-		c.networks[s.GetId()] = host
-		c.mu.Unlock()
 	}
-	p.HostNetwork = host
-	return p, nil
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err == nil && known {
+		c.networks[s.GetId()] = host
+		p.HostNetwork = host
+		return p, nil
+	}
+	p.NetworkUnknown = true
+	c.unknown[s.GetId()] = true
+	if silent != nil && err != nil && !errors.Is(err, ErrNoContainer) {
+		*silent = err
+	}
+	return p, err
+}
+
+// learn asks for the networks that could not be had, and returns the sandboxes of r of which they are
+// known now, with their containers.
+func (c *Client) learn(ctx context.Context, r running) map[string]bool {
+	c.mu.Lock()
+	unknown := maps.Clone(c.unknown)
+	c.mu.Unlock()
+	told := map[string]bool{}
+	var silent error
+	for id := range unknown {
+		if r.sandboxes[id] == nil {
+			continue
+		}
+		if p, err := c.pod(ctx, r.sandboxes[id], &silent); err == nil && !p.NetworkUnknown {
+			told[id] = true
+			c.mu.Lock()
+			delete(c.unknown, id)
+			c.mu.Unlock()
+		}
+	}
+	if len(told) > 0 {
+		for id, one := range r.containers {
+			if told[one.GetPodSandboxId()] {
+				told[id] = false
+			}
+		}
+	}
+	return told
 }
 
 // forget drops what is known of sandboxes that do not run any more.
 func (c *Client) forget(r running) {
+	gone := func(id string, _ bool) bool { return r.sandboxes[id] == nil }
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for id := range c.networks {
-		if r.sandboxes[id] == nil {
-			delete(c.networks, id)
-		}
-	}
+	maps.DeleteFunc(c.networks, gone)
+	maps.DeleteFunc(c.unknown, gone)
 }

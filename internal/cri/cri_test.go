@@ -158,8 +158,13 @@ func TestStalls(t *testing.T) {
 	c.pace.answer = 100 * time.Millisecond
 	r.Change(func() { r.Stalls["PodSandboxStatus"] = true })
 	all, err := c.Containers(t.Context())
-	if err != nil || len(all) != 4 || all[0].Pod.HostNetwork || all[1].Pod.HostNetwork {
+	if err != nil || len(all) != 4 {
 		t.Errorf("got %+v, %v", all, err)
+	}
+	for _, one := range all {
+		if one.Pod.HostNetwork || !one.Pod.NetworkUnknown {
+			t.Errorf("got %+v", one)
+		}
 	}
 	if n := r.Asked("PodSandboxStatus"); n != 1 {
 		t.Errorf("asked %d times, want once", n)
@@ -344,4 +349,50 @@ func TestWatchWithoutEvents(t *testing.T) {
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
+}
+
+// Networks that could not be had are asked for again, and who they matter to is told.
+func TestWatchNetworks(t *testing.T) {
+	r, c := start(t)
+	c.pace.answer, c.pace.rarely = 100*time.Millisecond, 50*time.Millisecond
+	r.Change(func() { r.Stalls["PodSandboxStatus"] = true })
+	got := make(chan Event, 100)
+	go func() { _ = c.Watch(t.Context(), nil, func(e Event) { got <- e }) }()
+	if e := <-got; e.Action != Resync {
+		t.Fatalf("got %+v", e)
+	}
+	_, err := c.Containers(t.Context())
+	check(t, err)
+	r.Change(func() { delete(r.Stalls, "PodSandboxStatus") })
+	left := map[string]bool{id(1): true, id(2): true, id(11): true, id(12): true}
+	for len(left) > 0 {
+		select {
+		case e := <-got:
+			if e.Action != Start || !left[e.ID] {
+				t.Fatalf("got %+v, want %v", e, left)
+			}
+			delete(left, e.ID)
+		case <-time.After(20 * time.Second):
+			t.Fatalf("still waiting for %v", left)
+		}
+	}
+	if one, err := c.Inspect(t.Context(), id(11)); err != nil || !one.Pod.HostNetwork || one.Pod.NetworkUnknown {
+		t.Errorf("got %+v, %v", one, err)
+	}
+}
+
+// Nothing is kept of pods that are gone.
+func TestWatchForgets(t *testing.T) {
+	r, c := start(t)
+	got := make(chan Event, 100)
+	go func() { _ = c.Watch(t.Context(), nil, func(e Event) { got <- e }) }()
+	<-got // Resync
+	_, err := c.Containers(t.Context())
+	check(t, err)
+	r.Change(func() { r.Sandboxes, r.Containers = nil, nil })
+	await(t, func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return len(c.networks) == 0
+	})
 }

@@ -54,9 +54,10 @@ func (c *Client) Watch(ctx context.Context, made <-chan struct{}, fn func(Event)
 	told := false             // that it cannot
 	retry := c.pace.retryMin
 	var hurry time.Time // until when a new pod is awaited
+	var learnt time.Time
 	for {
 		from := time.Now()
-		now, err := c.ids(ctx)
+		r, now, err := c.ids(ctx)
 		took := time.Since(from)
 		wait := c.pace.often
 		switch {
@@ -76,6 +77,10 @@ func (c *Client) Watch(ctx context.Context, made <-chan struct{}, fn func(Event)
 				events.reached()
 			} else {
 				compare(known, now, fn)
+			}
+			if time.Since(learnt) >= c.pace.rarely {
+				compare(nil, c.learn(ctx, r), fn)
+				learnt = time.Now()
 			}
 			known, told, retry = now, false, c.pace.retryMin
 			if events.live() {
@@ -131,12 +136,13 @@ func compare(before, now map[string]bool, fn func(Event)) {
 	}
 }
 
-// ids asks for the ids of all that runs, and says which are those of sandboxes.
-func (c *Client) ids(ctx context.Context) (map[string]bool, error) {
+// ids asks for all that runs, and says which ids are those of sandboxes.
+func (c *Client) ids(ctx context.Context) (running, map[string]bool, error) {
 	r, err := c.list(ctx, "")
 	if err != nil {
-		return nil, err
+		return r, nil, err
 	}
+	c.forget(r) // pods come and go for as long as the node runs
 	all := make(map[string]bool, len(r.sandboxes)+len(r.containers))
 	for id := range r.containers {
 		all[id] = false
@@ -144,7 +150,7 @@ func (c *Client) ids(ctx context.Context) (map[string]bool, error) {
 	for id := range r.sandboxes {
 		all[id] = true
 	}
-	return all, nil
+	return r, all, nil
 }
 
 // follower follows the runtime's own events.

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"path"
-	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -55,34 +54,59 @@ type Subject struct {
 	// Namespace and Pod are empty for a container outside of pods.
 	Namespace, Pod string
 	HostNetwork    bool
+	// PodUnknown is whether the container is in a pod of which no more is known, and
+	// NetworkUnknown whether it is not known if the pod has the network of its node.
+	PodUnknown, NetworkUnknown bool
 }
+
+// match is whether a rule holds for a container.
+type match int
+
+const (
+	no match = iota
+	yes
+	// unsure is no, but a rule that comes later must not hold either: this one may be there to keep
+	// it from the container.
+	unsure
+)
 
 // Matches says whether the rule holds for a container.
-func (r ContainerRule) Matches(s Subject) bool {
+func (r ContainerRule) Matches(s Subject) bool { return r.match(s) == yes }
+
+func (r ContainerRule) match(s Subject) match {
 	if r.Name != "" && !anyMatches(r.Name, s.Names) {
-		return false
+		return no
 	}
 	if r.Image != "" && !glob(r.Image, s.Image) {
-		return false
+		return no
 	}
-	return r.matchesPod(s)
+	return r.matchPod(s)
 }
 
-// matchesPod is Matches without what can differ between the containers of a pod.
-func (r ContainerRule) matchesPod(s Subject) bool {
-	inPod := s.Namespace != "" && s.Pod != ""
-	if r.ofPods() && !inPod || r.HostNetwork && !s.HostNetwork {
-		return false
-	}
-	if r.Namespace != "" && !glob(r.Namespace, s.Namespace) || r.Pod != "" && !glob(r.Pod, s.Pod) {
-		return false
-	}
-	if r.Label == "" {
-		return true
-	}
+// matchPod is match without what can differ between the containers of a pod.
+func (r ContainerRule) matchPod(s Subject) match {
 	key, value, valued := strings.Cut(r.Label, "=")
 	have, ok := s.Labels[key]
-	return ok && (!valued || glob(value, have))
+	if r.Label != "" && !(ok && (!valued || glob(value, have))) && (ok || !s.PodUnknown) {
+		return no
+	}
+	if s.PodUnknown && (r.ofPods() || r.Label != "" && !ok) {
+		return unsure
+	}
+	inPod := s.Namespace != "" && s.Pod != ""
+	if r.ofPods() && !inPod {
+		return no
+	}
+	if r.Namespace != "" && !glob(r.Namespace, s.Namespace) || r.Pod != "" && !glob(r.Pod, s.Pod) {
+		return no
+	}
+	if r.HostNetwork && s.NetworkUnknown {
+		return unsure
+	}
+	if r.HostNetwork && !s.HostNetwork {
+		return no
+	}
+	return yes
 }
 
 // ofPods says whether the rule holds for containers of pods alone.
@@ -126,16 +150,31 @@ func RuleFor(rules []ContainerRule, s Subject) ContainerRule {
 	return ContainerRule{}
 }
 
-// RuleIndex returns the index of the rule that [RuleFor] returns; -1 if no rule matches.
+// RuleIndex returns the index of the rule that [RuleFor] returns; -1 if no rule matches, or if it is
+// not known whether an earlier one does.
 func RuleIndex(rules []ContainerRule, s Subject) int {
-	return slices.IndexFunc(rules, func(r ContainerRule) bool { return r.Matches(s) })
+	return first(rules, func(r ContainerRule) match { return r.match(s) })
+}
+
+// first returns the index of the first rule that matches; -1 if there is none, or if a rule before it
+// may match.
+func first(rules []ContainerRule, matches func(ContainerRule) match) int {
+	for i, r := range rules {
+		switch matches(r) {
+		case yes:
+			return i
+		case unsure:
+			return -1
+		}
+	}
+	return -1
 }
 
 // RuleForPod returns the rule that holds for all containers of a pod, whatever their names and
 // images are, of which the Subject may have none; the zero rule if there is none, or if it
 // depends on these.
 func RuleForPod(rules []ContainerRule, s Subject) ContainerRule {
-	i := slices.IndexFunc(rules, func(r ContainerRule) bool { return r.matchesPod(s) })
+	i := first(rules, func(r ContainerRule) match { return r.matchPod(s) })
 	if i < 0 || rules[i].Name != "" || rules[i].Image != "" {
 		return ContainerRule{}
 	}

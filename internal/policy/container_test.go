@@ -171,3 +171,37 @@ func TestRulesForPods(t *testing.T) {
 		t.Errorf("got %+v", got)
 	}
 }
+
+// A rule that may hold for a container keeps rules that come later from it.
+func TestRuleUnsure(t *testing.T) {
+	open := ContainerRule{Namespace: "team-*", Metadata: Allowed}
+	anywhere := ContainerRule{Image: "registry.example/*", Metadata: Allowed}
+	gke := []ContainerRule{{Namespace: "kube-system", Metadata: Allowed}, {Namespace: "*", HostNetwork: true, Metadata: Denied}, open}
+	byNamespace := []ContainerRule{{Namespace: "jail", Metadata: Denied}, anywhere}
+	byLabel := []ContainerRule{{Label: "jail", Metadata: Denied}, anywhere}
+	const image = "registry.example/web"
+	for _, tt := range []struct {
+		what  string
+		rules []ContainerRule
+		of    Subject
+		want  int
+	}{
+		{"own network", gke, Subject{Namespace: "team-a", Pod: "web"}, 2},
+		{"network not known", gke, Subject{Namespace: "team-a", Pod: "web", NetworkUnknown: true}, -1},
+		{"network does not matter", gke, Subject{Namespace: "kube-system", Pod: "cni", NetworkUnknown: true}, 0},
+		{"no pod", byNamespace, Subject{Image: image}, 1},
+		{"another namespace", byNamespace, Subject{Image: image, Namespace: "team-a", Pod: "web"}, 1},
+		{"pod not known", byNamespace, Subject{Image: image, PodUnknown: true}, -1},
+		{"another image", append([]ContainerRule{{Namespace: "jail", Image: "x"}}, anywhere), Subject{Image: image, PodUnknown: true}, 1},
+		{"labels of the pod not known", byLabel, Subject{Image: image, PodUnknown: true}, -1},
+		{"a label that is known", byLabel, Subject{Image: image, PodUnknown: true, Labels: map[string]string{"jail": ""}}, 0},
+		{"no label", byLabel, Subject{Image: image}, 1},
+	} {
+		if got := RuleIndex(tt.rules, tt.of); got != tt.want {
+			t.Errorf("%s: got rule %d, want %d", tt.what, got, tt.want)
+		}
+	}
+	if got := RuleForPod(gke, Subject{Namespace: "team-a", Pod: "web", NetworkUnknown: true}); got != (ContainerRule{}) {
+		t.Errorf("got %+v for a pod whose network is not known", got)
+	}
+}
