@@ -396,3 +396,29 @@ func TestWatchForgets(t *testing.T) {
 		return len(c.networks) == 0
 	})
 }
+
+// A runtime that tells each event to one follower alone is not asked for them, so that the kubelet
+// misses none.
+func TestWatchTakesNoEvents(t *testing.T) {
+	for is, follows := range map[[2]string]bool{
+		{"containerd", "v1.7.27"}: false, {"containerd", "1.6.36"}: false, {"containerd", "v1.7.21-k3s2"}: false,
+		{"containerd", "v2.1.0"}: true, {"cri-o", "1.27.4"}: false, {"cri-o", "1.34.0"}: true, {"docker", "1.2.3"}: true,
+	} {
+		r, c := start(t)
+		r.HasEvents, r.Is = true, &runtime.VersionResponse{RuntimeName: is[0], RuntimeVersion: is[1]}
+		c.pace.rarely = 10 * time.Millisecond
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- c.Watch(ctx, nil, func(Event) {}) }()
+		if follows {
+			await(t, func() bool { return r.Following() > 0 })
+		} else {
+			await(t, func() bool { return r.Asked("Version") > 3 })
+			if n := r.Following(); n != 0 {
+				t.Errorf("%s: %d follow its events", is, n)
+			}
+		}
+		cancel()
+		<-done
+	}
+}

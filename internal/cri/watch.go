@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"regexp"
 	"sync"
 	"time"
 
@@ -209,9 +210,27 @@ func (f *follower) reached() {
 	}
 }
 
+func (c *Client) version(ctx context.Context, api runtime.RuntimeServiceClient) (*runtime.VersionResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.pace.answer)
+	defer cancel()
+	return api.Version(ctx, &runtime.VersionRequest{})
+}
+
+// sharesEvents are versions that may tell each event to only one of those who follow them.
+var sharesEvents = regexp.MustCompile(`^(containerd v?(1|2\.0)|cri-o v?1\.2[67])\.`)
+
+// takesEvents says whether another who follows a runtime's events, such as a kubelet with EventedPLEG,
+// would miss those that are told here.
+func takesEvents(v *runtime.VersionResponse) bool {
+	return sharesEvents.MatchString(v.GetRuntimeName() + " " + v.GetRuntimeVersion())
+}
+
 func (f *follower) stream(ctx context.Context, c *Client) error {
 	api, err := c.api()
 	if err != nil {
+		return err
+	}
+	if version, err := c.version(ctx, api); err != nil || takesEvents(version) {
 		return err
 	}
 	stream, err := api.GetContainerEvents(ctx, &runtime.GetEventsRequest{})

@@ -30,6 +30,8 @@ type Runtime struct {
 	Stalls map[string]bool
 	// HasEvents says whether it tells events.
 	HasEvents bool
+	// Is is what it says it is.
+	Is *runtime.VersionResponse
 
 	mu     sync.Mutex
 	asked  map[string]int
@@ -118,6 +120,13 @@ func (l counting) Accept() (net.Conn, error) {
 	return c, err
 }
 
+// Following returns how many follow its events.
+func (r *Runtime) Following() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.events)
+}
+
 func (r *Runtime) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 	method := info.FullMethod[len("/runtime.v1.RuntimeService/"):]
 	r.mu.Lock()
@@ -129,6 +138,16 @@ func (r *Runtime) intercept(ctx context.Context, req any, info *grpc.UnaryServer
 		return nil, ctx.Err()
 	}
 	return handle(ctx, req)
+}
+
+// Version implements the service.
+func (r *Runtime) Version(context.Context, *runtime.VersionRequest) (*runtime.VersionResponse, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.Is == nil {
+		return &runtime.VersionResponse{RuntimeName: "fake"}, nil
+	}
+	return r.Is, nil
 }
 
 // ListPodSandbox implements the service.
