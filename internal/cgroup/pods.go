@@ -2,6 +2,7 @@ package cgroup
 
 import (
 	"os"
+	"path"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -34,6 +35,21 @@ func (r Root) WatchPods() (made <-chan struct{}, stop func()) {
 		}
 	})
 	return told, func() { f.Close(); reading.Wait() }
+}
+
+// Pods returns the cgroups of pods, by uid.
+func (r Root) Pods() (map[string]string, error) {
+	found, err := r.Outermost("/", func(rel string) bool {
+		return podName.MatchString(path.Base(rel)) || ContainerID(rel) != ""
+	})
+	pods := map[string]string{}
+	for _, c := range found {
+		uid := PodUID(path.Join(c.Rel, anID))
+		if _, ok := pods[uid]; uid != "" && !ok {
+			pods[uid] = c.Rel
+		}
+	}
+	return pods, err
 }
 
 // watchParents watches the cgroups in which a kubelet makes those of pods. To watch one again

@@ -256,6 +256,46 @@ func (v *Inventory) Running(root cgroup.Root) (all []Container, err error) {
 	return all, nil
 }
 
+// Sandboxes returns the sandboxes that have no cgroup of their own, which are missing from what
+// Running has returned: some runtimes run no process for them. Each gets a path in the cgroup of its
+// pod, where there is no cgroup.
+func (v *Inventory) Sandboxes(root cgroup.Root, running []Container) (all []Container, err error) {
+	has := map[string]bool{}
+	for _, c := range running {
+		has[c.ID] = true
+	}
+	for _, a := range v.accounts {
+		all = append(all, a.sandboxes(has)...)
+	}
+	if len(all) == 0 {
+		return nil, nil
+	}
+	pods, err := root.Pods()
+	if err != nil {
+		return nil, fmt.Errorf("look for pods: %w", err)
+	}
+	placed := all[:0]
+	for _, c := range all {
+		if pod := pods[c.Pod.UID]; pod != "" {
+			c.Cgroup = pod + "/" + c.ID
+			placed = append(placed, c)
+		}
+	}
+	return placed, nil
+}
+
+// sandboxes returns those that are not among others.
+func (a *account) sandboxes(others map[string]bool) (all []Container) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	for id, c := range a.running {
+		if c.Pod.Container == Sandbox && !others[id] {
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
 // Locate returns the running container with an id, as Running does, and finds its cgroup by
 // the process that its source has named. ok is false if there is no such process in a cgroup
 // of that container: then only Running can tell where the container is.

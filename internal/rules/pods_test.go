@@ -134,3 +134,34 @@ func check(t *testing.T, err error) {
 		t.Fatal(err)
 	}
 }
+
+// A pod gets what its rule gives before it has a container, also where its sandbox has no cgroup.
+func TestPodOfSandboxWithoutCgroup(t *testing.T) {
+	root := testenv.Root(t)
+	base := testenv.Cgroup(t)
+	state, err := maps.CreateState()
+	check(t, err)
+	defer state.Close()
+	id := strings.Repeat("b", 64)
+	sandbox := func(uid string) container.Container {
+		return container.Container{
+			Identity: container.Identity{ID: id}, Source: "test",
+			Pod: container.Pod{Namespace: "kube-system", Name: "pod", UID: uid, Container: container.Sandbox},
+		}
+	}
+	pod := filepath.Join(base, "kubepods/burstable/pod21-c")
+	check(t, os.MkdirAll(pod, 0o755))
+	// One that a container has made counts as a part of that container.
+	check(t, os.MkdirAll(filepath.Join(base, "kubepods/pod23", strings.Repeat("c", 64), "pod22-d"), 0o755))
+	for uid, want := range map[string]int{"21-c": 1, "22-d": 0, "24-e": 0} {
+		v := container.NewInventory(&source{known: []container.Container{sandbox(uid)}})
+		check(t, v.Refresh(t.Context()))
+		_, err := rules.Apply(root, state, []policy.ContainerRule{{Namespace: "kube-system", Metadata: policy.Allowed}}, v, true)
+		check(t, err)
+		pods, err := state.Pods()
+		check(t, err)
+		if len(pods) != want || want == 1 && pods[number(t, root, pod)].Flags != maps.MayReachMetadata {
+			t.Errorf("%s: got %+v, want %d", uid, pods, want)
+		}
+	}
+}

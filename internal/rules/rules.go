@@ -3,6 +3,7 @@ package rules
 
 import (
 	"errors"
+	"slices"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/container"
@@ -25,7 +26,11 @@ func Apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, co
 	if err != nil {
 		return 0, err
 	}
-	errs := []error{applyToPods(root, state, rules, running, revoke)}
+	sandboxes, err := containers.Sandboxes(root, running)
+	if err != nil {
+		return 0, err
+	}
+	errs := []error{applyToPods(root, state, rules, slices.Concat(running, sandboxes), revoke)}
 	for _, c := range running {
 		if c.Source == "" && !revoke {
 			continue
@@ -58,15 +63,15 @@ func ApplyTo(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, 
 }
 
 // applyToPods sets what holds from their start for the containers of those pods that have a
-// container in running, so that a rule for a pod is not late for most of them.
-func applyToPods(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, running []container.Container, revoke bool) error {
+// container or a sandbox in all, so that a rule for a pod is not late for most of them.
+func applyToPods(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, all []container.Container, revoke bool) error {
 	before, err := state.Pods()
 	if err != nil {
 		return err
 	}
 	var errs []error
 	known := map[uint64]bool{}
-	for _, c := range running {
+	for _, c := range all {
 		if id, pod := podOf(root, rules, c); id != 0 && !known[id] {
 			known[id] = true
 			errs = append(errs, setPod(root, state, c, id, before[id], pod))
