@@ -40,6 +40,7 @@ var sockets = []string{
 	"/run/k0s/containerd.sock",
 	"/var/snap/microk8s/common/run/containerd.sock",
 	"/run/crio/crio.sock",
+	"/run/k3s/cri-dockerd/cri-dockerd.sock",
 	"/run/cri-dockerd.sock",
 	"/run/containerd/containerd.sock",
 }

@@ -422,3 +422,25 @@ func TestWatchTakesNoEvents(t *testing.T) {
 		<-done
 	}
 }
+
+// Events in a flood do not make a slow runtime list all the time.
+func TestWatchFlood(t *testing.T) {
+	r, c := start(t)
+	c.pace.often, c.pace.soon = time.Second, time.Millisecond
+	r.HasEvents, r.Delay = true, 20*time.Millisecond
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- c.Watch(ctx, nil, func(Event) {}) }()
+	await(t, func() bool { return r.Following() > 0 })
+	begun, asked := time.Now(), r.Asked("ListPodSandbox")
+	for time.Since(begun) < 2*time.Second {
+		r.Change(func() {})
+		time.Sleep(time.Millisecond)
+	}
+	// Each list is two answers.
+	if n := r.Asked("ListPodSandbox") - asked; n < 2 || n > 7 {
+		t.Errorf("%d lists in 2 s, each of which takes 40 ms", n)
+	}
+	cancel()
+	<-done
+}

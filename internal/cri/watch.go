@@ -88,21 +88,23 @@ func (c *Client) Watch(ctx context.Context, made <-chan struct{}, fn func(Event)
 				wait = c.pace.rarely
 			}
 		}
+		// On a node with many pods, or pods with many labels, a list costs much, and whoever makes
+		// pods decides how often there is a reason for one.
+		rest := min(c.pace.often, 10*took)
 		if time.Now().Before(hurry) {
-			// On a node with many pods, a list costs the runtime much.
-			wait = min(wait, max(c.pace.soon, 10*took))
+			wait = min(wait, max(c.pace.soon, rest))
 		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-made:
 			hurry = time.Now().Add(c.pace.soonFor)
-			if pause(ctx, c.pace.soon) != nil {
+			if pause(ctx, max(c.pace.soon, rest)) != nil {
 				return ctx.Err()
 			}
 		case <-events.told:
 			// Events come in bursts.
-			if pause(ctx, c.pace.soon/5) != nil {
+			if pause(ctx, max(c.pace.soon/5, rest)) != nil {
 				return ctx.Err()
 			}
 		case <-time.After(wait):

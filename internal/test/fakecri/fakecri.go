@@ -7,7 +7,9 @@ import (
 	"errors"
 	"net"
 	"os"
+	"strings"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -28,6 +30,8 @@ type Runtime struct {
 	Pids map[string]string
 	// Stalls makes calls of a method wait until their callers give up; "*" all of them.
 	Stalls map[string]bool
+	// Delay is how long it takes for each list.
+	Delay time.Duration
 	// HasEvents says whether it tells events.
 	HasEvents bool
 	// Is is what it says it is.
@@ -131,8 +135,11 @@ func (r *Runtime) intercept(ctx context.Context, req any, info *grpc.UnaryServer
 	method := info.FullMethod[len("/runtime.v1.RuntimeService/"):]
 	r.mu.Lock()
 	r.asked[method]++
-	stalls := r.Stalls[method] || r.Stalls["*"]
+	stalls, delay := r.Stalls[method] || r.Stalls["*"], r.Delay
 	r.mu.Unlock()
+	if strings.HasPrefix(method, "List") {
+		time.Sleep(delay)
+	}
 	if stalls {
 		<-ctx.Done()
 		return nil, ctx.Err()
