@@ -140,7 +140,9 @@ func PodUID(rel string) string {
 // in none. A kubelet makes the cgroup of a container directly in that of its pod.
 func Pod(rel string) (pod, uid string) {
 	pod = path.Dir(OutermostContainer(rel))
-	if m := podName.FindStringSubmatch(path.Base(pod)); m != nil {
+	m := podName.FindStringSubmatch(path.Base(pod))
+	// Others have names that begin with pod too, such as Podman.
+	if m != nil && (m[1] != "" || strings.Contains(pod, "/kubepods/")) {
 		return pod, strings.ReplaceAll(m[1], "_", "-") + m[2]
 	}
 	return "", ""

@@ -92,6 +92,9 @@ func TestPod(t *testing.T) {
 		"/":                                 "",
 		"":                                  "",
 		"/kubepods/besteffort/podx y/" + id: "",
+		"/podman/libpod-" + id:              "", // beside Kubernetes
+		"/pods/" + id:                       "",
+		"/user.slice/user-1000.slice/pod" + uid + "/" + id: "",
 	} {
 		pod, got := cgroup.Pod(rel)
 		if got != want || (pod == "") != (want == "") || pod != "" && !strings.HasPrefix(rel, pod+"/") {
