@@ -28,7 +28,6 @@ type account struct {
 	running map[string]Container // by id
 	stale   bool                 // the source has to list all containers again
 	lost    bool                 // the source cannot be reached
-	watched bool                 // its events are followed
 	// failed is why the source did not answer last time, and retry when to ask it again.
 	failed error
 	retry  time.Time
@@ -112,10 +111,11 @@ func (a *account) refresh(ctx context.Context) error {
 func (v *Inventory) Watch(ctx context.Context, fn func(Event)) {
 	var all sync.WaitGroup
 	defer all.Wait()
+	watched := map[*account]bool{}
 	for {
 		for _, a := range v.accounts {
-			if !a.watched && !a.dormant() {
-				a.watched = true
+			if !watched[a] && !a.dormant() {
+				watched[a] = true
 				all.Go(func() { _ = a.Watch(ctx, fn) }) // the error is that of ctx
 			}
 		}
