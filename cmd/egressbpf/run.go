@@ -78,7 +78,7 @@ works as a systemd service of Type=notify or notify-reload, with a watchdog.`,
 		},
 	}
 	o.register(cmd.Flags())
-	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if --web-listen fails and nothing is in force, put the policy in force before failing; if the config file is refused, the defaults and the other flags")
+	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if --web-listen or the address of an engine is refused and nothing is in force, put the policy in force before failing; if the config file is refused, the defaults and the other flags")
 	cmd.Flags().StringVar(&o.web.listen, "web-listen", "", "serve a page and metrics for Prometheus at ADDR:PORT; PORT alone is served to this machine only (default: neither)")
 	cmd.Flags().StringVar(&o.web.config, "web-config-file", "", "file with TLS and users for --web-listen, in the format of Prometheus's exporter-toolkit")
 	cmd.Flags().BoolVar(&o.web.containers, "metrics-containers", true, "serve metrics of each container, besides the totals")
@@ -98,7 +98,7 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 	o.podNetworks = true
 	containers, err := o.inventory()
 	if err != nil {
-		return err
+		return errors.Join(err, o.putDefaults(ctx, flags, stderr))
 	}
 	defer containers.Close()
 	filter, root, err := o.filter()
