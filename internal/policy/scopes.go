@@ -64,6 +64,16 @@ func (p Policy) PolicesPods() bool {
 	return slices.ContainsFunc(cgroup.PodContainers(), p.IsContainer)
 }
 
+// OpensToPods returns the indexes of the rules that open something to pods of every namespace.
+func (p Policy) OpensToPods() (indexes []int) {
+	for i, r := range p.Containers {
+		if r.Namespace == "" && (r.Metadata == Allowed || r.Families != "" || r.SMTP != nil) {
+			indexes = append(indexes, i)
+		}
+	}
+	return indexes
+}
+
 // SparesPods says whether a rule gives pods of some namespace or name more than others.
 func (p Policy) SparesPods() bool {
 	return slices.ContainsFunc(p.Containers, func(r ContainerRule) bool {

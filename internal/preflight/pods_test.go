@@ -60,4 +60,8 @@ func TestPods(t *testing.T) {
 			t.Errorf("%+v: got %s", rule, got)
 		}
 	}
+	// The second rule holds for pods of every namespace.
+	if got := check(spared, policy.ContainerRule{Label: "app=agent", Families: "packet"}); !strings.Contains(got, "rule 2 of containers names no namespace") {
+		t.Errorf("got %s", got)
+	}
 }

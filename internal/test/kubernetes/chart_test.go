@@ -82,6 +82,16 @@ func render(t *testing.T, version string, flags ...string) string {
 	return out
 }
 
+// list returns the objects of a list.
+func (o object) list(keys ...string) (list []object) {
+	entries, _ := o.at(keys...).([]any)
+	for _, e := range entries {
+		m, _ := e.(map[string]any)
+		list = append(list, m)
+	}
+	return list
+}
+
 // sets are the names of files of values in testdata, without their suffix.
 func sets(t *testing.T) (names []string) {
 	t.Helper()

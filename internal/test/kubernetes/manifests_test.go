@@ -85,16 +85,6 @@ func (o object) text(keys ...string) string {
 	return s
 }
 
-// list returns the objects of a list.
-func (o object) list(keys ...string) (list []object) {
-	entries, _ := o.at(keys...).([]any)
-	for _, e := range entries {
-		m, _ := e.(map[string]any)
-		list = append(list, m)
-	}
-	return list
-}
-
 // parse returns the objects of a rendering by their kinds, each of which it has once.
 func parse(t *testing.T, text string) map[string]object {
 	t.Helper()
