@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"syscall"
@@ -420,15 +421,23 @@ func sendto(fd int, b, to []byte) error {
 }
 
 // socketcall makes a packet socket with the system call of 32-bit programs.
-func socketcall() (int, error) {
+func socketcall() (fd int, err error) {
 	const nr, socket = 102, 1 // arch/x86/entry/syscalls/syscall_32.tbl, include/uapi/linux/net.h
+	// Some virtual machines have no such entry, whatever the kernel's configuration is: they end a
+	// program that tries.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if recover() != nil {
+			fd, err = -1, unix.ENOSYS
+		}
+	}()
 	low, err := unix.MmapPtr(-1, 0, nil, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON|map32Bit)
 	if err != nil {
 		return -1, err
 	}
 	defer func() { _ = unix.MunmapPtr(low, 4096) }()
 	*(*[3]uint32)(low) = [3]uint32{unix.AF_PACKET, unix.SOCK_RAW, 0}
-	fd := int(int32(int80(nr, socket, uint32(uintptr(low)))))
+	fd = int(int32(int80(nr, socket, uint32(uintptr(low)))))
 	if fd < 0 {
 		return -1, syscall.Errno(-fd)
 	}
