@@ -181,6 +181,11 @@ func (n *names) addToStatus(ctx context.Context, filter *loader.Filter, s *loade
 	if n.containers == nil {
 		return
 	}
+	// Some runtimes give sandboxes the host's cgroup namespace. What runs in one is the runtime's.
+	s.Exposed = slices.DeleteFunc(s.Exposed, func(e loader.Exposed) bool {
+		c, _ := n.containers.Find(e.ID)
+		return c.Pod.Container == container.Sandbox
+	})
 	ctx, cancel := context.WithTimeout(ctx, namesPatience)
 	defer cancel()
 	if err := n.containers.AddUncovered(ctx, filter, s); err != nil {

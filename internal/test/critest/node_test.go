@@ -25,7 +25,9 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
@@ -393,7 +395,9 @@ func (p *pod) cgroup() string { return cgroups + podCgroup(p.uid) }
 func (p *pod) remove() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	if _, err := p.node.api.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
+	if _, err := p.node.api.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: p.id}); status.Code(err) == codes.NotFound {
+		return nil // a test has removed it
+	} else if err != nil {
 		return fmt.Errorf("stop %s: %w", p.config.Metadata.Name, err)
 	}
 	if _, err := p.node.api.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: p.id}); err != nil {
