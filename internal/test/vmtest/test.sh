@@ -184,9 +184,12 @@ with_packages() {
     whole "$1"
 }
 
-# As many machines at once as there are processors, those that take longest first.
+# As many machines at once as there are processors, those that take longest first: a whole Debian
+# takes as long as all kernels.
 failed=0
-for machine in $(printf '%s\n' "${machines[@]}" | sort -rV); do
+mapfile -t wholes < <(printf '%s\n' "${machines[@]}" | grep -E '^(deb|debian|rpm)$')
+mapfile -t kernels < <(printf '%s\n' "${machines[@]}" | grep -vE '^(deb|debian|rpm)$' | sort -rV)
+for machine in "${wholes[@]}" "${kernels[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do
         wait -n || failed=1
     done
