@@ -200,6 +200,7 @@ func (d *Daemon) judgePairs(ctx context.Context) {
 	if err := d.attach(ctx, d.config); err != nil {
 		d.Log.Error("cannot attach again", "err", err)
 	}
+	d.apply(ctx) // an attach forgets what rules give to whole pods
 }
 
 // appeared gets a bridge judged if it leads to containers: if the kernel judges each device

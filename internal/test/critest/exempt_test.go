@@ -101,3 +101,21 @@ func TestExempt(t *testing.T) {
 		}
 	}
 }
+
+// TestExemptOfRouted makes a pod whose device the service does not know, so that it attaches again.
+// What a rule gives to another pod is there again soon after, before the periodic check.
+func TestExemptOfRouted(t *testing.T) {
+	n := lab.New(t)
+	k := startNodeWith(t, n, pause, routed)
+	s := startService(t, n, rules, "--cri-endpoint", endpoint)
+	dns := k.pod(t, "kube-system", "dns")
+	awaitPod(t, podCgroup(dns.uid))
+	before := s.said(attachesAgain)
+	k.pod(t, "shop", "web-0")
+	s.await(t, attachesAgain, before+1)
+	s.await(t, inForce, before+2)
+	awaitPod(t, podCgroup(dns.uid))
+	if got := dns.attempt(t, "main"); got != allowed {
+		t.Errorf("a container of the exempt pod: %s, want %s", got, allowed)
+	}
+}

@@ -90,16 +90,28 @@ type node struct {
 	api    runtime.RuntimeServiceClient
 }
 
+// The networks of pods: behind a bridge, or routed to veths whose names tell nothing.
+const (
+	bridged = `"type": "bridge", "bridge": "cni0", "isGateway": true`
+	routed  = `"type": "ptp"`
+)
+
 // startNode starts containerd on the host of a network, with an image for sandboxes. It ends with
 // the test.
 func startNode(t *testing.T, n *lab.Network, sandbox string) *node {
+	t.Helper()
+	return startNodeWith(t, n, sandbox, bridged)
+}
+
+// startNodeWith is startNode with a network of pods.
+func startNodeWith(t *testing.T, n *lab.Network, sandbox, network string) *node {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "node-") // Main removes it, mounts and all
 	if err != nil {
 		t.Fatal(err)
 	}
 	k := &node{Network: n, dir: dir}
-	for path, pkg := range map[string]string{plugins + "/bridge": "containernetworking-plugins", plugins + "/host-local": "containernetworking-plugins"} {
+	for path, pkg := range map[string]string{plugins + "/bridge": "containernetworking-plugins", plugins + "/ptp": "containernetworking-plugins", plugins + "/host-local": "containernetworking-plugins"} {
 		if _, err := os.Stat(path); err != nil {
 			t.Fatalf("%v: install the Debian package %s", err, pkg)
 		}
@@ -134,13 +146,13 @@ state = "/run/containerd"
 	k.write(t, "cni/pods.conflist", fmt.Sprintf(`{
 	"cniVersion": "0.4.0", "name": "pods",
 	"plugins": [{
-		"type": "bridge", "bridge": "cni0", "isGateway": true,
+		%s,
 		"ipam": {
 			"type": "host-local", "dataDir": %q,
 			"ranges": [[{"subnet": "172.30.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}]
 		}
 	}]
-}`, k.path("ipam")))
+}`, network, k.path("ipam")))
 	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)

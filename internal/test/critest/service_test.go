@@ -79,11 +79,12 @@ func startService(t *testing.T, n *lab.Network, config string, flags ...string) 
 
 // What the service says in its log.
 const (
-	inForce  = `msg="in force"`
-	silent   = `msg="the container runtime does not answer`
-	answers  = `msg="the container runtime answers again"`
-	applied  = `msg="rules applied"`
-	panicked = "panic:"
+	inForce       = `msg="in force"`
+	silent        = `msg="the container runtime does not answer`
+	answers       = `msg="the container runtime answers again"`
+	applied       = `msg="rules applied"`
+	attachesAgain = `msg="containers have new devices; attaching again"`
+	panicked      = "panic:"
 )
 
 // said counts lines of the log that have a text.
