@@ -38,11 +38,11 @@ type Names struct {
 // maxIdentities is how many identities are kept. Finding one again takes microseconds.
 const maxIdentities = 4096
 
-// container returns the container whose cgroup has an id, as records show it, and all that is
-// known about it; nil if the id is 0.
-func (n *Names) container(id uint64) (*Container, container.Container) {
+// describe writes into a record the container whose cgroup has an id, and its pod, and returns all
+// that is known about it. It writes nothing if the id is 0.
+func (n *Names) describe(r *Record, id uint64) container.Container {
 	if id == 0 {
-		return nil, container.Container{}
+		return container.Container{}
 	}
 	is := n.identity(id)
 	var known container.Container
@@ -51,24 +51,21 @@ func (n *Names) container(id uint64) (*Container, container.Container) {
 	}
 	is.Name = known.Name
 	known.Identity = is
-	return &Container{ID: is.ID, Name: is.Name, Image: known.Image, Cgroup: is.Cgroup, CgroupID: id}, known
-}
-
-// k8sOf returns a pod as records show it; nil if it is none.
-func k8sOf(p container.Pod) *K8s {
-	if p.Name == "" {
-		return nil
+	r.Container = &Container{ID: is.ID, Name: is.Name, Image: known.Image, Cgroup: is.Cgroup, CgroupID: id}
+	if p := known.Pod; p.Name != "" {
+		r.K8s = &K8s{Namespace: p.Namespace, Pod: p.Name, PodUID: p.UID, Container: p.Container}
 	}
-	return &K8s{Namespace: p.Namespace, Pod: p.Name, PodUID: p.UID, Container: p.Container}
+	return known
 }
 
 // Container returns the container whose cgroup has an id, as records show it.
 func (n *Names) Container(id uint64) Container {
-	c, _ := n.container(id)
-	if c == nil {
+	var r Record
+	n.describe(&r, id)
+	if r.Container == nil {
 		return Container{}
 	}
-	return *c
+	return *r.Container
 }
 
 func (n *Names) identity(id uint64) container.Identity {

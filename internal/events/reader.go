@@ -18,7 +18,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/bpf"
-	"github.com/egressbpf/egressbpf/internal/container"
 	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
@@ -356,9 +355,7 @@ func (r *Reader) note(s *seat, now account) error {
 	for _, id := range slices.Sorted(gomaps.Keys(containers)) {
 		if record.Count = more(s.containers[id], containers[id]); record.Count > 0 {
 			record := record
-			var known container.Container
-			record.Container, known = r.names.container(id)
-			record.K8s = k8sOf(known.Pod)
+			r.names.describe(&record, id)
 			r.addNote(record)
 		}
 	}
@@ -499,9 +496,7 @@ func (r *Reader) record(e maps.Event, state *maps.State) Record {
 	if e.Process.Pid != 0 {
 		record.Process = &Process{PID: e.Process.Pid, Comm: unix.ByteSliceToString(e.Process.Comm[:]), UID: e.Process.Uid}
 	}
-	var known container.Container
-	record.Container, known = r.names.container(e.Container)
-	record.K8s = k8sOf(known.Pod)
+	known := r.names.describe(&record, e.Container)
 	record.Rule = r.names.rule(state, &known, e.Reason, src, dst, uint8(e.Proto))
 	return record
 }
