@@ -109,11 +109,8 @@ func (o *attachOptions) tell(ctx context.Context, config policy.Config, filter *
 		fmt.Fprintf(stderr, "warning: %v: the filter ends with this mount namespace, and status on the host does not show it\n", err)
 	}
 	warn(stderr, status, blockedResolvers(config.Policy))
-	if status.Policy != nil && root.HasPods() && status.Policy.PolicesPods() {
-		if !status.Policy.SparesPods() {
-			fmt.Fprintf(stderr, "warning: %s\n", preflight.PodsArePoliced)
-		}
-		if text := preflight.OpenToPods(*status.Policy); text != "" {
+	if status.Policy != nil {
+		for _, text := range preflight.PodWarnings(root, *status.Policy) {
 			fmt.Fprintf(stderr, "warning: %s\n", text)
 		}
 	}

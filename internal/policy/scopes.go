@@ -64,14 +64,12 @@ func (p Policy) PolicesPods() bool {
 	return slices.ContainsFunc(cgroup.PodContainers(), p.IsContainer)
 }
 
-// OpensToPods returns the indexes of the rules that open something to pods of every namespace.
-func (p Policy) OpensToPods() (indexes []int) {
-	for i, r := range p.Containers {
-		if r.Namespace == "" && (r.Metadata == Allowed || r.Families != "" || r.SMTP != nil) {
-			indexes = append(indexes, i)
-		}
-	}
-	return indexes
+// OpensToPods returns the index of the first rule that opens something to pods of every namespace; -1
+// if none does.
+func (p Policy) OpensToPods() int {
+	return slices.IndexFunc(p.Containers, func(r ContainerRule) bool {
+		return r.Namespace == "" && (r.Metadata == Allowed || r.Families != "" || r.SMTP != nil)
+	})
 }
 
 // SparesPods says whether a rule gives pods of some namespace or name more than others.

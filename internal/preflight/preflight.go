@@ -110,18 +110,21 @@ func (h Host) Run(ctx context.Context) *Report {
 // notTried is the reason of defences that need what could not be had.
 const notTried = "not tried, since the state could not be made"
 
-// PodsArePoliced says what the default scopes mean on a Kubernetes node, if no rule spares pods.
-const PodsArePoliced = "this is a Kubernetes node: all pods are policed, including those that run the node (CNI, CSI, with the host's network or without), and lose the metadata service and packet sockets; to spare these, have egressbpf run apply a rule such as `containers: [{namespace: kube-system, metadata: allow, socket_families: any}]`; to leave all pods out, list only what is to be policed with --scopes, such as docker-{id}.scope and {build}"
-
-// OpenToPods says which rules open something to pods of every namespace, on a Kubernetes node; "" if
-// none does.
-func OpenToPods(p policy.Policy) string {
-	indexes := p.OpensToPods()
-	if len(indexes) == 0 {
-		return ""
+// PodWarnings says what a policy means for the pods of a Kubernetes node; nothing on other hosts.
+func PodWarnings(root cgroup.Root, p policy.Policy) (warnings []string) {
+	if !root.HasPods() || !p.PolicesPods() {
+		return nil
 	}
-	return fmt.Sprintf("this is a Kubernetes node, and rule %d of containers names no namespace: whoever may make a pod anywhere can match it by a name, an image or a label; add a namespace", indexes[0]+1)
+	if !p.SparesPods() {
+		warnings = append(warnings, podsArePoliced)
+	}
+	if i := p.OpensToPods(); i >= 0 {
+		warnings = append(warnings, fmt.Sprintf("this is a Kubernetes node, and rule %d of containers names no namespace: whoever may make a pod anywhere can match it by a name, an image or a label; add a namespace", i+1))
+	}
+	return warnings
 }
+
+const podsArePoliced = "this is a Kubernetes node: all pods are policed, including those that run the node (CNI, CSI, with the host's network or without), and lose the metadata service and packet sockets; to spare these, have egressbpf run apply a rule such as `containers: [{namespace: kube-system, metadata: allow, socket_families: any}]`; to leave all pods out, list only what is to be policed with --scopes, such as docker-{id}.scope and {build}"
 
 // The oldest kernel that is supported.
 const oldestMajor, oldestMinor = 5, 10
@@ -342,13 +345,8 @@ func (h Host) docker(ctx context.Context, r *Report) {
 
 // pods looks at a Kubernetes node.
 func (h Host) pods(ctx context.Context, r *Report) {
-	if h.Root.HasPods() && h.Config.PolicesPods() && !h.Config.SparesPods() {
-		r.add("kubernetes", Warn, "%s", PodsArePoliced)
-	}
-	if h.Root.HasPods() && h.Config.PolicesPods() {
-		if text := OpenToPods(h.Config.Policy); text != "" {
-			r.add("kubernetes", Warn, "%s", text)
-		}
+	for _, text := range PodWarnings(h.Root, h.Config.Policy) {
+		r.add("kubernetes", Warn, "%s", text)
 	}
 	if h.Pods == nil || !h.Root.HasPods() && !h.Pods.Started() {
 		return
