@@ -70,7 +70,10 @@ func (d *Docker) Inspect(ctx context.Context, id string) (Container, error) {
 	if errors.Is(err, docker.ErrNoContainer) {
 		err = ErrNoContainer
 	}
-	return d.container(c), err
+	if err != nil {
+		return Container{}, err
+	}
+	return d.container(c), nil
 }
 
 func (d *Docker) container(c docker.Container) Container {

@@ -141,7 +141,7 @@ func (a *account) dormant() bool { return a.Dormant() && !a.Started() }
 
 // Update takes in an event, and asks its source for what the event is about. It returns
 // whether more or something else may be known about a container than before. The error says
-// why the source does not answer. For a lost source, Update returns it once, until the
+// why the source does not answer, or not all that it was asked. For a lost source, Update returns it once, until the
 // source answers again.
 func (v *Inventory) Update(ctx context.Context, e Event) (changed bool, err error) {
 	a := v.of(e.Source)
@@ -171,12 +171,18 @@ func (v *Inventory) Update(ctx context.Context, e Event) (changed bool, err erro
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if err != nil {
+	return a.learn(e.ID, c, err), err
+}
+
+// learn takes in what Inspect returned for an id, and says whether that is a container. A source
+// that does not tell all about one container is still asked for others.
+func (a *account) learn(id string, c Container, err error) bool {
+	if err != nil && c.ID != id {
 		a.stale = true
-		return false, err
+		return false
 	}
-	a.running[e.ID] = c
-	return true, nil
+	a.running[id] = c
+	return true
 }
 
 // Learn asks the sources about a container that none of them has told of, and says whether one
@@ -187,13 +193,13 @@ func (v *Inventory) Learn(ctx context.Context, id string) bool {
 			continue
 		}
 		c, err := a.Inspect(ctx, id)
-		a.mu.Lock()
-		a.stale = err != nil && !errors.Is(err, ErrNoContainer)
-		if err == nil {
-			a.running[id] = c
+		if errors.Is(err, ErrNoContainer) {
+			continue
 		}
+		a.mu.Lock()
+		known := a.learn(id, c, err)
 		a.mu.Unlock()
-		if err == nil {
+		if known {
 			return true
 		}
 	}

@@ -31,6 +31,7 @@ type engine struct {
 	remote  bool
 	started bool
 	err     error // the answer to any question
+	partly  error // the answer to Inspect, besides the container
 	running map[string]Container
 	asked   int
 }
@@ -67,10 +68,13 @@ func (e *engine) List(context.Context) (all []Container, err error) {
 func (e *engine) Inspect(_ context.Context, id string) (Container, error) {
 	e.asked++
 	c, ok := e.running[id]
-	if e.err == nil && !ok {
+	switch {
+	case e.err != nil:
+		return Container{}, e.err
+	case !ok:
 		return c, ErrNoContainer
 	}
-	return c, e.err
+	return c, e.partly
 }
 
 func (e *engine) Watch(ctx context.Context, fn func(Event)) error {
@@ -135,6 +139,20 @@ func TestUpdate(t *testing.T) {
 		t.Errorf("after an answer: lost: %v; stale: %v", v.Lost(a), v.Stale())
 	}
 	names("renamed", "b-0002", "new")
+
+	// One that does not tell all of a container is still asked for others.
+	b.partly = down
+	b.run(id(4), "hangs")
+	update(Event{Source: b, Action: Changed, ID: id(4)}, true, down)
+	if b.run(id(0), "learnt"); !v.Learn(t.Context(), id(0)) || len(v.Stale()) > 0 {
+		t.Errorf("stale: %v", v.Stale())
+	}
+	b.partly = nil
+	names("learnt", "renamed", "b-0002", "new", "hangs")
+	update(Event{Source: b, Action: Gone, ID: id(0)}, false, nil)
+	update(Event{Source: b, Action: Gone, ID: id(4)}, false, nil)
+	delete(b.running, id(0))
+	delete(b.running, id(4))
 
 	b.err = down
 	update(Event{Source: b, Action: Changed, ID: id(2)}, false, down)

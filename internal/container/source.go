@@ -37,7 +37,8 @@ type Source interface {
 	// List returns all running containers.
 	List(ctx context.Context) ([]Container, error)
 	// Inspect returns the container with a whole id. The error wraps ErrNoContainer if
-	// there is none.
+	// there is none. Besides another error, Inspect may return what it could find out, with
+	// the container's ID.
 	Inspect(ctx context.Context, id string) (Container, error)
 	// Watch calls fn for what happens to containers, one call at a time, until ctx
 	// ends, and returns the error of ctx. While fn runs, events of one container may be

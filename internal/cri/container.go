@@ -120,7 +120,8 @@ func (c *Client) Containers(ctx context.Context) ([]Container, error) {
 }
 
 // Inspect asks for a container or a sandbox by its whole id. The error wraps [ErrNoContainer] if
-// there is none, or it does not run.
+// there is none, or it does not run. If the runtime lists the container, and does not answer for the
+// status of it or its sandbox, Inspect returns what the lists say besides the error.
 func (c *Client) Inspect(ctx context.Context, id string) (Container, error) {
 	if !hexID.MatchString(id) {
 		return Container{}, ErrNoContainer
@@ -152,7 +153,7 @@ func (c *Client) Inspect(ctx context.Context, id string) (Container, error) {
 	}
 	if s := of.sandboxes[one.GetPodSandboxId()]; s != nil {
 		if pod, err = c.pod(ctx, s, nil); err != nil {
-			return Container{}, err
+			return container(one, pod), err
 		}
 	}
 	found := container(one, pod)

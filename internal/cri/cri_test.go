@@ -169,8 +169,11 @@ func TestStalls(t *testing.T) {
 	if n := r.Asked("PodSandboxStatus"); n != 1 {
 		t.Errorf("asked %d times, want once", n)
 	}
-	if _, err := c.Inspect(t.Context(), id(11)); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("got %v", err)
+	for _, id := range []string{id(1), id(11)} {
+		one, err := c.Inspect(t.Context(), id)
+		if !errors.Is(err, context.DeadlineExceeded) || one.ID != id || one.Pod.Name == "" || !one.Pod.NetworkUnknown {
+			t.Errorf("got %+v, %v", one, err)
+		}
 	}
 	r.Change(func() { delete(r.Stalls, "PodSandboxStatus") })
 	if one, err := c.Inspect(t.Context(), id(11)); err != nil || !one.Pod.HostNetwork {

@@ -302,7 +302,7 @@ func (d *Daemon) learn(ctx context.Context, e container.Event) bool {
 	case e.Action == container.Resync:
 		d.Log.Warn("cannot list the containers of "+name, "host", host, "err", err)
 	default:
-		d.Log.Warn("cannot look up a container; it gets the defaults until "+name+" answers", "id", e.ID, "err", err)
+		d.Log.Warn("cannot look up a container; it may get the defaults until "+name+" answers", "id", e.ID, "err", err)
 	}
 	return changed
 }
