@@ -44,6 +44,7 @@ readonly harness_failed=125
 usage() {
     cat <<'END'
 usage: run.sh [OPTION]... KERNEL BINARY [ARG]...
+       run.sh [--root] --download KERNEL
        run.sh --kernels | --packages | --help
 
 Boots KERNEL under emulation (KVM is not needed), runs BINARY as root, prints
@@ -61,6 +62,7 @@ back: bad usage, a missing tool, a failed download, a kernel panic or a timeout.
   --kernels           print the names that KERNEL may have
   --packages          print the Debian packages that this needs
   --smp NUMBER        the number of processors (default 2)
+  --download          only download what a later run needs
 
 KERNEL may also be a series that --kernels does not print, such as 6.17 or
 6.17-arm64, as long as Debian's backports have it.
@@ -341,6 +343,7 @@ build_initramfs() {
 # serial port each, so that none can be taken for another.
 boot() {
     local status=0 out output machine_flags=(-m 1G)
+    append+=(mitigations=off) # against flaws that an emulated processor has not
     [[ -z $root ]] || machine_flags=(-m 3G -device "virtio-9p-pci,fsdev=root,mount_tag=root"
         -fsdev "local,id=root,path=/,readonly=on,security_model=none,multidevs=remap")
     case $arch in
@@ -400,6 +403,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 timeout=300
 smp=2
 root=
+download=
 env=()
 files=()
 append=()
@@ -430,6 +434,10 @@ while [[ ${1-} == -* ]]; do
         ;;
     --root)
         root=yes
+        continue
+        ;;
+    --download)
+        download=yes
         continue
         ;;
     --)
@@ -467,15 +475,21 @@ while [[ ${1-} == -* ]]; do
         ;;
     esac
 done
-[[ $# -ge 2 ]] || die 'want KERNEL and BINARY: see --help'
+[[ $# -ge 2 || -n $download && $# -eq 1 ]] || die 'want KERNEL and BINARY: see --help'
 kernel=$1
 shift
 find_kernel "$kernel"
-[[ -f $1 ]] || die "$1: no such file"
-! is_foreign "$1" || die "$1 is not for $arch"
 if [[ -n $root ]]; then
     [[ $arch == amd64 ]] || die "--root: not with $kernel, whose architecture is not this machine's"
     flavour=amd64
+fi
+if [[ -n $download ]]; then
+    true
+elif [[ ! -f $1 ]]; then
+    die "$1: no such file"
+elif is_foreign "$1"; then
+    die "$1 is not for $arch"
+elif [[ -n $root ]]; then
     [[ ${#files[@]} -eq 0 ]] || die '--file: not with --root, where the guest has the files of this machine'
     [[ -x $1 ]] || die "$1 is not executable"
     program=$(realpath -s -- "$1")
@@ -510,6 +524,10 @@ arm64)
     ;;
 esac
 cached fetch_kernel "$kernel_dir"
+if [[ -n $download ]]; then
+    finished=yes
+    exit
+fi
 work=$(mktemp -d "${TMPDIR:-/tmp}/vmtest.XXXXXX")
 initramfs=$work/initramfs
 build_initramfs "$@"

@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 #
-# Runs the tests whose result can differ between kernels on Debian's kernels, and egressbpf as
-# a service on a whole Debian. Emulation is about ten times slower: so each kernel runs TestKernel,
+# Runs the tests whose result can differ between kernels on Debian's kernels, and trials of egressbpf
+# on a whole Debian. Emulation is about ten times slower: so each kernel runs TestKernel,
 # which shows all defences at work, and beyond that what the kernel of a developer's machine
 # cannot show. What the kernels do is compared with docs/kernels.md.
-# Usage: test.sh [--document] [KERNEL|debian|deb|rpm]...   (default: all that run.sh knows, and debian)
+# Usage: test.sh [--document|--download|--emulate] [KERNEL|TRIAL]...
 #   --document   only write docs/kernels.md, from TestKernel on each kernel
+#   --download   only download what a later run needs
+#   --emulate    emulate a machine for each trial
+# A TRIAL is debian: the service; boot: the service at a boot of Debian's kernel; deb, rpm: the packages;
+# fleet: Ansible and cloud-init. All but boot take place on this machine's own kernel if it can
+# have them. The default is all kernels that run.sh knows, and all trials or, where each of them
+# needs emulation, debian.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
@@ -44,15 +50,38 @@ readonly packet_sockets='^(raw IP|AF_PACKET|AF_PACKET SOCK_DGRAM|AF_PACKET TX_RI
 # Attacks that the host side stops: such sockets, and packets that a container changes or forwards.
 readonly behind_the_hook='^(raw IP|AF_PACKET|AF_PACKET TSO|AF_PACKET, ACK|two VLAN tags|802.1ad|nft forged source|tc pedit|tun|veth and forwarding)$'
 
-document=
-if [ "${1-}" = --document ]; then
-    document=yes
-    shift
-fi
+document='' download='' here=()
+! internal/test/vmtest/here.sh --can || here=(--here)
+case ${1-} in
+--document) document=yes && shift ;;
+--download) download=yes && shift ;;
+--emulate) here=() && shift ;;
+esac
 machines=("$@")
 if [ ${#machines[@]} = 0 ]; then
     mapfile -t machines < <(internal/test/vmtest/run.sh --kernels)
-    [ -n "$document" ] || machines+=(debian)
+    if [ -n "$document" ]; then
+        true
+    elif [ ${#here[@]} = 0 ]; then
+        machines+=(debian)
+    else
+        machines+=(boot debian deb rpm fleet)
+    fi
+fi
+readonly trials='^(boot|debian|deb|rpm|fleet)$'
+
+if [ -n "$download" ]; then
+    for machine in "${machines[@]}"; do
+        case $machine in
+        boot | debian | deb | rpm | fleet) internal/test/vmtest/debian.sh --image ;;
+        6.1 | 6.12)
+            internal/test/vmtest/run.sh --download "$machine"
+            internal/test/vmtest/run.sh --download --root "$machine"
+            ;;
+        *) internal/test/vmtest/run.sh --download "$machine" ;;
+        esac
+    done
+    exit
 fi
 
 dir=$(mktemp -d)
@@ -158,46 +187,63 @@ package_both() {
     packaged "$1" this . "$(git describe --tags --always --dirty)" "$(git log -1 --format=%ct)"
 }
 
-# whole NAME boots a whole Debian with the folder of that name.
+# whole NAME [--here] boots a whole Debian with the folder of that name.
 whole() {
     # The image needs root.
     local sudo=()
     [ "$(id -u)" = 0 ] || sudo=(sudo)
-    guest 'all of egressbpf' "$1" "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1800 "$dir/$1"
+    guest 'all of egressbpf' "$1" "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1800 "${@:2}" "$dir/$1"
 }
 
-# on_debian runs `make install` and tests the service on a whole Debian.
-on_debian() {
-    mkdir "$dir/debian"
-    cp internal/test/vmtest/{guest.sh,debian/run} "$dir/debian"
-    make --no-print-directory install DESTDIR="$dir/debian/root" SUDO= >"$dir/out-debian" 2>&1 || { cat "$dir/out-debian"; return 1; }
-    whole debian
-}
-
-# with_packages KIND installs, upgrades and removes packages, deb or rpm, on a whole Debian.
-with_packages() {
+# service TRIAL [--here] runs `make install` and tests the service on a whole Debian.
+service() {
     mkdir "$dir/$1"
+    cp internal/test/vmtest/{guest.sh,debian/run} "$dir/$1"
+    [ "$1" != boot ] || : >"$dir/$1/brief"
+    make --no-print-directory install DESTDIR="$dir/$1/root" SUDO= >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
+    whole "$@"
+}
+
+# with_packages KIND [--here] installs, upgrades and removes packages, deb or rpm, on a whole Debian.
+with_packages() {
+    [ -d "$dir/packages" ] || package_both "$dir/packages" >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
+    cp -r "$dir/packages" "$dir/$1"
     echo "$1" >"$dir/$1/kind"
     cp internal/test/vmtest/{guest.sh,packages/run} "$dir/$1"
     CGO_ENABLED=0 go build -o "$dir/$1/traffic" ./internal/test/vmtest/packages/traffic
-    package_both "$dir/$1" >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
-    whole "$1"
+    whole "$@"
 }
 
-# As many machines at once as there are processors, those that take longest first: a whole Debian
-# takes as long as all kernels.
+# on_debian TRIAL... makes trials one after the other.
+on_debian() {
+    local trial failed=0
+    for trial; do
+        case $trial in
+        boot) service boot ;;
+        debian) service debian "${here[@]}" ;;
+        deb | rpm) with_packages "$trial" "${here[@]}" ;;
+        fleet) guest 'Ansible and cloud-init' fleet internal/test/vmtest/fleet/test.sh --all "${here[@]}" ;;
+        esac || failed=1
+    done
+    return "$failed"
+}
+
+# As many machines at once as there are processors, those that take longest first.
 failed=0
-mapfile -t wholes < <(printf '%s\n' "${machines[@]}" | grep -E '^(deb|debian|rpm)$')
-mapfile -t kernels < <(printf '%s\n' "${machines[@]}" | grep -vE '^(deb|debian|rpm)$' | sort -rV)
-for machine in "${wholes[@]}" "${kernels[@]}"; do
+mapfile -t chosen < <(printf '%s\n' "${machines[@]}" | grep -E "$trials" | grep -vx boot)
+if [ ${#here[@]} -gt 0 ] && [ ${#chosen[@]} -gt 0 ]; then
+    on_debian "${chosen[@]}" & # one after the other, all on this kernel
+    chosen=()
+fi
+mapfile -t -O "${#chosen[@]}" chosen < <(
+    printf '%s\n' "${machines[@]}" | grep -x boot
+    printf '%s\n' "${machines[@]}" | grep -vE "$trials" | sort -rV
+)
+for machine in "${chosen[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do
         wait -n || failed=1
     done
-    case $machine in
-    debian) on_debian & ;;
-    deb | rpm) with_packages "$machine" & ;;
-    *) on_kernel "$machine" & ;;
-    esac
+    if [[ $machine =~ $trials ]]; then on_debian "$machine" & else on_kernel "$machine" & fi
 done
 for job in $(jobs -p); do
     wait "$job" || failed=1
