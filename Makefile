@@ -22,11 +22,14 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 INSTALL := internal/test/testenv/install.sh
 PREFIX ?= /usr/local
 DESTDIR ?=
+# The same for all that is compiled, so that Go compiles each package once.
+export CGO_ENABLED := 0
+export GOFLAGS := $(strip $(filter-out -trimpath,$(shell $(GO) env GOFLAGS)) -trimpath)
 LDFLAGS := -s -w -X github.com/egressbpf/egressbpf/internal/loader.version=$(VERSION)
 
 .PHONY: build
 build:
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/egressbpf ./cmd/egressbpf
+	$(GO) build -ldflags '$(LDFLAGS)' -o bin/egressbpf ./cmd/egressbpf
 
 .PHONY: attach
 attach: build
@@ -61,7 +64,7 @@ ARCHES ?= amd64 arm64
 packages: build
 	rm -rf bin/packages
 	for arch in $(ARCHES); do \
-		CGO_ENABLED=0 GOARCH=$$arch $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/linux-$$arch/egressbpf ./cmd/egressbpf && \
+		GOARCH=$$arch $(GO) build -ldflags '$(LDFLAGS)' -o bin/linux-$$arch/egressbpf ./cmd/egressbpf && \
 		dist/packages/build.sh '$(VERSION)' $$arch bin/linux-$$arch/egressbpf bin/egressbpf bin/packages || exit 1; \
 	done
 
@@ -88,7 +91,7 @@ bench-quick: bin/bench
 .PHONY: bin/bench
 bin/bench:
 	@$(INSTALL) ip:iproute2 nft:nftables iptables:iptables
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/bench ./internal/test/bench
+	$(GO) build -ldflags '$(LDFLAGS)' -o bin/bench ./internal/test/bench
 
 # Measures for docs/performance.md, and writes the page. Needs a quiet machine.
 .PHONY: performance
@@ -106,26 +109,37 @@ performance-report: bin/bench
 .PHONY: pictures
 pictures: test-tools
 	mkdir -p docs/pictures
-	CGO_ENABLED=0 $(GO) build -o bin/pictures ./internal/test/pictures
+	$(GO) build -o bin/pictures ./internal/test/pictures
 	$(SUDO) bin/pictures docs/pictures
 	$(GO) test -count=1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./internal/test/prometheus \
 		-run TestScrape/plain -args -picture $(CURDIR)/docs/pictures/dashboard.svg -traffic 2m
 
-# Packages run one after the other: some compare all BPF objects of the kernel before and
-# after.
+# The modules of Go, all at once: the compiler gets them one by one, which takes minutes.
+.PHONY: download
+download:
+	printf '%s\n' . tools tools/actionlint | xargs -P 3 -I{} $(GO) -C {} mod download
+
+# The kernels for test-kernels, and a whole Debian.
+.PHONY: download-kernels
+download-kernels: test-tools
+	internal/test/vmtest/test.sh --download
+
 .PHONY: test
-test: test-host test-kernels
+test: test-race test-host test-kernels
 
-.PHONY: test-host
-test-host: build test-tools compiler
-	CGO_ENABLED=0 $(GO) test -count=1 -timeout 30m -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./...
-	cd tools && GOFLAGS= $(GO) test ./release
+# The packages whose goroutines share data are tested with the race detector, which needs cgo.
+RACED := container daemon docker events tell top
+TEST = $(GO) test -count=1 -timeout 30m -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH)) $(CURDIR)/internal/test/testenv/exec.sh'
 
-# The packages whose goroutines share data; needs cgo.
 .PHONY: test-race
 test-race:
 	@$(INSTALL) gcc:gcc libc6-dev
-	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH))' ./internal/docker ./internal/container ./internal/daemon ./internal/tell ./internal/events ./internal/top
+	CGO_ENABLED=1 $(TEST) -race $(RACED:%=./internal/%)
+
+.PHONY: test-host
+test-host: build test-tools compiler
+	$(TEST) $$($(GO) list ./... | grep -vE '/internal/($(subst $() ,|,$(RACED)))$$')
+	cd tools && GOFLAGS=-trimpath $(GO) test ./release
 
 .PHONY: test-kernels
 test-kernels: test-tools
@@ -138,7 +152,7 @@ kernels: test-tools
 
 .PHONY: test-debian
 test-debian: test-tools
-	internal/test/vmtest/test.sh debian
+	internal/test/vmtest/test.sh boot debian
 
 # The packages: install, upgrade, going back, removal, purge, on a whole Debian. The rpm packages by
 # Debian's rpm.
@@ -149,7 +163,7 @@ test-packages: test-tools
 # The Ansible role and the cloud-init user-data, by Ansible and cloud-init on a whole Debian.
 .PHONY: test-fleet
 test-fleet: test-tools
-	internal/test/vmtest/fleet/test.sh --all
+	internal/test/vmtest/test.sh fleet
 
 .PHONY: lint-fleet
 lint-fleet:
@@ -163,12 +177,12 @@ lint-fleet:
 # once. So .ci/run has only the test that the manifests are made from the chart.
 .PHONY: lint-kubernetes
 lint-kubernetes:
-	CGO_ENABLED=0 $(GO) test -count=1 -tags helm ./internal/test/kubernetes
+	$(GO) test -count=1 -tags helm ./internal/test/kubernetes
 
 # Writes dist/kubernetes/egressbpf.yaml, from the chart.
 .PHONY: manifests
 manifests:
-	CGO_ENABLED=0 $(GO) test -count=1 -tags helm ./internal/test/kubernetes -run TestManifests -args -write
+	$(GO) test -count=1 -tags helm ./internal/test/kubernetes -run TestManifests -args -write
 
 .PHONY: test-tools
 test-tools:
@@ -191,7 +205,7 @@ generate: compiler
 GO_PINNED = GOTOOLCHAIN=$(shell sed -n 's/^toolchain //p' go.mod) $(GO)
 .PHONY: bin/release-tool
 bin/release-tool:
-	GOFLAGS= GOAMD64= $(GO_PINNED) -C tools build -trimpath -o ../bin/release-tool ./release
+	GOFLAGS=-trimpath GOAMD64= $(GO_PINNED) -C tools build -o ../bin/release-tool ./release
 
 # Container images of the work tree: bin/image/egressbpf-image-amd64.tar and -arm64.tar for
 # `docker load`, egressbpf-image.oci.tar with both for registries. Needs no Docker.
@@ -208,8 +222,8 @@ release: bin/release-tool
 # Builds a release twice, at different paths, and compares; looks at what is in it.
 .PHONY: release-check
 release-check:
-	CGO_ENABLED=0 $(GO) test -count=1 -v ./internal/test/release
-	cd tools && GOFLAGS= $(GO) test -count=1 ./release
+	$(GO) test -count=1 -v ./internal/test/release
+	cd tools && GOFLAGS=-trimpath $(GO) test -count=1 ./release
 
 .PHONY: lint
 lint:
@@ -224,6 +238,13 @@ lint:
 	done
 	$(GO) tool -modfile=tools/actionlint/go.mod actionlint
 	cd tools && $(GO) vet ./release && $(GO) tool -modfile=../go.mod staticcheck ./release
+
+# Not every machine can reach the database of vulnerabilities; no other failure is excused.
+.PHONY: vulnerabilities
+vulnerabilities:
+	@out=$$($(GO) tool govulncheck ./... 2>&1) || { \
+		grep -q 'fetching vulnerabilities' <<<"$$out" && echo 'not checked: the database cannot be reached from here'; \
+	} || { echo "$$out"; exit 1; }
 
 .PHONY: clean
 clean:

@@ -71,7 +71,7 @@ func environment(env []string, seconds string) []string {
 	})
 	return append(env, "SOURCE_DATE_EPOCH="+seconds, "TZ=UTC", "LC_ALL=C.UTF-8",
 		"CGO_ENABLED=0", "GOOS=linux", "GOAMD64=v1", "GOARM64=v8.0", "GOWORK=off", "GOEXPERIMENT=", "GOFIPS140=off",
-		"GOFLAGS=-buildvcs=true", "GOTOOLCHAIN="+runtime.Version())
+		"GOFLAGS=-buildvcs=true -trimpath", "GOTOOLCHAIN="+runtime.Version())
 }
 
 // git returns what a git command prints.
@@ -98,7 +98,7 @@ func (b *build) compile(arch, to string) error {
 	b.progress("build for linux/%s", arch)
 	with := *b
 	with.env = append(slices.Clone(b.env), "GOARCH="+arch)
-	_, err := with.output("go", "build", "-trimpath",
+	_, err := with.output("go", "build",
 		"-ldflags", "-s -w -X github.com/egressbpf/egressbpf/internal/loader.version="+b.version, "-o", to, "./cmd/egressbpf")
 	return err
 }

@@ -69,7 +69,7 @@ func TestEnvironment(t *testing.T) {
 		last[name] = value
 	}
 	for name, want := range map[string]string{
-		"PATH": "/bin", "GOPROXY": "off", "GOFLAGS": "-buildvcs=true", "GOAMD64": "v1", "CGO_ENABLED": "0", "SOURCE_DATE_EPOCH": "7",
+		"PATH": "/bin", "GOPROXY": "off", "GOFLAGS": "-buildvcs=true -trimpath", "GOAMD64": "v1", "CGO_ENABLED": "0", "SOURCE_DATE_EPOCH": "7",
 	} {
 		if last[name] != want {
 			t.Errorf("%s=%s, want %s", name, last[name], want)

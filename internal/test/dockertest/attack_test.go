@@ -270,6 +270,9 @@ func newSiege(t *testing.T) (*siege, []*prisoner) {
 	}
 	of := strings.NewReplacer("$gw4", a.gw4.String(), "$gw6", a.gw6.String(), "$peer4", a.own4.String(), "$peer6", a.own6.String())
 	for name, device := range hostDevices {
+		if !slices.ContainsFunc(attacks(), func(a attack) bool { return a.device == name }) {
+			continue
+		}
 		if exit := s.Run(t, exec.Command("sh", "-ec", of.Replace(device.made))); exit.Code != 0 {
 			s.devices[name] = fmt.Errorf("%s: %s", name, strings.TrimSpace(exit.Stderr))
 		}

@@ -5,6 +5,10 @@
 # installed. Services of the packages are not started.
 set -euo pipefail
 
+# One at a time.
+exec {lock}<"${BASH_SOURCE[0]}"
+flock "$lock"
+
 missing=()
 for arg; do
 	package=${arg#*:}
