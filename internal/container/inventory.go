@@ -27,6 +27,7 @@ type account struct {
 	mu      sync.RWMutex
 	running map[string]Container // by id
 	stale   bool                 // the source has to list all containers again
+	partly  bool                 // the source did not tell all about the last container
 	lost    bool                 // the source cannot be reached
 	// failed is why the source did not answer last time, and retry when to ask it again.
 	failed error
@@ -141,7 +142,8 @@ func (a *account) dormant() bool { return a.Dormant() && !a.Started() }
 
 // Update takes in an event, and asks its source for what the event is about. It returns
 // whether more or something else may be known about a container than before. The error says
-// why the source does not answer, or not all that it was asked. For a lost source, Update returns it once, until the
+// why the source does not answer, or not all that it was asked. For a lost source, and for one that
+// does not tell all, Update returns it once, until the
 // source answers again.
 func (v *Inventory) Update(ctx context.Context, e Event) (changed bool, err error) {
 	a := v.of(e.Source)
@@ -171,7 +173,12 @@ func (v *Inventory) Update(ctx context.Context, e Event) (changed bool, err erro
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.learn(e.ID, c, err), err
+	told := a.partly
+	known := a.learn(e.ID, c, err)
+	if known && a.partly && told {
+		err = nil
+	}
+	return known, err
 }
 
 // learn takes in what Inspect returned for an id, and says whether that is a container. A source
@@ -181,7 +188,7 @@ func (a *account) learn(id string, c Container, err error) bool {
 		a.stale = true
 		return false
 	}
-	a.running[id] = c
+	a.running[id], a.partly = c, err != nil
 	return true
 }
 

@@ -144,6 +144,7 @@ func TestUpdate(t *testing.T) {
 	b.partly = down
 	b.run(id(4), "hangs")
 	update(Event{Source: b, Action: Changed, ID: id(4)}, true, down)
+	update(Event{Source: b, Action: Changed, ID: id(4)}, true, nil) // was told
 	if b.run(id(0), "learnt"); !v.Learn(t.Context(), id(0)) || len(v.Stale()) > 0 {
 		t.Errorf("stale: %v", v.Stale())
 	}

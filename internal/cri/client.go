@@ -62,6 +62,10 @@ type Client struct {
 	networks map[string]bool
 	// unknown are the sandboxes of which it was not told.
 	unknown map[string]bool
+	// silent is why the runtime did not answer for a status, and until is when Inspect asks for
+	// one again.
+	silent error
+	until  time.Time
 }
 
 // pace is how long a Client waits.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"maps"
 	"regexp"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -121,7 +122,8 @@ func (c *Client) Containers(ctx context.Context) ([]Container, error) {
 
 // Inspect asks for a container or a sandbox by its whole id. The error wraps [ErrNoContainer] if
 // there is none, or it does not run. If the runtime lists the container, and does not answer for the
-// status of it or its sandbox, Inspect returns what the lists say besides the error.
+// status of it or its sandbox, Inspect returns what the lists say besides the error. For a while it
+// does not ask for a status again.
 func (c *Client) Inspect(ctx context.Context, id string) (Container, error) {
 	if !hexID.MatchString(id) {
 		return Container{}, ErrNoContainer
@@ -130,39 +132,69 @@ func (c *Client) Inspect(ctx context.Context, id string) (Container, error) {
 	if err != nil {
 		return Container{}, err
 	}
-	if s := r.sandboxes[id]; s != nil {
-		found := Container{ID: id, Sandbox: true}
-		if found.Pod, err = c.pod(ctx, s, nil); err != nil {
-			return found, err
+	found, sandbox := Container{ID: id, Sandbox: true}, id
+	if one := r.containers[id]; one != nil {
+		found, sandbox = container(one, Pod{}), one.GetPodSandboxId()
+		if r, err = c.list(ctx, sandbox); err != nil {
+			return Container{}, err
 		}
-		err = c.ask(ctx, "a sandbox", func(ctx context.Context, api runtime.RuntimeServiceClient) error {
-			answer, err := api.PodSandboxStatus(ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: id, Verbose: true})
-			found.Pid = pidOf(answer.GetInfo())
-			return gone(err)
-		})
-		return found, err
-	}
-	one := r.containers[id]
-	if one == nil {
+	} else if r.sandboxes[id] == nil {
 		return Container{}, ErrNoContainer
 	}
-	var pod Pod
-	of, err := c.list(ctx, one.GetPodSandboxId())
-	if err != nil {
-		return Container{}, err
+	silent := c.silence()
+	if s := r.sandboxes[sandbox]; s != nil {
+		found.Pod, err = c.pod(ctx, s, &silent)
 	}
-	if s := of.sandboxes[one.GetPodSandboxId()]; s != nil {
-		if pod, err = c.pod(ctx, s, nil); err != nil {
-			return container(one, pod), err
+	if err == nil {
+		err = silent
+	}
+	if err == nil {
+		found.Pid, err = c.pid(ctx, found)
+	}
+	c.heard(err)
+	return found, err
+}
+
+// silence returns why the runtime is not to be asked for a status now; nil if it may be.
+func (c *Client) silence() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if time.Now().Before(c.until) {
+		return c.silent
+	}
+	return nil
+}
+
+// heard takes in what came of asking for a status: each call that is not answered takes long.
+func (c *Client) heard(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if errors.Is(err, context.DeadlineExceeded) && !time.Now().Before(c.until) {
+		c.silent, c.until = err, time.Now().Add(c.pace.rarely)
+	}
+}
+
+// pid returns the first process of a container or a sandbox, which the runtime tells for debugging.
+func (c *Client) pid(ctx context.Context, of Container) (pid int, err error) {
+	what := "a container"
+	if of.Sandbox {
+		what = "a sandbox"
+	}
+	err = c.ask(ctx, what, func(ctx context.Context, api runtime.RuntimeServiceClient) (err error) {
+		var info map[string]string
+		if of.Sandbox {
+			var answer *runtime.PodSandboxStatusResponse
+			answer, err = api.PodSandboxStatus(ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: of.ID, Verbose: true})
+			info = answer.GetInfo()
+		} else {
+			var answer *runtime.ContainerStatusResponse
+			answer, err = api.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: of.ID, Verbose: true})
+			info = answer.GetInfo()
 		}
-	}
-	found := container(one, pod)
-	err = c.ask(ctx, "a container", func(ctx context.Context, api runtime.RuntimeServiceClient) error {
-		answer, err := api.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: id, Verbose: true})
-		found.Pid = pidOf(answer.GetInfo())
+		pid = pidOf(info)
 		return gone(err)
 	})
-	return found, err
+	return pid, err
 }
 
 // gone returns ErrNoContainer for the error that says so.
@@ -196,8 +228,8 @@ func container(from *runtime.Container, pod Pod) Container {
 }
 
 // pod returns the pod of a sandbox. Lists do not tell whose network a sandbox has, so the runtime
-// is asked for each once it is needed, until it says so. With silent, it is asked only while that is
-// nil, and silent becomes the error.
+// is asked for each once it is needed, until it says so. It is asked only while silent is nil, and
+// silent becomes the error.
 func (c *Client) pod(ctx context.Context, s *runtime.PodSandbox, silent *error) (Pod, error) {
 	m := s.GetMetadata()
 	p := Pod{Namespace: m.GetNamespace(), Name: m.GetName(), UID: m.GetUid(), Labels: s.GetLabels()}
@@ -215,10 +247,7 @@ func (c *Client) pod(ctx context.Context, s *runtime.PodSandbox, silent *error) 
 		p.HostNetwork = host
 		return p, nil
 	}
-	var err error
-	if silent != nil {
-		err = *silent
-	}
+	err := *silent
 	if err == nil {
 		err = c.ask(ctx, "a sandbox", func(ctx context.Context, api runtime.RuntimeServiceClient) error {
 			answer, err := api.PodSandboxStatus(ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: s.GetId()})
@@ -236,7 +265,7 @@ func (c *Client) pod(ctx context.Context, s *runtime.PodSandbox, silent *error) 
 	}
 	p.NetworkUnknown = true
 	c.unknown[s.GetId()] = true
-	if silent != nil && err != nil && !errors.Is(err, ErrNoContainer) {
+	if err != nil && !errors.Is(err, ErrNoContainer) {
 		*silent = err
 	}
 	return p, err

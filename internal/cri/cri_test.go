@@ -175,6 +175,10 @@ func TestStalls(t *testing.T) {
 			t.Errorf("got %+v, %v", one, err)
 		}
 	}
+	if n := r.Asked("PodSandboxStatus"); n != 2 {
+		t.Errorf("asked %d times, want once more", n)
+	}
+	c.until = time.Time{}
 	r.Change(func() { delete(r.Stalls, "PodSandboxStatus") })
 	if one, err := c.Inspect(t.Context(), id(11)); err != nil || !one.Pod.HostNetwork {
 		t.Errorf("got %+v, %v", one, err)

@@ -257,8 +257,8 @@ func (d *Daemon) reload(ctx context.Context) {
 	defer func() { d.Notify("READY=1\n" + d.statusText(ctx)) }()
 	if err := d.load(ctx); err != nil {
 		d.Log.Error("configuration refused; the previous one stays in force", "err", err)
-		return
 	}
+	// Also after an error, which may have come when the policy was in force already.
 	d.apply(ctx)
 }
 

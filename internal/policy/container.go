@@ -74,24 +74,28 @@ const (
 func (r ContainerRule) Matches(s Subject) bool { return r.match(s) == yes }
 
 func (r ContainerRule) match(s Subject) match {
+	pod := r.matchPod(s)
+	if pod == unsure && s.PodUnknown {
+		return unsure // its names and image may be another source's
+	}
 	if r.Name != "" && !anyMatches(r.Name, s.Names) {
 		return no
 	}
 	if r.Image != "" && !glob(r.Image, s.Image) {
 		return no
 	}
-	return r.matchPod(s)
+	return pod
 }
 
 // matchPod is match without what can differ between the containers of a pod.
 func (r ContainerRule) matchPod(s Subject) match {
-	key, value, valued := strings.Cut(r.Label, "=")
-	have, ok := s.Labels[key]
-	if r.Label != "" && !(ok && (!valued || glob(value, have))) && (ok || !s.PodUnknown) {
-		return no
-	}
-	if s.PodUnknown && (r.ofPods() || r.Label != "" && !ok) {
+	// The labels of a pod are not those that an engine tells of its containers.
+	if s.PodUnknown && (r.ofPods() || r.Label != "") {
 		return unsure
+	}
+	key, value, valued := strings.Cut(r.Label, "=")
+	if have, ok := s.Labels[key]; r.Label != "" && !(ok && (!valued || glob(value, have))) {
+		return no
 	}
 	inPod := s.Namespace != "" && s.Pod != ""
 	if r.ofPods() && !inPod {

@@ -192,9 +192,12 @@ func TestRuleUnsure(t *testing.T) {
 		{"no pod", byNamespace, Subject{Image: image}, 1},
 		{"another namespace", byNamespace, Subject{Image: image, Namespace: "team-a", Pod: "web"}, 1},
 		{"pod not known", byNamespace, Subject{Image: image, PodUnknown: true}, -1},
-		{"another image", append([]ContainerRule{{Namespace: "jail", Image: "x"}}, anywhere), Subject{Image: image, PodUnknown: true}, 1},
+		{"another image", append([]ContainerRule{{Namespace: "jail", Image: "x"}}, anywhere), Subject{Image: image, Namespace: "team-a", Pod: "web"}, 1},
+		{"an image that another source tells", append([]ContainerRule{{Namespace: "jail", Image: "x"}}, anywhere), Subject{Image: image, PodUnknown: true}, -1},
+		{"a name that another source tells", append([]ContainerRule{{Namespace: "jail", Name: "app"}}, anywhere), Subject{Names: []string{"k8s_app_web"}, Image: image, PodUnknown: true}, -1},
 		{"labels of the pod not known", byLabel, Subject{Image: image, PodUnknown: true}, -1},
-		{"a label that is known", byLabel, Subject{Image: image, PodUnknown: true, Labels: map[string]string{"jail": ""}}, 0},
+		{"a label that another source tells", byLabel, Subject{Image: image, PodUnknown: true, Labels: map[string]string{"jail": ""}}, -1},
+		{"a label", byLabel, Subject{Image: image, Labels: map[string]string{"jail": ""}}, 0},
 		{"no label", byLabel, Subject{Image: image}, 1},
 	} {
 		if got := RuleIndex(tt.rules, tt.of); got != tt.want {

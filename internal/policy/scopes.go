@@ -68,7 +68,7 @@ func (p Policy) PolicesPods() bool {
 // if none does.
 func (p Policy) OpensToPods() int {
 	return slices.IndexFunc(p.Containers, func(r ContainerRule) bool {
-		return r.Namespace == "" && (r.Metadata == Allowed || r.Families != "" || r.SMTP != nil)
+		return strings.Trim(r.Namespace, "*") == "" && (r.Metadata == Allowed || r.Families != "" || r.SMTP != nil)
 	})
 }
 
