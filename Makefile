@@ -23,8 +23,9 @@ INSTALL := internal/test/testenv/install.sh
 PREFIX ?= /usr/local
 DESTDIR ?=
 # The same for all that is compiled, so that Go compiles each package once.
-export CGO_ENABLED := 0
-export GOFLAGS := $(strip $(filter-out -trimpath,$(shell $(GO) env GOFLAGS)) -trimpath)
+override CGO_ENABLED := 0
+override GOFLAGS := $(strip $(filter-out -trimpath,$(or $(GOFLAGS),$(shell $(GO) env GOFLAGS))) -trimpath)
+export CGO_ENABLED GOFLAGS
 LDFLAGS := -s -w -X github.com/egressbpf/egressbpf/internal/loader.version=$(VERSION)
 
 .PHONY: build
@@ -129,7 +130,7 @@ test: test-race test-host test-kernels
 
 # The packages whose goroutines share data are tested with the race detector, which needs cgo.
 RACED := container daemon docker events tell top
-TEST = $(GO) test -count=1 -timeout 30m -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH)) $(CURDIR)/internal/test/testenv/exec.sh'
+TEST = $(GO) test -count=1 -timeout 2h -exec '$(if $(SUDO),$(SUDO) env PATH=$(PATH)) $(CURDIR)/internal/test/testenv/exec.sh'
 
 .PHONY: test-race
 test-race:
@@ -138,7 +139,7 @@ test-race:
 
 .PHONY: test-host
 test-host: build test-tools compiler
-	$(TEST) $$($(GO) list ./... | grep -vE '/internal/($(subst $() ,|,$(RACED)))$$')
+	packages=$$($(GO) list ./...) && $(TEST) $$(grep -vE '/internal/($(subst $() ,|,$(RACED)))$$' <<<"$$packages")
 	cd tools && GOFLAGS=-trimpath $(GO) test ./release
 
 .PHONY: test-kernels

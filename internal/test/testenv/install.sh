@@ -5,20 +5,25 @@
 # installed. Services of the packages are not started.
 set -euo pipefail
 
+# look FOR... sets missing, and fails if nothing is.
+look() {
+	missing=()
+	local arg package
+	for arg; do
+		package=${arg#*:}
+		if [ "$package" != "$arg" ]; then
+			PATH=$PATH:/usr/sbin:/sbin command -v "${arg%%:*}" >/dev/null || missing+=("$package")
+		else
+			dpkg-query -W -f '${Status}\n' "$package" 2>/dev/null | grep -q ' installed$' || missing+=("$package")
+		fi
+	done
+	[ ${#missing[@]} -gt 0 ]
+}
+look "$@" || exit 0
 # One at a time.
 exec {lock}<"${BASH_SOURCE[0]}"
 flock "$lock"
-
-missing=()
-for arg; do
-	package=${arg#*:}
-	if [ "$package" != "$arg" ]; then
-		PATH=$PATH:/usr/sbin:/sbin command -v "${arg%%:*}" >/dev/null || missing+=("$package")
-	else
-		dpkg-query -W -f '${Status}\n' "$package" 2>/dev/null | grep -q ' installed$' || missing+=("$package")
-	fi
-done
-[ ${#missing[@]} -gt 0 ] || exit 0
+look "$@" || exit 0
 
 sudo=()
 [ "$(id -u)" = 0 ] || sudo=(sudo)

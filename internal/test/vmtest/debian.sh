@@ -19,7 +19,7 @@ usage() {
 usage: debian.sh [--timeout SECONDS] [--here] FOLDER
        debian.sh --image
 
-Boots Debian under emulation (KVM is not needed) with FOLDER, a copy of it, at
+Boots Debian under emulation (KVM is not needed) with FOLDER, read-only, at
 /mnt/test, and runs /mnt/test/run N there after multi-user.target and docker.service,
 where N is the number of the boot, from 1. Prints what it writes, and exits with its
 exit code. If that is 42 the machine is booted again first, with its disk as it was left.
@@ -27,7 +27,7 @@ An exit code of 125 means that no result came back. There is no network.
 
   --here  no emulation: boot in namespaces on this machine's own kernel, which is ten times
           faster. Control groups have the controllers, and processes the capabilities, that
-          they have here. It needs root, and a machine that systemd does not manage.
+          they have here. See here.sh --can.
 
 The image is made once, with --image without a boot, by apt and with its signature checks, in VMTEST_CACHE (default:
 egressbpf-vmtest in the user's cache folder). VMTEST_MIRROR is as for run.sh.
@@ -132,7 +132,7 @@ cp --sparse=always "$image/disk" "$dir/disk"
 
 # boot_emulated FOLDER BOOT
 boot_emulated() {
-    timeout --kill-after=10 "$timeout" qemu-system-x86_64 -accel tcg,thread=multi -cpu max,la57=off -smp 2 -m 2G \
+    setpriv --pdeathsig TERM timeout --kill-after=10 "$timeout" qemu-system-x86_64 -accel tcg,thread=multi -cpu max,la57=off -smp 2 -m 2G \
         -nodefaults -display none -no-reboot -nic none -serial "file:$dir/console" -serial "file:$dir/out" \
         -kernel "$image/vmlinuz" -initrd "$image/initrd" \
         -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 systemd.show_status=no $parameters vmtest.boot=$2" \
@@ -142,7 +142,7 @@ boot_emulated() {
 
 # boot_here FOLDER BOOT
 boot_here() {
-    timeout --kill-after=10 "$timeout" internal/test/vmtest/here.sh "$dir/disk" "$1" "$dir/out" "$2" >"$dir/log" 2>&1 || true
+    setpriv --pdeathsig TERM timeout --kill-after=30 "$timeout" internal/test/vmtest/here.sh "$dir/disk" "$1" "$dir/out" "$2" >"$dir/log" 2>&1 || true
 }
 
 code=$reboot
@@ -154,7 +154,7 @@ for ((boot = 1; code == reboot; boot++)); do
     tr -d '\r' <"$dir/out" | grep -v '^vmtest exit code ' || true
     code=$(tr -d '\r' <"$dir/out" | sed -n 's/^vmtest exit code //p')
     # Emulation can fail by itself: once more, if the script had not begun.
-    if [ -z "$code" ] && [ ! -s "$dir/out" ] && ((++failures < 3)); then
+    if [ -z "$code" ] && [ -z "$here" ] && [ ! -s "$dir/out" ] && ((++failures < 3)); then
         code=$reboot
         ((boot--)) || true
         continue

@@ -3,18 +3,31 @@
 # Boots the Debian in a disk image on this machine's own kernel, in namespaces of its own, but at the root
 # of the control groups, as on a host. Nobody else may have them: see --can.
 # Usage: here.sh DISK FOLDER OUT BOOT   (for debian.sh)
-#        here.sh --can                  whether this machine allows it
+#        here.sh --can                  whether this machine allows it, and why not
 set -euo pipefail
 
 groups=$(findmnt --noheadings --first-only --output TARGET --types cgroup2) || groups=
 
 tops() { find "$groups" -mindepth 1 -maxdepth 1 -type d; }
 
-# A system manager has slices.
-can() { [ -n "$groups" ] && [ "$(id -u)" = 0 ] && ! tops | grep -q '\.slice$'; }
-
-[ "${1-}" != --can ] || { can && exit; exit 1; }
-can || { echo 'here.sh: needs root, and control groups that no system manager has' >&2; exit 1; }
+# lacks prints what is missing.
+lacks() {
+    if [ "$(id -u)" != 0 ]; then
+        echo 'it needs root'
+    elif [ -z "$groups" ] || [ ! -w "$groups/cgroup.procs" ]; then
+        echo 'it needs control groups of version 2, and to write to them'
+    elif compgen -G "$groups/*.slice" >/dev/null || grep -qs '^populated 1' "$groups"/*/cgroup.events; then
+        echo 'a system manager or an engine has the control groups'
+    elif [ ! -e /dev/loop-control ]; then
+        echo 'it needs loop devices'
+    fi
+}
+lack=$(lacks)
+if [ -n "$lack" ]; then
+    echo "no Debian on this machine's own kernel: $lack" >&2
+    exit 1
+fi
+[ "${1-}" != --can ] || exit 0
 disk=$1 folder=$2 out=$3 boot=$4
 
 # Tests of this machine's kernel run alone: see LockHost of testenv.
@@ -23,19 +36,33 @@ flock "$lock"
 
 options=$(findmnt --noheadings --first-only --output OPTIONS --mountpoint "$groups")
 before=$(tops)
+controllers=$(<"$groups/cgroup.subtree_control")
+# What systemd and dockerd set for the whole kernel. A /proc/sys that cannot be written to would keep
+# rootless containers from a /proc of their own.
+settings=$(cd /proc/sys && grep -H '' fs/file-max fs/nr_open kernel/keys/root_max*)
 root=$(mktemp -d)
 machine=
 cleanup() {
     [ -z "$machine" ] || kill -KILL "$machine" || true # and with it all in its namespaces
     umount -R "$root" || umount -Rl "$root" # still used by what is being killed
     rmdir "$root"
+    mount -t cgroup2 -o "remount,$options" none "$groups"
     # It takes a while until nobody is in a group any more.
+    local group controller setting value
+    while IFS=: read -r setting value; do
+        echo "$value" >"/proc/sys/$setting"
+    done <<<"$settings"
     for _ in $(seq 100); do
-        tops | grep -vxF "$before" | tr '\n' '\0' | find -files0-from - -depth -type d -exec rmdir {} \; 2>/dev/null || true
-        [ "$(tops)" != "$before" ] || break
+        mapfile -t groups_made < <(tops | grep -vxF "$before")
+        [ ${#groups_made[@]} -gt 0 ] || break
+        for group in "${groups_made[@]}"; do
+            find "$group" -depth -type d -exec rmdir {} \; 2>/dev/null || true
+        done
         sleep 0.1
     done
-    case $options in *nsdelegate*) ;; *) mount -t cgroup2 -o remount none "$groups" ;; esac
+    for controller in $(<"$groups/cgroup.subtree_control"); do
+        [[ " $controllers " == *" $controller "* ]] || echo "-$controller" >"$groups/cgroup.subtree_control"
+    done
 }
 trap cleanup EXIT
 trap 'exit 129' HUP
@@ -91,7 +118,7 @@ END
 echo "$BASHPID" >"$groups/cgroup.procs"
 export -f enter
 export masked
-unshare --fork --kill-child --pid --mount --net --uts --ipc --propagation private -- \
+setpriv --pdeathsig KILL unshare --fork --kill-child --pid --mount --net --uts --ipc --propagation private -- \
     bash -euc 'enter "$@"' bash "$root" "$out" "$boot" </dev/null {lock}>&- &
 machine=$!
 wait "$machine" || true

@@ -209,6 +209,10 @@ fetch_kernel() {
     for file in vmlinuz config; do
         [[ -e $tree/$file ]] || mv "$root/boot/$file-$version" "$tree/$file"
     done
+    # Decompressing takes long, and most modules are drivers of what an emulated machine has not.
+    find "$tree/kernel/drivers" -mindepth 1 -maxdepth 1 ! -name net ! -name virtio ! -name char -exec rm -r {} +
+    find "$tree/kernel/drivers/net" -mindepth 1 -maxdepth 1 \( -name ethernet -o -name wireless -o -name usb -o -name can -o -name phy \) -exec rm -r {} +
+    rm -rf "$tree/kernel/sound"
     find "$tree" -name '*.ko.xz' -exec xz --decompress {} +
     busybox depmod -b "$root" "$version"
     echo "$version" >"$tree/version"

@@ -52,6 +52,8 @@ readonly behind_the_hook='^(raw IP|AF_PACKET|AF_PACKET TSO|AF_PACKET, ACK|two VL
 
 document='' download='' here=()
 ! internal/test/vmtest/here.sh --can || here=(--here)
+sudo=() # for images
+[ "$(id -u)" = 0 ] || sudo=(sudo)
 case ${1-} in
 --document) document=yes && shift ;;
 --download) download=yes && shift ;;
@@ -73,7 +75,7 @@ readonly trials='^(boot|debian|deb|rpm|fleet)$'
 if [ -n "$download" ]; then
     for machine in "${machines[@]}"; do
         case $machine in
-        boot | debian | deb | rpm | fleet) internal/test/vmtest/debian.sh --image ;;
+        boot | debian | deb | rpm | fleet) "${sudo[@]}" internal/test/vmtest/debian.sh --image ;;
         6.1 | 6.12)
             internal/test/vmtest/run.sh --download "$machine"
             internal/test/vmtest/run.sh --download --root "$machine"
@@ -85,7 +87,7 @@ if [ -n "$download" ]; then
 fi
 
 dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$dir"' EXIT
 mkdir "$dir"/{amd64,arm64,facts}
 case " ${machines[*]} " in *arm64*) architectures='amd64 arm64' ;; *) architectures=amd64 ;; esac
 for arch in $architectures; do
@@ -107,8 +109,8 @@ guest() {
     shift 2
     for _ in 1 2; do
         code=0
-        "$@" >"$dir/out-$machine" 2>&1 || code=$?
-        [ "$code" = 125 ] || break
+        setpriv --pdeathsig TERM "$@" >"$dir/out-$machine" 2>&1 || code=$?
+        [ "$code" = 125 ] && [[ " $* " != *' --here '* ]] || break
     done
     if [ "$code" != 0 ]; then
         cat "$dir/out-$machine"
@@ -139,10 +141,20 @@ alone() {
     cp "$dir/out-$1" "$dir/facts/$1"
 }
 
-# in_root KERNEL PACKAGE TESTS [ARG]... runs tests with this machine's root and Docker.
+# in_root KERNEL E2E ATTACKS-ON NAMES runs, with this machine's root and Docker, tests of e2e, and the attacks of
+# these names against one set of defences.
 in_root() {
-    guest "$2" "$1" internal/test/vmtest/run.sh --root --timeout 1500 --append apparmor=0 --env "EGRESSBPF_BINARY=$dir/egressbpf" \
-        "$1" "$dir/amd64/$2" -test.run "$3" "${@:4}"
+    local script=$dir/root-$1
+    {
+        echo '#!/bin/sh'
+        echo 'failed=0'
+        echo "$dir/amd64/e2e -test.run '^($2)\$' || failed=1"
+        echo "$dir/amd64/dockertest -test.run '^TestAttacks\$/^$3\$' -attacks '$4' || failed=1"
+        echo 'exit $failed'
+    } >"$script"
+    chmod +x "$script"
+    guest 'e2e dockertest' "$1" internal/test/vmtest/run.sh --root --timeout 1500 --append apparmor=0 \
+        --env "EGRESSBPF_BINARY=$dir/egressbpf" "$1" "$script"
 }
 
 # Tests with real packets and containers run for what this machine's own kernel may lack
@@ -153,13 +165,11 @@ on_kernel() {
     [ -z "$document" ] || return "$failed"
     case $1 in
     6.1)
-        in_root "$1" e2e '^(TestNewBridge|TestMetadataForOneContainer|TestMonitorOfTheHostSide)$' || failed=1
-        in_root "$1" dockertest '^TestAttacks$/^host_side$' -attacks "$behind_the_hook" || failed=1
+        in_root "$1" 'TestNewBridge|TestMetadataForOneContainer|TestMonitorOfTheHostSide' host_side "$behind_the_hook" || failed=1
         ;;
     6.12)
         # It has kinds of tunnels that other machines may lack.
-        in_root "$1" e2e '^TestUnusualTunnels$' || failed=1
-        in_root "$1" dockertest '^TestAttacks$/^families$' -attacks "$packet_sockets" || failed=1
+        in_root "$1" TestUnusualTunnels families "$packet_sockets" || failed=1
         guest lockdown "$1" internal/test/vmtest/run.sh --root --append lockdown=confidentiality "$1" "$dir/amd64/loader" -test.run '^TestLockedDown$' || failed=1
         guest hardened "$1" internal/test/vmtest/run.sh --root --append lockdown=integrity --append security=apparmor \
             --env "EGRESSBPF_BINARY=$dir/egressbpf" "$1" "$dir/amd64/hardened" -guest \
@@ -189,9 +199,6 @@ package_both() {
 
 # whole NAME [--here] boots a whole Debian with the folder of that name.
 whole() {
-    # The image needs root.
-    local sudo=()
-    [ "$(id -u)" = 0 ] || sudo=(sudo)
     guest 'all of egressbpf' "$1" "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1800 "${@:2}" "$dir/$1"
 }
 
@@ -206,7 +213,10 @@ service() {
 
 # with_packages KIND [--here] installs, upgrades and removes packages, deb or rpm, on a whole Debian.
 with_packages() {
+    exec {lock}>"$dir/packages.lock"
+    flock "$lock"
     [ -d "$dir/packages" ] || package_both "$dir/packages" >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
+    exec {lock}>&-
     cp -r "$dir/packages" "$dir/$1"
     echo "$1" >"$dir/$1/kind"
     cp internal/test/vmtest/{guest.sh,packages/run} "$dir/$1"
