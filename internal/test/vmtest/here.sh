@@ -43,7 +43,8 @@ settings=$(cd /proc/sys && grep -H '' fs/file-max fs/nr_open kernel/keys/root_ma
 root=$(mktemp -d)
 machine=
 cleanup() {
-    [ -z "$machine" ] || kill -KILL "$machine" || true # and with it all in its namespaces
+    set +e # whatever fails, the rest is put back
+    [ -z "$machine" ] || kill -KILL "$machine" # and with it all in its namespaces
     umount -R "$root" || umount -Rl "$root" # still used by what is being killed
     rmdir "$root"
     mount -t cgroup2 -o "remount,$options" none "$groups"
@@ -56,7 +57,7 @@ cleanup() {
         mapfile -t groups_made < <(tops | grep -vxF "$before")
         [ ${#groups_made[@]} -gt 0 ] || break
         for group in "${groups_made[@]}"; do
-            find "$group" -depth -type d -exec rmdir {} \; 2>/dev/null || true
+            find "$group" -depth -type d -exec rmdir {} \; 2>/dev/null
         done
         sleep 0.1
     done
