@@ -240,15 +240,18 @@ on_debian() {
 
 # As many machines at once as there are processors, those that take longest first.
 failed=0
-mapfile -t chosen < <(printf '%s\n' "${machines[@]}" | grep -E "$trials" | grep -vx boot)
+mapfile -t chosen < <(printf '%s\n' "${machines[@]}" | grep -E "$trials" | grep -vx boot || true)
+left=${#machines[@]}
 if [ ${#here[@]} -gt 0 ] && [ ${#chosen[@]} -gt 0 ]; then
     on_debian "${chosen[@]}" & # one after the other, all on this kernel
+    left=$((left - ${#chosen[@]}))
     chosen=()
 fi
 mapfile -t -O "${#chosen[@]}" chosen < <(
-    printf '%s\n' "${machines[@]}" | grep -x boot
-    printf '%s\n' "${machines[@]}" | grep -vE "$trials" | sort -rV
+    printf '%s\n' "${machines[@]}" | grep -x boot || true
+    printf '%s\n' "${machines[@]}" | grep -vE "$trials" | sort -rV || true
 )
+[ ${#chosen[@]} = "$left" ] || { echo "test.sh: would run ${chosen[*]} of ${machines[*]}"; exit 1; }
 for machine in "${chosen[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do
         wait -n || failed=1
