@@ -208,3 +208,13 @@ func TestRuleUnsure(t *testing.T) {
 		t.Errorf("got %+v for a pod whose network is not known", got)
 	}
 }
+
+// A rule opens something to pods of every namespace if nothing narrows its namespace.
+func TestOpensToPods(t *testing.T) {
+	for namespace, want := range map[string]int{"": 1, "*": 1, "**": 1, "team-*": -1, "kube-system": -1} {
+		p := Policy{Containers: []ContainerRule{{Label: "x", Metadata: Denied}, {Namespace: namespace, Label: "x", Metadata: Allowed}}}
+		if got := p.OpensToPods(); got != want {
+			t.Errorf("namespace %q: got rule %d, want %d", namespace, got, want)
+		}
+	}
+}
