@@ -6,8 +6,9 @@
 # go test counts the wait, so a test has its own here.
 set -euo pipefail
 
+set -- "$@" -test.timeout=30m
 case $PWD in
 */internal/test/release) exec nice -n 19 "$@" ;;
 */internal/docker | */internal/iptables | */internal/top) exec "$@" ;;
 esac
-exec flock --close "${BASH_SOURCE[0]}" "$@" -test.timeout=30m
+exec flock --close "${BASH_SOURCE[0]}" "$@"

@@ -28,8 +28,9 @@ An exit code of 125 means that no result came back. There is no network.
   --here  no emulation: boot in namespaces on this machine's own kernel, which is ten times
           faster. Control groups have the controllers, and processes the capabilities, that
           they have here. See here.sh --can.
+  --image only make the image
 
-The image is made once, with --image without a boot, by apt and with its signature checks, in VMTEST_CACHE (default:
+The image is made once, by apt and with its signature checks, in VMTEST_CACHE (default:
 egressbpf-vmtest in the user's cache folder). VMTEST_MIRROR is as for run.sh.
 END
 }
@@ -125,31 +126,30 @@ done
 internal/test/testenv/install.sh "${needed[@]}"
 image=$(cached) || exit "$harness_failed"
 [ -z "$only_image" ] || exit 0
+folder=$1
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 cp --sparse=always "$image/disk" "$dir/disk"
-[ -n "$here" ] || mke2fs -q -F -t ext4 -d "$1" "$dir/files" 256M >/dev/null
+[ -n "$here" ] || mke2fs -q -F -t ext4 -d "$folder" "$dir/files" 256M >/dev/null
 
-# boot_emulated FOLDER BOOT
 boot_emulated() {
     setpriv --pdeathsig TERM timeout --kill-after=10 "$timeout" qemu-system-x86_64 -accel tcg,thread=multi -cpu max,la57=off -smp 2 -m 2G \
         -nodefaults -display none -no-reboot -nic none -serial "file:$dir/console" -serial "file:$dir/out" \
         -kernel "$image/vmlinuz" -initrd "$image/initrd" \
-        -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 systemd.show_status=no $parameters vmtest.boot=$2" \
+        -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 systemd.show_status=no $parameters vmtest.boot=$boot" \
         -drive "file=$dir/disk,if=virtio,format=raw,cache=unsafe" -drive "file=$dir/files,if=virtio,format=raw,readonly=on" \
         </dev/null >"$dir/log" 2>&1 || true
 }
 
-# boot_here FOLDER BOOT
 boot_here() {
-    setpriv --pdeathsig TERM timeout --kill-after=30 "$timeout" internal/test/vmtest/here.sh "$dir/disk" "$1" "$dir/out" "$2" >"$dir/log" 2>&1 || true
+    setpriv --pdeathsig TERM timeout --kill-after=30 "$timeout" internal/test/vmtest/here.sh "$dir/disk" "$folder" "$dir/out" "$boot" >"$dir/log" 2>&1 || true
 }
 
 code=$reboot
 failures=0
 for ((boot = 1; code == reboot; boot++)); do
     rm -f "$dir/out"
-    if [ -n "$here" ]; then boot_here "$1" "$boot"; else boot_emulated "$1" "$boot"; fi
+    if [ -n "$here" ]; then boot_here; else boot_emulated; fi
     [ -e "$dir/out" ] || { cat "$dir/log" >&2 && die "boot $boot: the machine did not start"; }
     tr -d '\r' <"$dir/out" | grep -v '^vmtest exit code ' || true
     code=$(tr -d '\r' <"$dir/out" | sed -n 's/^vmtest exit code //p')

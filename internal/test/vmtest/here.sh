@@ -48,15 +48,15 @@ cleanup() {
     umount -R "$root" || umount -Rl "$root" # still used by what is being killed
     rmdir "$root"
     mount -t cgroup2 -o "remount,$options" none "$groups"
-    # It takes a while until nobody is in a group any more.
-    local group controller setting value
+    local made group controller setting value
     while IFS=: read -r setting value; do
         echo "$value" >"/proc/sys/$setting"
     done <<<"$settings"
+    # It takes a while until nobody is in a group any more.
     for _ in $(seq 100); do
-        mapfile -t groups_made < <(tops | grep -vxF "$before")
-        [ ${#groups_made[@]} -gt 0 ] || break
-        for group in "${groups_made[@]}"; do
+        mapfile -t made < <(tops | grep -vxF "$before")
+        [ ${#made[@]} -gt 0 ] || break
+        for group in "${made[@]}"; do
             find "$group" -depth -type d -exec rmdir {} \; 2>/dev/null
         done
         sleep 0.1
@@ -78,7 +78,7 @@ readonly masked='systemd-sysctl systemd-udevd systemd-udev-trigger systemd-modul
 
 # enter is the first process in the namespaces.
 enter() {
-    local root=$1 out=$2 boot=$3 unit
+    local root=$1 out=$2 boot=$3 unit name numbers
     cd "$root"
     hostname vmtest
     ip link set lo up

@@ -240,19 +240,21 @@ on_debian() {
 
 # As many machines at once as there are processors, those that take longest first.
 failed=0
-mapfile -t chosen < <(printf '%s\n' "${machines[@]}" | grep -E "$trials" | grep -vx boot || true)
-left=${#machines[@]}
-if [ ${#here[@]} -gt 0 ] && [ ${#chosen[@]} -gt 0 ]; then
-    on_debian "${chosen[@]}" & # one after the other, all on this kernel
-    left=$((left - ${#chosen[@]}))
-    chosen=()
+on_this=() emulated=() kernels=()
+for machine in "${machines[@]}"; do
+    if [[ ! $machine =~ $trials ]]; then
+        kernels+=("$machine")
+    elif [ "$machine" = boot ] || [ ${#here[@]} = 0 ]; then
+        emulated+=("$machine")
+    else
+        on_this+=("$machine")
+    fi
+done
+if [ ${#on_this[@]} -gt 0 ]; then
+    on_debian "${on_this[@]}" & # one after the other, all on this kernel
 fi
-mapfile -t -O "${#chosen[@]}" chosen < <(
-    printf '%s\n' "${machines[@]}" | grep -x boot || true
-    printf '%s\n' "${machines[@]}" | grep -vE "$trials" | sort -rV || true
-)
-[ ${#chosen[@]} = "$left" ] || { echo "test.sh: would run ${chosen[*]} of ${machines[*]}"; exit 1; }
-for machine in "${chosen[@]}"; do
+[ ${#kernels[@]} = 0 ] || mapfile -t kernels < <(printf '%s\n' "${kernels[@]}" | sort -rV)
+for machine in "${emulated[@]}" "${kernels[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do
         wait -n || failed=1
     done
