@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -51,6 +52,42 @@ func LockHost() (unlock func(), err error) {
 
 var serial atomic.Int64
 
+// remains is the name of what belongs to the tests of a process.
+const remains = "egressbpf-test-%d"
+
+// removeRemains removes what tests of a killed process left: its filters would be seen by other tests, and
+// cgroups of its be policed.
+var removeRemains = sync.OnceFunc(func() {
+	const initialNamespace = 0xeffffffc // PROC_PID_INIT_INO, uapi/linux/nsfs.h
+	var namespace unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/pid", &namespace); err != nil || namespace.Ino != initialNamespace {
+		return // here, one does not see which processes there are
+	}
+	isRemains := func(name string) bool {
+		var pid int
+		if n, _ := fmt.Sscanf(name, remains, &pid); n == 0 {
+			return false
+		}
+		return unix.Kill(pid, 0) == unix.ESRCH
+	}
+	mounts, _ := os.ReadFile("/proc/self/mounts")
+	for line := range strings.Lines(string(mounts)) {
+		if fields := strings.Fields(line); len(fields) > 1 && isRemains(fields[0]) {
+			_ = unix.Unmount(fields[1], unix.MNT_DETACH)
+		}
+	}
+	root, err := cgroup.FindRoot()
+	if err != nil {
+		return
+	}
+	entries, _ := os.ReadDir(string(root))
+	for _, entry := range entries {
+		if isRemains(entry.Name()) {
+			_ = removeCgroup(root.Path("/" + entry.Name()))
+		}
+	}
+})
+
 // Cgroup makes a cgroup directly below the root and returns its path. It is
 // removed after the test, with the cgroups below it; processes in it are killed.
 func Cgroup(t testing.TB) string {
@@ -66,8 +103,12 @@ func Cgroup(t testing.TB) string {
 // cgroup, it is removed as by Cgroup.
 func CgroupName(t testing.TB) string {
 	t.Helper()
-	path := Root(t).Path(fmt.Sprintf("/egressbpf-test-%d-%d", os.Getpid(), serial.Add(1)))
-	t.Cleanup(func() { removeCgroup(t, path) })
+	removeRemains()
+	path := Root(t).Path(fmt.Sprintf("/"+remains+"-%d", os.Getpid(), serial.Add(1)))
+	t.Cleanup(func() {
+		// A killed process stays in the cgroup until it is reaped.
+		Eventually(t, "remove "+path, func() bool { return removeCgroup(path) != unix.EBUSY })
+	})
 	return path
 }
 
@@ -81,18 +122,17 @@ func Child(t testing.TB, parent, name string) string {
 	return path
 }
 
-func removeCgroup(t testing.TB, path string) {
+// removeCgroup removes a cgroup and those below it, and kills the processes in them.
+func removeCgroup(path string) error {
 	entries, err := os.ReadDir(path)
-	if os.IsNotExist(err) {
-		return
-	}
 	if err != nil {
-		t.Error(err)
-		return
+		return err
 	}
 	for _, entry := range entries {
 		if entry.IsDir() {
-			removeCgroup(t, filepath.Join(path, entry.Name()))
+			if err := removeCgroup(filepath.Join(path, entry.Name())); err != nil {
+				return err
+			}
 		}
 	}
 	// cgroup.kill needs 5.14.
@@ -103,16 +143,16 @@ func removeCgroup(t testing.TB, path string) {
 			_ = unix.Kill(n, unix.SIGKILL)
 		}
 	}
-	// A killed process stays in the cgroup until it is reaped.
-	Eventually(t, "remove "+path, func() bool { return unix.Rmdir(path) != unix.EBUSY })
+	return unix.Rmdir(path)
 }
 
 // PinPath mounts a bpf filesystem for the test and returns a pin path in it that does not
 // exist.
 func PinPath(t testing.TB) string {
 	t.Helper()
+	removeRemains()
 	dir := t.TempDir()
-	if err := unix.Mount("bpf", dir, "bpf", 0, "mode=0700"); err != nil {
+	if err := unix.Mount(fmt.Sprintf(remains, os.Getpid()), dir, "bpf", 0, "mode=0700"); err != nil {
 		t.Fatalf("mount a bpf filesystem: %v", err)
 	}
 	t.Cleanup(func() {
