@@ -126,7 +126,8 @@ download-kernels: test-tools
 	internal/test/vmtest/test.sh --download
 
 .PHONY: test
-test: test-race test-host test-kernels
+test: test-tools
+	internal/test/vmtest/test.sh --beside $(MAKE) --no-print-directory test-race test-host
 
 # The packages whose goroutines share data are tested with the race detector, which needs cgo.
 RACED := container daemon docker events tell top

@@ -5,9 +5,12 @@
 # which shows all defences at work, and beyond that what the kernel of a developer's machine
 # cannot show. What the kernels do is compared with docs/kernels.md.
 # Usage: test.sh [--document|--download|--emulate] [KERNEL|TRIAL]...
+#        test.sh --beside COMMAND [ARG]...
 #   --document   only write docs/kernels.md, from TestKernel on each kernel
 #   --download   only download what a later run needs
 #   --emulate    emulate a machine for each trial
+#   --beside     run the command too: emulated machines get what it leaves of the processors, and
+#                trials on this machine's own kernel come after it. If it fails, all ends.
 # A TRIAL is debian: the service; boot: the service at a boot of Debian's kernel; deb, rpm: the packages;
 # fleet: Ansible and cloud-init. All but boot take place on this machine's own kernel if it can
 # have them. The default is all kernels that run.sh knows, and all trials or, where each of them
@@ -50,7 +53,7 @@ readonly packet_sockets='^(raw IP|AF_PACKET|AF_PACKET SOCK_DGRAM|AF_PACKET TX_RI
 # Attacks that the host side stops: such sockets, and packets that a container changes or forwards.
 readonly behind_the_hook='^(raw IP|AF_PACKET|AF_PACKET TSO|AF_PACKET, ACK|two VLAN tags|802.1ad|nft forged source|tc pedit|tun|veth and forwarding)$'
 
-document='' download='' here=()
+document='' download='' here=() beside=()
 ! internal/test/vmtest/here.sh --can || here=(--here)
 sudo=() # for images
 [ "$(id -u)" = 0 ] || sudo=(sudo)
@@ -58,6 +61,7 @@ case ${1-} in
 --document) document=yes && shift ;;
 --download) download=yes && shift ;;
 --emulate) here=() && shift ;;
+--beside) beside=("${@:2}") && set -- ;;
 esac
 machines=("$@")
 if [ ${#machines[@]} = 0 ]; then
@@ -88,6 +92,7 @@ fi
 
 dir=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$dir"' EXIT
+trap 'exit 1' USR1
 mkdir "$dir"/{amd64,arm64,facts}
 case " ${machines[*]} " in *arm64*) architectures='amd64 arm64' ;; *) architectures=amd64 ;; esac
 for arch in $architectures; do
@@ -102,15 +107,25 @@ if [ -z "$document" ]; then
     CGO_ENABLED=0 go build -buildvcs=false -o "$dir/egressbpf" ./cmd/egressbpf
 fi
 
+# Emulated beside tests, all takes longer.
+readonly patience=(--timeout 3600)
+
 # guest NAME MACHINE COMMAND... runs the command, and again if no result came back:
 # emulation itself can fail.
 guest() {
-    local name=$1 machine=$2 from=$SECONDS code=0
+    local name=$1 machine=$2 from=$SECONDS code=0 emulated=yes behind=()
     shift 2
+    [[ " $* " != *' --here '* ]] || emulated=
+    if [ -n "$emulated" ] && [ ${#beside[@]} -gt 0 ]; then
+        # A nice value counts among the processes of a session; among sessions, where there are
+        # autogroups, it is theirs that counts.
+        # shellcheck disable=SC2016
+        behind=(setsid bash -c 'echo 10 2>/dev/null >/proc/self/autogroup; exec nice -n 10 "$@"' bash)
+    fi
     for _ in 1 2; do
         code=0
-        setpriv --pdeathsig TERM "$@" >"$dir/out-$machine" 2>&1 || code=$?
-        [ "$code" = 125 ] && [[ " $* " != *' --here '* ]] || break
+        setpriv --pdeathsig TERM "${behind[@]}" "$@" >"$dir/out-$machine" 2>&1 || code=$?
+        [ "$code" = 125 ] && [ -n "$emulated" ] || break
     done
     if [ "$code" != 0 ]; then
         cat "$dir/out-$machine"
@@ -137,7 +152,7 @@ alone() {
         echo 'exit $failed'
     } >"$script"
     guest "${loader:+loader }${events:+events }${verdict:+verdict }" "$1" \
-        internal/test/vmtest/run.sh --timeout 1500 "${files[@]}" "$1" "$script" || return
+        internal/test/vmtest/run.sh "${patience[@]}" "${files[@]}" "$1" "$script" || return
     cp "$dir/out-$1" "$dir/facts/$1"
 }
 
@@ -153,7 +168,7 @@ in_root() {
         echo 'exit $failed'
     } >"$script"
     chmod +x "$script"
-    guest 'e2e dockertest' "$1" internal/test/vmtest/run.sh --root --timeout 1500 --append apparmor=0 \
+    guest 'e2e dockertest' "$1" internal/test/vmtest/run.sh --root "${patience[@]}" --append apparmor=0 \
         --env "EGRESSBPF_BINARY=$dir/egressbpf" "$1" "$script"
 }
 
@@ -170,8 +185,8 @@ on_kernel() {
     6.12)
         # It has kinds of tunnels that other machines may lack.
         in_root "$1" TestUnusualTunnels families "$packet_sockets" || failed=1
-        guest lockdown "$1" internal/test/vmtest/run.sh --root --append lockdown=confidentiality "$1" "$dir/amd64/loader" -test.run '^TestLockedDown$' || failed=1
-        guest hardened "$1" internal/test/vmtest/run.sh --root --append lockdown=integrity --append security=apparmor \
+        guest lockdown "$1" internal/test/vmtest/run.sh --root "${patience[@]}" --append lockdown=confidentiality "$1" "$dir/amd64/loader" -test.run '^TestLockedDown$' || failed=1
+        guest hardened "$1" internal/test/vmtest/run.sh --root "${patience[@]}" --append lockdown=integrity --append security=apparmor \
             --env "EGRESSBPF_BINARY=$dir/egressbpf" "$1" "$dir/amd64/hardened" -guest \
             -test.run '^(TestLockdown|TestHardenedSettings|TestPrivateMount|TestNoJIT|TestAppArmor)$' || failed=1
         ;;
@@ -199,7 +214,7 @@ package_both() {
 
 # whole NAME [--here] boots a whole Debian with the folder of that name.
 whole() {
-    guest 'all of egressbpf' "$1" "${sudo[@]}" internal/test/vmtest/debian.sh --timeout 1800 "${@:2}" "$dir/$1"
+    guest 'all of egressbpf' "$1" "${sudo[@]}" internal/test/vmtest/debian.sh "${patience[@]}" "${@:2}" "$dir/$1"
 }
 
 # service TRIAL [--here] runs `make install` and tests the service on a whole Debian.
@@ -238,8 +253,18 @@ on_debian() {
     return "$failed"
 }
 
-# As many machines at once as there are processors, those that take longest first.
-failed=0
+# or_fail runs a command as a job, and notes that it failed.
+or_fail() { "$@" || : >"$dir/failed"; }
+
+# on_this_kernel runs what does without emulation, one after the other.
+on_this_kernel() {
+    if [ ${#beside[@]} -gt 0 ] && ! setpriv --pdeathsig TERM "${beside[@]}"; then
+        kill -USR1 $$
+        return 1
+    fi
+    on_debian "${on_this[@]}"
+}
+
 on_this=() emulated=() kernels=()
 for machine in "${machines[@]}"; do
     if [[ ! $machine =~ $trials ]]; then
@@ -250,23 +275,23 @@ for machine in "${machines[@]}"; do
         on_this+=("$machine")
     fi
 done
-if [ ${#on_this[@]} -gt 0 ]; then
-    on_debian "${on_this[@]}" & # one after the other, all on this kernel
-fi
 [ ${#kernels[@]} = 0 ] || mapfile -t kernels < <(printf '%s\n' "${kernels[@]}" | sort -rV)
+
+# As many machines at once as there are processors, those that take longest first.
+places=$(nproc)
+[ ${#beside[@]} = 0 ] || ((++places))
+[ ${#beside[@]} = 0 ] && [ ${#on_this[@]} = 0 ] || or_fail on_this_kernel &
 for machine in "${emulated[@]}" "${kernels[@]}"; do
-    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do
-        wait -n || failed=1
+    while [ "$(jobs -rp | wc -l)" -ge "$places" ]; do
+        wait -n || true
     done
-    if [[ $machine =~ $trials ]]; then on_debian "$machine" & else on_kernel "$machine" & fi
+    if [[ $machine =~ $trials ]]; then or_fail on_debian "$machine" & else or_fail on_kernel "$machine" & fi
 done
-for job in $(jobs -p); do
-    wait "$job" || failed=1
-done
+wait
 
 if [ -n "$document" ]; then
-    go run ./internal/test/kernels write "$dir/facts" || failed=1
+    go run ./internal/test/kernels write "$dir/facts" || exit 1
 elif [ -n "$(ls "$dir/facts")" ]; then
-    go run ./internal/test/kernels check "$dir/facts" || failed=1
+    go run ./internal/test/kernels check "$dir/facts" || exit 1
 fi
-exit "$failed"
+[ ! -e "$dir/failed" ]
