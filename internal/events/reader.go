@@ -95,7 +95,9 @@ func Open(filter *loader.Filter, names *Names, size int) (*Reader, error) {
 	if r.at, err = r.sit(); err != nil {
 		return nil, err
 	}
-	if r.telling, err = r.filter.InForce(r.at.state, bpf.EgressMapReaders); err == nil && !r.telling {
+	// What an attach has not replaced yet is looked at again.
+	changing := r.filter.Changing()
+	if r.telling, err = r.filter.InForce(r.at.state, bpf.EgressMapReaders); err == nil && !r.telling && !changing {
 		err = maps.ErrNoEvents
 	}
 	if err != nil {
@@ -260,11 +262,12 @@ func (r *Reader) checkTelling(s *seat, fingerprint string) (err error) {
 	if r.telling && !changed {
 		return nil
 	}
+	changing := r.filter.Changing() // asked first, since it may end
 	if r.telling, err = r.filter.InForce(s.state, bpf.EgressMapReaders); err != nil {
 		return err
 	}
-	// An attach may be replacing the programs.
-	if !r.telling && !changed {
+	// An attach replaces the maps before the programs.
+	if !r.telling && !changed && !changing {
 		return maps.ErrNoEvents
 	}
 	return nil

@@ -390,12 +390,15 @@ func TestPassedOver(t *testing.T) {
 }
 
 // TestOtherPrograms puts programs in force that do not know the maps of events, as a version does that
-// tells none. It leaves the pins.
+// tells none. It leaves the pins. As long as an attach is under way, the reader goes on.
 func TestOtherPrograms(t *testing.T) {
 	s := newScene(t, testPolicy())
 	r := s.open()
 	s.connect(s.container, 1)
 	next(t, r)
+	unlock, err := pins.At(s.pins).LockExisting(t.Context())
+	check(t, err)
+	t.Cleanup(unlock) // before the filter is detached
 	all, err := pins.At(s.pins).Links()
 	check(t, err)
 	for _, pin := range all {
@@ -418,6 +421,21 @@ func TestOtherPrograms(t *testing.T) {
 		defer other.Close()
 		check(t, l.Update(other))
 	}
+	for range 3 {
+		begun := time.Now()
+		testenv.Eventually(t, "the reader looks", func() bool {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			if r.err != nil {
+				t.Fatalf("while an attach is under way: %v", r.err)
+			}
+			return r.at.looked.After(begun)
+		})
+	}
+	duringAttach, err := Open(s.filter, r.names, 1<<16)
+	check(t, err)
+	check(t, duringAttach.Close())
+	unlock()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	if got, err := r.Next(ctx); !errors.Is(err, maps.ErrNoEvents) {

@@ -28,6 +28,9 @@ func (f *Filter) Uses(state *maps.State, name string) (bool, error) {
 	return state.Uses(name, now), nil
 }
 
+// Changing says whether an attach or a detach is under way.
+func (f *Filter) Changing() bool { return f.pins.Locked() }
+
 // InForce says whether programs in force use a map of a state. Those of a version that does not know
 // the map leave its pin alone.
 func (f *Filter) InForce(state *maps.State, name string) (bool, error) {

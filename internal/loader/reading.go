@@ -88,9 +88,16 @@ func (f *Filter) read() (*reading, error) {
 
 // interrupted says whether an attach was interrupted while it replaced maps.
 func (f *Filter) interrupted() (bool, error) {
-	from, err := f.pins.Replaced()
-	maps.CloseAll(from)
-	return len(from) > 0 && !f.pins.Locked(), err
+	left := func() (bool, error) {
+		from, err := f.pins.Replaced()
+		maps.CloseAll(from)
+		return len(from) > 0, err
+	}
+	if some, err := left(); !some || err != nil || f.pins.Locked() {
+		return false, err
+	}
+	// The attach may just have ended.
+	return left()
 }
 
 // AddState adds to a status how much room is left for containers, and which containers a
