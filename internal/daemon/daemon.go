@@ -157,6 +157,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		case <-d.Reload:
 			d.reload(ctx)
 		case <-look.C:
+			d.Containers.Wake() // a kubelet may have been started
 			if file.changed() {
 				d.reload(ctx)
 			}
@@ -351,7 +352,6 @@ func (d *Daemon) change(ctx context.Context, do func(*maps.State) error) error {
 
 // check repairs what others have broken, and reports what is wrong.
 func (d *Daemon) check(ctx context.Context) {
-	d.Containers.Wake() // a kubelet may have been started
 	for _, source := range d.Containers.Stale() {
 		d.learn(ctx, container.Event{Source: source, Action: container.Resync})
 	}

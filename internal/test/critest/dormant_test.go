@@ -8,8 +8,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/egressbpf/egressbpf/bpf"
-	"github.com/egressbpf/egressbpf/internal/loader"
 	"github.com/egressbpf/egressbpf/internal/test/e2e/lab"
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
@@ -41,11 +39,6 @@ func TestDormant(t *testing.T) {
 	rel := podCgroup(uid) + "/" + id
 	pod := n.Container(t).Agent(t, mkdir(t, rel))
 	claim(f, id, "kube-system", uid)
-	// The service looks for pods whenever it checks the filter: each half minute, and soon
-	// after somebody has broken the filter, as here.
-	if err := os.Remove(filepath.Join(loader.DefaultPinPath, bpf.EgressMapSeen)); err != nil {
-		t.Fatal(err)
-	}
 	testenv.Eventually(t, "exception", func() bool { return flags(t, rel) == exception })
 	expectConnect(t, pod, "kube-system", 0)
 	expectConnect(t, agent, "a container outside of pods", unix.ECONNREFUSED)
