@@ -179,7 +179,7 @@ func memoryLimit(t *testing.T, bytes int) string {
 			t.Fatal(err)
 		}
 	}
-	dir := fmt.Sprintf("%s/egressbpf-test-memory-%d", root, os.Getpid())
+	dir := fmt.Sprintf("%s/egressbpf-test-%d-memory", root, os.Getpid())
 	check(t, os.Mkdir(dir, 0o755))
 	t.Cleanup(func() {
 		testenv.Eventually(t, "remove "+dir, func() bool { return unix.Rmdir(dir) != unix.EBUSY })

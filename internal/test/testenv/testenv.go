@@ -55,13 +55,10 @@ var serial atomic.Int64
 // remains is the name of what belongs to the tests of a process.
 const remains = "egressbpf-test-%d"
 
-// removeRemains removes what tests of a killed process left: its filters would be seen by other tests, and
-// cgroups of its be policed.
+// removeRemains removes what tests of a killed process left: other tests would see its filters.
 var removeRemains = sync.OnceFunc(func() {
-	const initialNamespace = 0xeffffffc // PROC_PID_INIT_INO, uapi/linux/nsfs.h
-	var namespace unix.Stat_t
-	if err := unix.Stat("/proc/self/ns/pid", &namespace); err != nil || namespace.Ino != initialNamespace {
-		return // here, one does not see which processes there are
+	if !seesAllProcesses() {
+		return
 	}
 	isRemains := func(name string) bool {
 		var pid int
@@ -83,10 +80,24 @@ var removeRemains = sync.OnceFunc(func() {
 	entries, _ := os.ReadDir(string(root))
 	for _, entry := range entries {
 		if isRemains(entry.Name()) {
-			_ = removeCgroup(root.Path("/" + entry.Name()))
+			path := root.Path("/" + entry.Name())
+			// A killed process stays in its cgroup until it is reaped.
+			for range 1000 {
+				if removeCgroup(path) != unix.EBUSY {
+					break
+				}
+				time.Sleep(time.Millisecond)
+			}
 		}
 	}
 })
+
+// seesAllProcesses says whether this process is in the first PID namespace.
+func seesAllProcesses() bool {
+	const first = 0xeffffffc // PROC_PID_INIT_INO of linux/proc_ns.h
+	var namespace unix.Stat_t
+	return unix.Stat("/proc/self/ns/pid", &namespace) == nil && namespace.Ino == first
+}
 
 // Cgroup makes a cgroup directly below the root and returns its path. It is
 // removed after the test, with the cgroups below it; processes in it are killed.
