@@ -156,11 +156,11 @@ kernels: test-tools
 test-debian: test-tools
 	internal/test/vmtest/test.sh boot debian
 
-# The packages: install, upgrade, going back, removal, purge, on a whole Debian. The rpm packages by
+# The packages and the image: install, upgrade, going back, removal, on a whole Debian. The rpm packages by
 # Debian's rpm.
 .PHONY: test-packages
 test-packages: test-tools
-	internal/test/vmtest/test.sh deb rpm
+	internal/test/vmtest/test.sh deb rpm image
 
 # The Ansible role and the cloud-init user-data, by Ansible and cloud-init on a whole Debian.
 .PHONY: test-fleet

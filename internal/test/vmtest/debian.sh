@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
 readonly suite=trixie
-readonly packages=systemd-sysv,dbus,docker.io,docker-cli,docker-buildx,podman,crun,netavark,rootlesskit,slirp4netns,passt,uidmap,dbus-user-session,linux-image-cloud-amd64,initramfs-tools,iproute2,iptables,nftables,busybox-static,procps,bpftool,rpm,ansible-core,python3-apt,cloud-init
+readonly packages=systemd-sysv,dbus,docker.io,docker-cli,docker-buildx,docker-compose,apparmor,containernetworking-plugins,podman,crun,netavark,rootlesskit,slirp4netns,passt,uidmap,dbus-user-session,linux-image-cloud-amd64,initramfs-tools,iproute2,iptables,nftables,busybox-static,procps,bpftool,rpm,ansible-core,python3-apt,cloud-init
 readonly needed=(mmdebstrap:mmdebstrap qemu-system-x86_64:qemu-system-x86 mke2fs:e2fsprogs debian-archive-keyring python-apt-common)
 
 # What exits with this code is the harness, not the script.
@@ -77,7 +77,9 @@ END
 arguments=$(cat /proc/cmdline; tr '\0' ' ' </proc/1/cmdline)
 mountpoint -q /mnt/test || mount -o ro /dev/vdb /mnt/test
 /mnt/test/run "$(echo $arguments | sed 's/.*vmtest.boot=//; s/ .*//')" >>/dev/ttyS1 2>&1 </dev/null
-echo "vmtest exit code $?" >>/dev/ttyS1
+code=$?
+[ "$code" != 125 ] || code=1 # such as docker run's
+echo "vmtest exit code $code" >>/dev/ttyS1
 sync
 systemctl poweroff --force --force
 END

@@ -12,7 +12,7 @@
 #   --beside     run the command too: emulated machines get what it leaves of the processors, and
 #                trials on this machine's own kernel come after it. If it fails, all ends.
 # A TRIAL is debian: the service; boot: the service at a boot of Debian's kernel; deb, rpm: the packages;
-# fleet: Ansible and cloud-init. All but boot take place on this machine's own kernel if it can
+# image: egressbpf as a container; fleet: Ansible and cloud-init. All but boot take place on this machine's own kernel if it can
 # have them. The default is all kernels that run.sh knows, and all trials or, where each of them
 # needs emulation, debian.
 set -euo pipefail
@@ -61,7 +61,11 @@ case ${1-} in
 --document) document=yes && shift ;;
 --download) download=yes && shift ;;
 --emulate) here=() && shift ;;
---beside) beside=("${@:2}") && set -- ;;
+--beside)
+    beside=("${@:2}")
+    [ ${#beside[@]} -gt 0 ] || { echo 'test.sh: --beside needs a command' >&2 && exit 2; }
+    set --
+    ;;
 esac
 machines=("$@")
 if [ ${#machines[@]} = 0 ]; then
@@ -71,15 +75,15 @@ if [ ${#machines[@]} = 0 ]; then
     elif [ ${#here[@]} = 0 ]; then
         machines+=(debian)
     else
-        machines+=(boot debian deb rpm fleet)
+        machines+=(boot debian deb rpm image fleet)
     fi
 fi
-readonly trials='^(boot|debian|deb|rpm|fleet)$'
+readonly trials='^(boot|debian|deb|rpm|image|fleet)$'
 
 if [ -n "$download" ]; then
     for machine in "${machines[@]}"; do
         case $machine in
-        boot | debian | deb | rpm | fleet) "${sudo[@]}" internal/test/vmtest/debian.sh --image ;;
+        boot | debian | deb | rpm | image | fleet) "${sudo[@]}" internal/test/vmtest/debian.sh --image ;;
         6.1 | 6.12)
             internal/test/vmtest/run.sh --download "$machine"
             internal/test/vmtest/run.sh --download --root "$machine"
@@ -94,6 +98,7 @@ dir=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$dir"' EXIT
 trap 'exit 1' USR1
 mkdir "$dir"/{amd64,arm64,facts}
+: >"$dir/passed"
 case " ${machines[*]} " in *arm64*) architectures='amd64 arm64' ;; *) architectures=amd64 ;; esac
 for arch in $architectures; do
     for package in internal/loader internal/events internal/test/verdict; do
@@ -107,24 +112,25 @@ if [ -z "$document" ]; then
     CGO_ENABLED=0 go build -buildvcs=false -o "$dir/egressbpf" ./cmd/egressbpf
 fi
 
-# Emulated beside tests, all takes longer.
-readonly patience=(--timeout 3600)
+patience=(--timeout 1500)
+[ ${#beside[@]} = 0 ] || patience=(--timeout 3600)
 
 # guest NAME MACHINE COMMAND... runs the command, and again if no result came back:
 # emulation itself can fail.
 guest() {
-    local name=$1 machine=$2 from=$SECONDS code=0 emulated=yes behind=()
+    local name=$1 machine=$2 from=$SECONDS code=0 emulated=yes behind=() as=()
     shift 2
+    [ "$1" != sudo ] || { as=(sudo) && shift; } # it may have to ask at the terminal
     [[ " $* " != *' --here '* ]] || emulated=
     if [ -n "$emulated" ] && [ ${#beside[@]} -gt 0 ]; then
         # A nice value counts among the processes of a session; among sessions, where there are
         # autogroups, it is theirs that counts.
         # shellcheck disable=SC2016
-        behind=(setsid bash -c 'echo 10 2>/dev/null >/proc/self/autogroup; exec nice -n 10 "$@"' bash)
+        behind=(setsid --wait bash -c 'echo 10 2>/dev/null >/proc/self/autogroup; exec nice -n 10 "$@"' bash)
     fi
     for _ in 1 2; do
         code=0
-        setpriv --pdeathsig TERM "${behind[@]}" "$@" >"$dir/out-$machine" 2>&1 || code=$?
+        "${as[@]}" setpriv --pdeathsig TERM "${behind[@]}" "$@" >"$dir/out-$machine" 2>&1 || code=$?
         [ "$code" = 125 ] && [ -n "$emulated" ] || break
     done
     if [ "$code" != 0 ]; then
@@ -195,21 +201,25 @@ on_kernel() {
 }
 
 # The packages of this commit are upgraded from, and gone back to.
-readonly earlier=c10a985
+readonly earlier=3344bc4
 
-# packaged FOLDER NAME SOURCE VERSION EPOCH builds the source, and makes packages of it in FOLDER/NAME.
+# packaged FOLDER NAME BUILD SOURCE VERSION EPOCH builds the source, as BUILD/egressbpf-NAME, and makes packages
+# of it in FOLDER/NAME.
 packaged() {
-    local command="$1.build/egressbpf-$2"
-    (cd "$3" && CGO_ENABLED=0 go build -buildvcs=false -trimpath -o "$command" \
-        -ldflags "-s -w -X github.com/egressbpf/egressbpf/internal/loader.version=$4" ./cmd/egressbpf) || return
-    SOURCE_DATE_EPOCH=$5 dist/packages/build.sh "$4" amd64 "$command" "$command" "$1/$2" || return
-    echo "$4" >"$1/$2/version"
+    local command="$3/egressbpf-$2"
+    (cd "$4" && CGO_ENABLED=0 go build -buildvcs=false -trimpath -o "$command" \
+        -ldflags "-s -w -X github.com/egressbpf/egressbpf/internal/loader.version=$5" ./cmd/egressbpf) || return
+    SOURCE_DATE_EPOCH=$6 dist/packages/build.sh "$5" amd64 "$command" "$command" "$1/$2" || return
+    echo "$5" >"$1/$2/version"
 }
 
 package_both() {
+    local made=$1.made
+    rm -rf "$made" "$1.build"
     mkdir -p "$1.build/source" && git archive "$earlier" | tar x -C "$1.build/source" || return
-    packaged "$1" earlier "$1.build/source" "$earlier" "$(git log -1 --format=%ct "$earlier")" || return
-    packaged "$1" this . "$(git describe --tags --always --dirty)" "$(git log -1 --format=%ct)"
+    packaged "$made" earlier "$1.build" "$1.build/source" "$earlier" "$(git log -1 --format=%ct "$earlier")" || return
+    packaged "$made" this "$1.build" . "$(git describe --tags --always --dirty)" "$(git log -1 --format=%ct)" || return
+    mv "$made" "$1"
 }
 
 # whole NAME [--here] boots a whole Debian with the folder of that name.
@@ -221,20 +231,31 @@ whole() {
 service() {
     mkdir "$dir/$1"
     cp internal/test/vmtest/{guest.sh,debian/run} "$dir/$1"
-    [ "$1" != boot ] || : >"$dir/$1/brief"
-    make --no-print-directory install DESTDIR="$dir/$1/root" SUDO= >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
+    if [ "$1" = boot ]; then
+        : >"$dir/$1/brief"
+    else
+        CGO_ENABLED=0 go build -o "$dir/$1/pod" ./internal/test/vmtest/debian/pod
+    fi
+    flock "$dir" make --no-print-directory install DESTDIR="$dir/$1/root" SUDO= >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
     whole "$@"
 }
 
-# with_packages KIND [--here] installs, upgrades and removes packages, deb or rpm, on a whole Debian.
+# with_packages KIND [--here] installs, upgrades and removes packages, deb or rpm, or the container's image, on a
+# whole Debian.
 with_packages() {
-    exec {lock}>"$dir/packages.lock"
-    flock "$lock"
-    [ -d "$dir/packages" ] || package_both "$dir/packages" >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
-    exec {lock}>&-
+    (
+        flock 9
+        [ -d "$dir/packages" ] || package_both "$dir/packages" >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; exit 1; }
+    ) 9>"$dir/packages.lock" || return
     cp -r "$dir/packages" "$dir/$1"
     echo "$1" >"$dir/$1/kind"
     cp internal/test/vmtest/{guest.sh,packages/run} "$dir/$1"
+    if [ "$1" = image ]; then
+        make --no-print-directory image >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
+        cp bin/image/egressbpf-image-amd64.tar "$dir/$1/image.tar"
+        cp "$dir/packages.build/egressbpf-earlier" "$dir/$1/earlier/egressbpf"
+        cp docs/container.md dist/container/compose.yaml dist/config.yaml "$dir/$1"
+    fi
     CGO_ENABLED=0 go build -o "$dir/$1/traffic" ./internal/test/vmtest/packages/traffic
     whole "$@"
 }
@@ -246,19 +267,23 @@ on_debian() {
         case $trial in
         boot) service boot ;;
         debian) service debian "${here[@]}" ;;
-        deb | rpm) with_packages "$trial" "${here[@]}" ;;
+        deb | rpm | image) with_packages "$trial" "${here[@]}" ;;
         fleet) guest 'Ansible and cloud-init' fleet internal/test/vmtest/fleet/test.sh --all "${here[@]}" ;;
         esac || failed=1
     done
     return "$failed"
 }
 
-# or_fail runs a command as a job, and notes that it failed.
-or_fail() { "$@" || : >"$dir/failed"; }
+# job starts a command as a job. It counts as passed only if it says so.
+started=0
+job() {
+    ((++started))
+    { "$@" && echo >>"$dir/passed"; } &
+}
 
 # on_this_kernel runs what does without emulation, one after the other.
 on_this_kernel() {
-    if [ ${#beside[@]} -gt 0 ] && ! setpriv --pdeathsig TERM "${beside[@]}"; then
+    if [ ${#beside[@]} -gt 0 ] && ! setpriv --pdeathsig TERM timeout 3h "${beside[@]}"; then
         kill -USR1 $$
         return 1
     fi
@@ -280,12 +305,12 @@ done
 # As many machines at once as there are processors, those that take longest first.
 places=$(nproc)
 [ ${#beside[@]} = 0 ] || ((++places))
-[ ${#beside[@]} = 0 ] && [ ${#on_this[@]} = 0 ] || or_fail on_this_kernel &
+[ ${#beside[@]} = 0 ] && [ ${#on_this[@]} = 0 ] || job on_this_kernel
 for machine in "${emulated[@]}" "${kernels[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge "$places" ]; do
         wait -n || true
     done
-    if [[ $machine =~ $trials ]]; then or_fail on_debian "$machine" & else or_fail on_kernel "$machine" & fi
+    if [[ $machine =~ $trials ]]; then job on_debian "$machine"; else job on_kernel "$machine"; fi
 done
 wait
 
@@ -294,4 +319,4 @@ if [ -n "$document" ]; then
 elif [ -n "$(ls "$dir/facts")" ]; then
     go run ./internal/test/kernels check "$dir/facts" || exit 1
 fi
-[ ! -e "$dir/failed" ]
+[ "$(wc -l <"$dir/passed")" = "$started" ]
