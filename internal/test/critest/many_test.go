@@ -2,6 +2,7 @@ package critest
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -21,10 +22,13 @@ import (
 	"github.com/egressbpf/egressbpf/internal/test/testenv"
 )
 
+var podsOfMany = flag.Int("pods", 40, "the number of pods that TestMany makes")
+
 // TestMany makes and removes pods whose sandboxes ask the metadata service at once. Some of the pods
 // have a rule.
 func TestMany(t *testing.T) {
-	const pods, atOnce = 40, 4
+	const atOnce = 4
+	pods := *podsOfMany
 	n := lab.New(t)
 	k := startNode(t, n, hasty)
 	s := startService(t, n, systemRule, "--cri-endpoint", endpoint)
