@@ -63,6 +63,9 @@ func (o *checkOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout io.
 	if err != nil {
 		return err
 	}
+	if err := filter.CheckCgroups(config.Cgroups, config.Policy); err != nil {
+		return err
+	}
 	if unix.Access(string(root), unix.W_OK) == unix.EROFS {
 		return fmt.Errorf("%s is read-only, and the self-test makes a cgroup there: in a container, mount it with -v /sys/fs/cgroup:/sys/fs/cgroup", root)
 	}

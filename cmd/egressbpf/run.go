@@ -78,7 +78,7 @@ works as a systemd service of Type=notify or notify-reload, with a watchdog.`,
 		},
 	}
 	o.register(cmd.Flags())
-	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if --web-listen or the address of an engine is refused and nothing is in force, put the policy in force before failing; if the config file is refused, the defaults and the other flags")
+	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if --web-listen or the address of an engine is refused and nothing is in force, put the policy in force before failing; if the config file is refused, or its policy cannot be put in force, the defaults and the other flags")
 	cmd.Flags().StringVar(&o.web.listen, "web-listen", "", "serve a page and metrics for Prometheus at ADDR:PORT; PORT alone is served to this machine only (default: neither)")
 	cmd.Flags().StringVar(&o.web.config, "web-config-file", "", "file with TLS and users for --web-listen, in the format of Prometheus's exporter-toolkit")
 	cmd.Flags().BoolVar(&o.web.containers, "metrics-containers", true, "serve metrics of each container, besides the totals")
@@ -149,7 +149,16 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, stderr io.Wr
 		first.Do(func() { telling.Go(func() { hub.Run(ctx) }) })
 	}
 	telling.Go(func() { teller.Run(ctx, hub.Subscribe()) })
-	return d.Run(ctx)
+	if filter.Served() {
+		log.Warn("another egressbpf run keeps the filter in force: each puts its own policy in force, again and again; end one of them")
+	}
+	if err := d.Run(ctx); err != nil {
+		// What can be wrong with the policy shows only now. If the defaults cannot be put in force either,
+		// the reason is the same.
+		_ = o.putDefaults(ctx, flags, stderr)
+		return err
+	}
+	return nil
 }
 
 // newHub returns what reads the events of the filter for all parts of the service.
@@ -267,17 +276,11 @@ func (o webOptions) serve(ctx context.Context, hub *events.Hub, collector *metri
 	return func() { cancel(); running.Wait() }, nil
 }
 
-// putDefaults puts the defaults in force if run cannot start and nothing is in force, as after
-// a boot; or the policy of the config file, if there is nothing wrong with it.
+// putDefaults puts the policy of the config file in force if run cannot start and nothing is in force,
+// as after a boot; or the defaults, if there is something wrong with it.
 func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stderr io.Writer) error {
-	what := "policy is"
-	config, err := o.load(flags)()
-	if err != nil {
-		what = "defaults are"
-		config, err = o.withoutFile(flags)
-	}
-	if !o.orDefaults || err != nil {
-		return nil // the flags are wrong, which load has reported
+	if !o.orDefaults {
+		return nil
 	}
 	filter, _, err := o.filter()
 	if err != nil {
@@ -288,11 +291,23 @@ func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stde
 	}
 	ctx, cancel := context.WithTimeout(ctx, lockPatience)
 	defer cancel()
-	if err := filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {
-		return err
+	for _, choice := range []struct {
+		name string
+		load func() (policy.Config, error)
+	}{
+		{"policy is", o.load(flags)},
+		{"defaults are", func() (policy.Config, error) { return o.withoutFile(flags) }},
+	} {
+		config, wrong := choice.load()
+		if wrong != nil {
+			continue // which the caller reports
+		}
+		if err = filter.Attach(ctx, config.Cgroups, config.Policy); err == nil {
+			newLogger(stderr).Warn("the " + choice.name + " in force: nothing was in force before")
+			return nil
+		}
 	}
-	newLogger(stderr).Warn("the " + what + " in force: nothing was in force before")
-	return nil
+	return err
 }
 
 // load returns a function that reads the configuration. It is no error if the file at its usual
@@ -300,7 +315,8 @@ func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stde
 func (o *runOptions) load(flags *pflag.FlagSet) func() (policy.Config, error) {
 	optional := !flags.Changed("config")
 	return func() (policy.Config, error) {
-		if _, err := os.Stat(o.config); optional && errors.Is(err, fs.ErrNotExist) {
+		// A link that leads nowhere is not a file that is missing on purpose.
+		if _, err := os.Lstat(o.config); optional && errors.Is(err, fs.ErrNotExist) {
 			o.exposed = false
 			return o.withoutFile(flags)
 		}

@@ -644,3 +644,24 @@ func TestPatiently(t *testing.T) {
 		}
 	})
 }
+
+// A config file at its usual path may be missing. A link that leads nowhere is not missing.
+func TestMissingConfig(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "config.yaml")
+	load := func() error {
+		o := runOptions{globals: &globals{}, configOptions: configOptions{config: path}}
+		flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+		o.register(flags)
+		_, err := o.load(flags)()
+		return err
+	}
+	if err := load(); err != nil {
+		t.Errorf("without a file: %v", err)
+	}
+	if err := os.Symlink("nowhere", path); err != nil {
+		t.Fatal(err)
+	}
+	if err := load(); err == nil {
+		t.Error("a link that leads nowhere counts as no file")
+	}
+}

@@ -79,6 +79,24 @@ func (f *Filter) validate(cgroups []string, p policy.Policy) (named []string, er
 	if err := p.Validate(); err != nil {
 		return nil, err
 	}
+	if named, err = f.named(cgroups, p); err != nil {
+		return nil, err
+	}
+	if err := cgroup.CheckNamespace(); err != nil {
+		return nil, err
+	}
+	// Kernels before 5.11 charge maps to it.
+	return named, maps.RemoveMemlock()
+}
+
+// CheckCgroups says whether Attach takes these cgroups, as far as that does not depend on what is in force.
+func (f *Filter) CheckCgroups(cgroups []string, p policy.Policy) error {
+	_, err := f.named(cgroups, p)
+	return err
+}
+
+// named returns where cgroups are.
+func (f *Filter) named(cgroups []string, p policy.Policy) (named []string, err error) {
 	for _, path := range cgroups {
 		rel, err := f.root.Rel(path)
 		if err != nil {
@@ -88,13 +106,6 @@ func (f *Filter) validate(cgroups []string, p policy.Policy) (named []string, er
 			return nil, fmt.Errorf("%s: %w", path, ErrWholeHost)
 		}
 		named = append(named, rel)
-	}
-	if err := cgroup.CheckNamespace(); err != nil {
-		return nil, err
-	}
-	// Kernels before 5.11 charge maps to it.
-	if err := maps.RemoveMemlock(); err != nil {
-		return nil, err
 	}
 	return named, f.checkNested(named)
 }
