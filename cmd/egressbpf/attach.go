@@ -80,13 +80,26 @@ func (o *attachOptions) run(ctx context.Context, flags *pflag.FlagSet, stdout, s
 	o.warnNoEngine(names.containers, stderr)
 	ctx, cancel := context.WithTimeout(ctx, lockPatience)
 	defer cancel()
+	before, _ := filter.Status() // for the warning alone
 	if err := filter.Attach(ctx, config.Cgroups, config.Policy); err != nil {
 		return err
 	}
+	o.warnUnread(before, config.Policy, stderr)
 	if err := o.tell(ctx, config, filter, root, names, stdout, stderr); err != nil {
 		return fmt.Errorf("the policy is in force, but cannot be read back: %w", err)
 	}
 	return nil
+}
+
+// warnUnread warns if an attach without --config has replaced another policy, although there is the usual
+// config file.
+func (o *attachOptions) warnUnread(before *loader.Status, now policy.Policy, stderr io.Writer) {
+	if o.config != "" || before == nil || before.Policy == nil || before.Policy.Equal(now) {
+		return
+	}
+	if _, err := os.Stat(defaultConfig); err == nil {
+		fmt.Fprintf(stderr, "warning: the policy that was in force is replaced, and %s was not read: use --config %s, or systemctl restart egressbpf\n", defaultConfig, defaultConfig)
+	}
 }
 
 // tell prints what is in force after an attach, and warns of what is not.

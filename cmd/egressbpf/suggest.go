@@ -76,7 +76,7 @@ func (o *suggestOptions) run(ctx context.Context, stdin io.Reader, stdout, stder
 	case err != nil:
 		return err
 	case seen.Config.Mode != policy.Audit:
-		fmt.Fprintf(stderr, "warning: the mode is %s: the destinations of what is refused are known from --input alone; use attach --mode audit\n", seen.Config.Mode)
+		fmt.Fprintf(stderr, "warning: the mode is %s: the destinations of what is refused are known from --input alone; set mode: audit in the config file, or use attach --mode audit with the same --config\n", seen.Config.Mode)
 	}
 	if seen.Node, err = os.Hostname(); err != nil {
 		return err

@@ -3,10 +3,8 @@
 package daemon
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -406,23 +404,13 @@ func (d *Daemon) missing(s *loader.Status) (names []string) {
 	}
 	if len(s.Cgroups) == 0 {
 		names = append(names, "all")
-	} else if !samePolicy(s.Policy, d.config.Policy) {
+	} else if s.Policy == nil || !s.Policy.Equal(d.config.Policy) {
 		names = append(names, "the policy, since another one was attached")
 	}
 	if s.Room != nil && s.Room.Without > 0 && s.Room.Containers < s.Room.Of {
 		names = append(names, "buckets that there is room for now")
 	}
 	return names
-}
-
-// samePolicy says whether a policy that was read back is the same as p.
-func samePolicy(inForce *policy.Policy, p policy.Policy) bool {
-	if inForce == nil {
-		return false
-	}
-	a, errA := json.Marshal(inForce)
-	b, errB := json.Marshal(p)
-	return errA == nil && errB == nil && bytes.Equal(a, b)
 }
 
 // room warns when little room for containers is left.

@@ -7,6 +7,8 @@
 package policy
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -173,6 +175,13 @@ func Default() Policy {
 		HostDevices: []Device{},
 		Scopes:      cgroup.DefaultScopes(),
 	}
+}
+
+// Equal says whether two policies are the same, as they are written.
+func (p Policy) Equal(q Policy) bool {
+	a, errA := json.Marshal(p)
+	b, errB := json.Marshal(q)
+	return errA == nil && errB == nil && bytes.Equal(a, b)
 }
 
 // Validate refuses a policy that the parsers could not have returned. The error begins

@@ -133,8 +133,8 @@ put_in_force() {
 	elif in_force; then
 		say "a filter is in force without the service, and stays in force as it is. To put version"
 		say "$version in force, run one of"
-		say "  egressbpf attach                    with the options that it was attached with"
-		say "  systemctl enable --now egressbpf    now and from each boot on"
+		say "  systemctl enable --now egressbpf    now and from each boot on, with /etc/egressbpf/config.yaml"
+		say "  egressbpf attach                    with the --config and flags that it was attached with"
 		! noted handed-over || say "Until then, defences can be missing that version $version does not know: see egressbpf status."
 	elif noted install; then
 		say "nothing is in force yet. To put the filter in force, now and from each boot on, run:"
