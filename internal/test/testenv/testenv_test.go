@@ -1,6 +1,7 @@
 package testenv
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"strings"
@@ -20,13 +21,17 @@ func TestRemains(t *testing.T) {
 		PinPath(t)
 		_ = unix.Kill(os.Getpid(), unix.SIGKILL)
 	}
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestRemains$")
+	cmd.Env = append(os.Environ(), killed+"=1", "TMPDIR="+t.TempDir())
+	_ = cmd.Run()
+	prefix := fmt.Sprintf(remains, cmd.Process.Pid)
 	left := func() (cgroups, mounts []string) {
 		entries, err := os.ReadDir(string(Root(t)))
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, entry := range entries {
-			if strings.HasPrefix(entry.Name(), "egressbpf-test-") {
+			if strings.HasPrefix(entry.Name(), prefix) {
 				cgroups = append(cgroups, entry.Name())
 			}
 		}
@@ -35,20 +40,17 @@ func TestRemains(t *testing.T) {
 			t.Fatal(err)
 		}
 		for line := range strings.Lines(string(text)) {
-			if strings.HasPrefix(line, "egressbpf-test-") {
+			if strings.HasPrefix(line, prefix) {
 				mounts = append(mounts, line)
 			}
 		}
 		return cgroups, mounts
 	}
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestRemains$")
-	cmd.Env = append(os.Environ(), killed+"=1", "TMPDIR="+t.TempDir())
-	_ = cmd.Run()
 	if cgroups, mounts := left(); len(cgroups) != 1 || len(mounts) != 1 {
 		t.Fatalf("after a kill there are %q and %q, want one each", cgroups, mounts)
 	}
 	PinPath(t)
-	if cgroups, mounts := left(); len(cgroups) != 0 || len(mounts) != 1 {
-		t.Errorf("there are %q and %q, want no cgroup and one mount, this process's", cgroups, mounts)
+	if cgroups, mounts := left(); len(cgroups) != 0 || len(mounts) != 0 {
+		t.Errorf("there are %q and %q left", cgroups, mounts)
 	}
 }
