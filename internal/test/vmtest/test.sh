@@ -13,8 +13,8 @@
 #                trials on this machine's own kernel come after it. If it fails, all ends.
 # A TRIAL is debian: the service; boot: the service at a boot of Debian's kernel; deb, rpm: the packages;
 # image: egressbpf as a container; fleet: Ansible and cloud-init. All but boot take place on this machine's own kernel if it can
-# have them. The default is all kernels that run.sh knows, and all trials or, where each of them
-# needs emulation, debian.
+# have them. The default is all kernels that run.sh knows, and all trials but boot or, where each of
+# them needs emulation, debian.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
@@ -75,7 +75,7 @@ if [ ${#machines[@]} = 0 ]; then
     elif [ ${#here[@]} = 0 ]; then
         machines+=(debian)
     else
-        machines+=(boot debian deb rpm image fleet)
+        machines+=(debian deb rpm image fleet)
     fi
 fi
 readonly trials='^(boot|debian|deb|rpm|image|fleet)$'
