@@ -5,7 +5,7 @@
 //	connect RESULT    of a TCP connection to the address
 //	packet RESULT     of a packet socket
 //
-// RESULT is ok or the name of an error.
+// RESULT is ok or the name of an error. Then it has the name "asked", in /proc/PID/comm.
 package main
 
 import (
@@ -22,6 +22,8 @@ func main() {
 		connect := connect(os.Args[1])
 		_, packet := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 		fmt.Printf("connect %s\npacket %s\n", result(connect), result(packet))
+		// What a sandbox prints, nobody reads.
+		_ = os.WriteFile("/proc/self/comm", []byte("asked"), 0)
 	}
 	if len(os.Args) > 2 && os.Args[2] == "once" {
 		return
