@@ -10,6 +10,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	_ "embed"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -69,17 +70,9 @@ func prepare() error {
 
 // withoutShares is a runc that does not divide the CPU between pods: where cgroup v1 has the
 // controllers, as in the hybrid layout, the unified hierarchy has none.
-const withoutShares = `#!/bin/sh
-bundle=
-for arg; do
-	[ "$bundle" != next ] || bundle=$arg
-	[ "$arg" != --bundle ] || bundle=next
-done
-if [ -n "$bundle" ]; then
-	sed -i -E 's/,"cpu":\{"shares":[0-9]+\}//; s/"cpu":\{"shares":[0-9]+\},//' "$bundle/config.json" || exit
-fi
-exec runc "$@"
-`
+//
+//go:embed runc-without-shares
+var withoutShares string
 
 // node is a machine with containerd.
 type node struct {

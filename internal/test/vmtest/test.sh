@@ -12,9 +12,9 @@
 #   --beside     run the command too: emulated machines get what it leaves of the processors, and
 #                trials on this machine's own kernel come after it. If it fails, all ends.
 # A TRIAL is debian: the service; boot: the service at a boot of Debian's kernel; deb, rpm: the packages;
-# image: egressbpf as a container; fleet: Ansible and cloud-init. All but boot take place on this machine's own kernel if it can
-# have them. The default is all kernels that run.sh knows, and all trials but boot or, where each of
-# them needs emulation, debian.
+# image: egressbpf as a container; fleet: Ansible and cloud-init. All but boot take place on this
+# machine's own kernel if it can have them. The default is all kernels that run.sh knows, and all
+# trials but boot or, where each of them needs emulation, debian.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
@@ -234,6 +234,7 @@ service() {
     if [ "$1" = boot ]; then
         : >"$dir/$1/brief"
     else
+        cp internal/test/critest/runc-without-shares "$dir/$1"
         CGO_ENABLED=0 go build -o "$dir/$1/pod" ./internal/test/vmtest/debian/pod
     fi
     flock "$dir" make --no-print-directory install DESTDIR="$dir/$1/root" SUDO= >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
