@@ -402,6 +402,11 @@ func (d *Daemon) missing(s *loader.Status) (names []string) {
 	for _, name := range s.Unpinned {
 		names = append(names, "pin of "+name)
 	}
+	for _, path := range d.config.Cgroups {
+		if !d.policed(s, path) {
+			names = append(names, path)
+		}
+	}
 	if len(s.Cgroups) == 0 {
 		names = append(names, "all")
 	} else if s.Policy == nil || !s.Policy.Equal(d.config.Policy) {
@@ -411,6 +416,15 @@ func (d *Daemon) missing(s *loader.Status) (names []string) {
 		names = append(names, "buckets that there is room for now")
 	}
 	return names
+}
+
+// policed returns whether a configured cgroup, or one around it, is policed.
+func (d *Daemon) policed(s *loader.Status, path string) bool {
+	rel, err := d.Root.Rel(path)
+	return err != nil || slices.ContainsFunc(s.Cgroups, func(policed string) bool {
+		of, err := d.Root.Rel(policed)
+		return err == nil && cgroup.Within(rel, of)
+	})
 }
 
 // room warns when little room for containers is left.

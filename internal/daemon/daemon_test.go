@@ -431,3 +431,26 @@ func TestRepair(t *testing.T) {
 		return status.Enforcing
 	})
 }
+
+// TestRepairOneOfTwo detaches one of the two cgroups that the configuration names, and a third that somebody
+// else has added.
+func TestRepairOneOfTwo(t *testing.T) {
+	s := newService(t, "")
+	second, third := testenv.Child(t, testenv.Cgroup(t), "second.slice"), testenv.Child(t, testenv.Cgroup(t), "third.slice")
+	s.slice += ", " + second
+	s.write("")
+	s.start()
+	policed := func() []string {
+		status, err := s.Filter.Status()
+		check(t, err)
+		return status.Cgroups
+	}
+	config, err := s.Load()
+	check(t, err)
+	check(t, s.Filter.Attach(t.Context(), []string{third}, config.Policy))
+	check(t, s.Filter.Detach(t.Context(), []string{second, third}))
+	s.eventually("the configured cgroup is policed again", func() bool { return slices.Contains(policed(), second) })
+	if got := policed(); len(got) != 2 || slices.Contains(got, third) {
+		t.Errorf("policed: %v", got)
+	}
+}
