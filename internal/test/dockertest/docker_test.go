@@ -47,9 +47,8 @@ func unifiedCgroups() error {
 // engine is a Docker Engine on the host of a network.
 type engine struct {
 	*lab.Network
-	client, dir string
-	daemon      *exec.Cmd  // nil when it does not run
-	ended       chan error // takes what it ended with
+	client, dir        string
+	daemon, containerd *service // nil when they do not run
 
 	// For an engine in a container of another engine: that engine, and the container's name.
 	outer *engine
@@ -73,8 +72,19 @@ func startEngine(t *testing.T, n *lab.Network) *engine {
 		t.Fatal("iptables not found: install the Debian package iptables")
 	}
 	e.Server.IP(t, "route add 172.30.0.0/24 via 10.91.0.1", "route add fd00:d0c::/64 via fd91::1")
-	if err := os.WriteFile(e.path("daemon.json"), []byte("{}"), 0o600); err != nil {
-		t.Fatal(err)
+	for name, text := range map[string]string{
+		"daemon.json": "{}",
+		"containerd.toml": fmt.Sprintf(`version = 2
+root = %q
+state = %q
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+  address = %q
+`, e.path("root"), e.path("state"), e.path("containerd.sock")),
+	} {
+		if err := os.WriteFile(e.path(name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 	t.Cleanup(func() { e.stopDaemon(t) })
 	e.startDaemon(t)
@@ -87,57 +97,80 @@ func startEngine(t *testing.T, n *lab.Network) *engine {
 	return e
 }
 
-// startDaemon starts the daemon and waits until it answers.
+// startDaemon starts the daemon, and a containerd for it, and waits until it answers. dockerd gives a containerd
+// of its own 15 s to start, which on an emulated machine can be too little.
 func (e *engine) startDaemon(t *testing.T) {
 	t.Helper()
-	for range 3 {
-		if e.tryDaemon(t) {
-			return
-		}
-	}
-	t.Fatal("dockerd is not ready: containerd takes too long")
+	e.containerd = e.start(t, "containerd", "containerd", "--config", e.path("containerd.toml"))
+	e.daemon = e.start(t, "dockerd", "docker.io", "--containerd", e.path("containerd.sock"),
+		"--config-file", e.path("daemon.json"), "--data-root", e.path("data"), "--exec-root", e.path("exec"),
+		"-p", e.path("pid"), "-H", "unix://"+e.path("socket"), "--exec-opt", "native.cgroupdriver=cgroupfs",
+		"--bip", "172.30.0.1/24", "--ipv6", "--fixed-cidr-v6", "fd00:d0c::/64")
 }
 
-// tryDaemon is startDaemon, but returns false if dockerd gave up because its containerd takes longer than
-// 15 s to start, as on an emulated machine it can.
-func (e *engine) tryDaemon(t *testing.T) bool {
+// stopDaemon ends the daemon, if it runs, and the containers with it.
+func (e *engine) stopDaemon(t *testing.T) {
 	t.Helper()
-	daemon, err := exec.LookPath("dockerd")
-	if err != nil {
-		t.Fatal("dockerd not found: install the Debian package docker.io")
+	for _, s := range []**service{&e.daemon, &e.containerd} {
+		if *s != nil {
+			(*s).stop(t)
+			*s = nil
+		}
 	}
-	log, err := os.OpenFile(e.path("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+}
+
+// service is a process that says by sd_notify(3) when it is ready.
+type service struct {
+	*os.Process
+	ended chan error // takes what it ended with
+	log   string     // the path of what it wrote
+}
+
+// start starts a program of a Debian package as a service on the host.
+func (e *engine) start(t *testing.T, name, pkg string, args ...string) *service {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		t.Fatalf("%s not found: install the Debian package %s", name, pkg)
+	}
+	s := &service{log: e.path(name + ".log"), ended: make(chan error, 1)}
+	log, err := os.OpenFile(s.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer log.Close()
-	ready := listenNotify(t, e.path("notify"))
+	ready := listenNotify(t, e.path(name+".notify"))
 	defer ready.Close()
-	cmd := exec.Command(daemon,
-		"--config-file", e.path("daemon.json"), "--data-root", e.path("data"), "--exec-root", e.path("exec"),
-		"-p", e.path("pid"), "-H", "unix://"+e.path("socket"), "--exec-opt", "native.cgroupdriver=cgroupfs",
-		"--bip", "172.30.0.1/24", "--ipv6", "--fixed-cidr-v6", "fd00:d0c::/64")
-	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+e.path("notify"))
+	cmd := exec.Command(path, args...)
+	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+e.path(name+".notify"))
 	cmd.Stdout, cmd.Stderr = log, log
 	e.Host.Do(func() { err = cmd.Start() })
 	if err != nil {
 		t.Fatal(err)
 	}
-	ended := make(chan error, 1)
-	e.daemon, e.ended = cmd, ended
+	s.Process = cmd.Process
 	go func() {
-		ended <- cmd.Wait()
+		s.ended <- cmd.Wait()
 		ready.Close()
 	}()
 	if err := awaitReady(ready); err != nil {
-		if text, _ := os.ReadFile(e.path("log")); bytes.HasSuffix(text, []byte("timeout waiting for containerd to start\n")) {
-			<-ended
-			e.daemon = nil
-			return false
-		}
-		t.Fatalf("dockerd is not ready: %v", err)
+		s.stop(t)
+		t.Fatalf("%s is not ready: %v\n%s", name, err, s.said())
 	}
-	return true
+	return s
+}
+
+func (s *service) stop(t *testing.T) {
+	t.Helper()
+	_ = s.Signal(unix.SIGTERM)
+	if err := <-s.ended; err != nil {
+		t.Errorf("%v\n%s", err, s.said())
+	}
+}
+
+func (s *service) said() string {
+	text, _ := os.ReadFile(s.log)
+	return string(text)
 }
 
 // listenNotify makes a socket for sd_notify(3).
@@ -152,9 +185,9 @@ func listenNotify(t *testing.T, path string) *net.UnixConn {
 	return conn
 }
 
-// awaitReady waits until the daemon says that it is ready.
+// awaitReady waits until the service says that it is ready.
 func awaitReady(conn *net.UnixConn) error {
-	if err := conn.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+	if err := conn.SetReadDeadline(time.Now().Add(5 * time.Minute)); err != nil {
 		return err
 	}
 	for buf := make([]byte, 4096); ; {
@@ -162,20 +195,6 @@ func awaitReady(conn *net.UnixConn) error {
 		if err != nil || bytes.Contains(buf[:n], []byte("READY=1")) {
 			return err
 		}
-	}
-}
-
-// stopDaemon ends the daemon, if it runs, and the containers with it.
-func (e *engine) stopDaemon(t *testing.T) {
-	t.Helper()
-	if e.daemon == nil {
-		return
-	}
-	_ = e.daemon.Process.Signal(unix.SIGTERM)
-	e.daemon = nil
-	if err := <-e.ended; err != nil {
-		text, _ := os.ReadFile(e.path("log"))
-		t.Errorf("dockerd: %v\n%s", err, text)
 	}
 }
 

@@ -93,14 +93,14 @@ func TestNames(t *testing.T) {
 	expectEvent(t, told, docker.Event{Action: docker.Destroy, ID: other, Name: "other"})
 
 	// If the daemon hangs, only the names are missing.
-	if err := e.daemon.Process.Signal(unix.SIGSTOP); err != nil {
+	if err := e.daemon.Signal(unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	exit := n.Run(t, exec.Command(lab.Binary(t), "stats", "--docker-host", host))
 	if exit.Code != 0 || !strings.Contains(exit.Stdout, "\n"+web[:12]) || !strings.Contains(exit.Stderr, "no answer in time") {
 		t.Errorf("stats: exit code %d\n%s%s", exit.Code, exit.Stdout, exit.Stderr)
 	}
-	if err := e.daemon.Process.Signal(unix.SIGCONT); err != nil {
+	if err := e.daemon.Signal(unix.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
 
