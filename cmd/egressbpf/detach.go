@@ -53,8 +53,12 @@ the pins that would keep an earlier version from attaching. Then attach with tha
 			if o.elsewhere {
 				return filter.DetachElsewhere(ctx)
 			}
+			served := filter.Served()
 			if err := filter.Detach(ctx, o.cgroups); err != nil {
 				return err
+			}
+			if served {
+				fmt.Fprintln(cmd.ErrOrStderr(), "warning: egressbpf run is running and will restore what its configuration names: stop it first (`systemctl stop egressbpf`, or the container in which it runs), or change its config file")
 			}
 			return warnElsewhere(cmd.ErrOrStderr(), filter)
 		},

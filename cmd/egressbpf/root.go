@@ -95,6 +95,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	addCompletion(cmd)
 	err := cmd.ExecuteContext(ctx)
 	var usage usageError
+	if errors.As(err, &usage) {
+		err = errors.Join(err, g.putWithoutFlags(ctx, args, stderr))
+	}
 	switch {
 	case err == nil:
 		return exitDone
@@ -238,13 +241,14 @@ func remedyFor(err error) string {
 		{loader.ErrPrivateMount, "run it on the host, in its mount namespace (a unit without PrivateBPF=); in a container, with --pid=host and the host's /sys/fs/bpf mounted (-v /sys/fs/bpf:/sys/fs/bpf)"},
 		{loader.ErrUnmounted, "on the host, mount one first: `mount -t bpf bpf /sys/fs/bpf`"},
 		{loader.ErrExcluded, "that program was attached to this cgroup, or to one above it, without BPF_F_ALLOW_MULTI: find it with `bpftool cgroup tree`, and detach it, or have its owner attach it with that flag"},
+		{loader.ErrInPoliced, "the outer cgroup is policed already, and so are those inside it: leave the inner one out, or take the filter off the outer one first, with `egressbpf detach --cgroup` (counters, buckets and limits start anew)"},
 		{loader.ErrNested, "name only the outer cgroup, which takes over from those inside it"},
 		{loader.ErrPinPath, "use a directory in a bpf filesystem as --pin-path (`mount -t bpf bpf DIR`, then DIR/egressbpf), or leave --pin-path out"},
 		{loader.ErrNotAttached, "run `egressbpf attach` first"},
-		{loader.ErrOtherProgram, "ask with the build that attached, or attach with this one"},
+		{loader.ErrOtherProgram, "ask with the build that attached, or attach with this one, with the same --config and flags as before"},
 		{loader.ErrServed, "stop it first: `systemctl stop egressbpf`, or the container in which it runs"},
 		{loader.ErrStillPinned, "this link judges no packets any more, but ends only when its pins are removed: unmount what hides their bpf filesystem, and remove the pins or run `egressbpf detach` there"},
-		{loader.ErrInterrupted, "run `egressbpf attach`, which completes it"},
+		{loader.ErrInterrupted, "attach again, which completes it: `systemctl restart egressbpf`; without the service, `egressbpf attach` with the same --config and flags as before"},
 		{loader.ErrBusy, "try again; if it persists, see who holds the directory with `fuser -v`"},
 		{loader.ErrOtherVersion, "with that version, run `egressbpf detach --hand-over`, then attach with this one; if you do not have that version, run `egressbpf detach` and attach again: counters and buckets start anew"},
 	} {

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"sync"
 	"time"
 
@@ -78,7 +79,7 @@ works as a systemd service of Type=notify or notify-reload, with a watchdog.`,
 		},
 	}
 	o.register(cmd.Flags())
-	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if --web-listen or the address of an engine is refused and nothing is in force, put the policy in force before failing; if the config file is refused, or its policy cannot be put in force, the defaults and the other flags")
+	cmd.Flags().BoolVar(&o.orDefaults, "or-defaults", false, "if --web-listen or the address of an engine is refused and nothing is in force, put the policy in force before failing; if the config file is refused, or its policy cannot be put in force, the defaults and the other flags; if a flag is refused, the defaults alone")
 	cmd.Flags().StringVar(&o.web.listen, "web-listen", "", "serve a page and metrics for Prometheus at ADDR:PORT; PORT alone is served to this machine only (default: neither)")
 	cmd.Flags().StringVar(&o.web.config, "web-config-file", "", "file with TLS and users for --web-listen, in the format of Prometheus's exporter-toolkit")
 	cmd.Flags().BoolVar(&o.web.containers, "metrics-containers", true, "serve metrics of each container, besides the totals")
@@ -276,13 +277,38 @@ func (o webOptions) serve(ctx context.Context, hub *events.Hub, collector *metri
 	return func() { cancel(); running.Wait() }, nil
 }
 
+// choice is a configuration that run --or-defaults can put in force.
+type choice struct {
+	name string
+	load func() (policy.Config, error)
+}
+
+// builtIn holds whatever is wrong with the flags.
+var builtIn = choice{"defaults, without any flags, are", func() (policy.Config, error) { return policy.Config{Policy: policy.Default()}, nil }}
+
 // putDefaults puts the policy of the config file in force if run cannot start and nothing is in force,
 // as after a boot; or the defaults, if there is something wrong with it.
 func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stderr io.Writer) error {
 	if !o.orDefaults {
 		return nil
 	}
-	filter, _, err := o.filter()
+	return o.putFirst(ctx, stderr,
+		choice{"policy is", o.load(flags)},
+		choice{"defaults are", func() (policy.Config, error) { return o.withoutFile(flags) }},
+		builtIn)
+}
+
+// putWithoutFlags is putDefaults for arguments that cannot be parsed, as a drop-in of the unit may have them.
+func (g *globals) putWithoutFlags(ctx context.Context, args []string, stderr io.Writer) error {
+	if !slices.Contains(args, "run") || !slices.Contains(args, "--or-defaults") {
+		return nil
+	}
+	return g.putFirst(ctx, stderr, builtIn)
+}
+
+// putFirst puts the first configuration in force that can be, if nothing is.
+func (g *globals) putFirst(ctx context.Context, stderr io.Writer, choices ...choice) error {
+	filter, _, err := g.filter()
 	if err != nil {
 		return err
 	}
@@ -291,13 +317,7 @@ func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stde
 	}
 	ctx, cancel := context.WithTimeout(ctx, lockPatience)
 	defer cancel()
-	for _, choice := range []struct {
-		name string
-		load func() (policy.Config, error)
-	}{
-		{"policy is", o.load(flags)},
-		{"defaults are", func() (policy.Config, error) { return o.withoutFile(flags) }},
-	} {
+	for _, choice := range choices {
 		config, wrong := choice.load()
 		if wrong != nil {
 			continue // which the caller reports

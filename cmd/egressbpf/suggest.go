@@ -102,7 +102,7 @@ func observe(ctx context.Context, filter *loader.Filter, root cgroup.Root, names
 		return nil, err
 	}
 	if status.Policy == nil {
-		return nil, errors.New("no program holds the policy in force: run `egressbpf attach`")
+		return nil, errors.New("no program holds the policy in force: attach again, with the same --config and flags as before")
 	}
 	counted, err := reader.Read()
 	if err != nil {

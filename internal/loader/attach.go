@@ -20,7 +20,7 @@ import (
 //
 // After an error, what was in force before is in force again. Besides errors of the kernel
 // and of package cgroup, the error can wrap ErrBusy, ErrCannotRecognise, ErrExcluded,
-// ErrNested, ErrOtherVersion, ErrPinPath and ErrWholeHost.
+// ErrInPoliced, ErrNested, ErrOtherVersion, ErrPinPath and ErrWholeHost.
 //
 // If the process is killed during Attach, each hook of each cgroup is either as it was
 // before or as it should be; the next Attach completes the change.
@@ -161,7 +161,8 @@ func (f *Filter) plan(named []string, p policy.Policy, change *pins.Change) (*pl
 	slices.Sort(plan.wanted)
 	plan.wanted = slices.Compact(plan.wanted)
 	if err := f.checkNested(plan.wanted); err != nil {
-		return nil, err
+		// The named ones are not, among themselves.
+		return nil, fmt.Errorf("%w: %w", err, ErrInPoliced)
 	}
 	if len(plan.wanted) > maxPoliced {
 		return nil, fmt.Errorf("%d cgroups: %w: at most %d", len(plan.wanted), ErrTooMany, maxPoliced)

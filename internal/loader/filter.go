@@ -42,6 +42,8 @@ var (
 	ErrWholeHost = errors.New("each cgroup of the host would be a container")
 	// ErrNested means that a cgroup to be policed lies in another one.
 	ErrNested = errors.New("policed cgroups cannot be nested")
+	// ErrInPoliced means that a cgroup to be policed lies in one that is policed already.
+	ErrInPoliced = errors.New("the outer one is policed already")
 )
 
 // inHostsMounts says whether a mount by this process is a mount of the host. Tests change

@@ -39,6 +39,8 @@ func (p Path) Mount(fault Fault, forHost func() (bool, error)) error {
 	switch in, err := forHost(); {
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%s: %w (%w)", usualMount, ErrUnmounted, err)
+	case !in && SeesInit() && !onBPFFS(hostsRoot+usualMount):
+		return fmt.Errorf("%s: %w", usualMount, ErrNotMounted)
 	case !in:
 		return fmt.Errorf("%s: %w", usualMount, ErrPrivateMount)
 	}

@@ -34,12 +34,22 @@ func TestRefusedByAttach(t *testing.T) {
 		}
 	}
 	t.Cleanup(func() { n.Egressbpf(t, "detach") })
-	exit := n.Run(t, exec.Command(lab.Binary(t), "run", "--config", file, "--or-defaults"))
-	if exit.Code != 2 || !strings.Contains(exit.Stderr, "the defaults are in force") {
-		t.Errorf("run --or-defaults: exit code %d\n%s", exit.Code, exit.Stderr)
-	}
-	if s, code := n.Status(t); code != 0 || s.Mode != "enforce" {
-		t.Errorf("exit code %d, mode %s", code, s.Mode)
+	for _, args := range [][]string{
+		{"--config", file},
+		{"--config", file, "--smtp-rate", "5/min"}, // a unit's drop-in can have errors too
+		{"--config", file, "--smtp-burst", "many"},
+		{"--nonsense"},
+		{"--config", ""},
+		{"extra"},
+	} {
+		exit := n.Run(t, exec.Command(lab.Binary(t), append([]string{"run", "--or-defaults"}, args...)...))
+		if exit.Code != 2 || !strings.Contains(exit.Stderr, "are in force: nothing was in force before") {
+			t.Errorf("run --or-defaults %q: exit code %d\n%s", args, exit.Code, exit.Stderr)
+		}
+		if s, code := n.Status(t); code != 0 || s.Mode != "enforce" {
+			t.Errorf("run --or-defaults %q: exit code %d, mode %s", args, code, s.Mode)
+		}
+		n.Egressbpf(t, "detach")
 	}
 }
 
@@ -66,5 +76,9 @@ func TestTwoServices(t *testing.T) {
 	}
 	if err := second.Wait(); err != nil || !told {
 		t.Errorf("told: %v, %v", told, err)
+	}
+	exit := s.Run(t, exec.Command(lab.Binary(t), "detach", "--cgroup", s.policed))
+	if exit.Code != 0 || !strings.Contains(exit.Stderr, "will restore") {
+		t.Errorf("detach beside the first: exit code %d\n%s", exit.Code, exit.Stderr)
 	}
 }
