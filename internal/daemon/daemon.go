@@ -24,6 +24,9 @@ import (
 // patience is how long one step may take.
 var patience = 20 * time.Second
 
+// firstAnswer is how long the daemon waits for what the sources know when it starts with other rules.
+const firstAnswer = 5 * time.Second
+
 // coveragePatience is how long the daemon looks for containers that are not covered.
 // Containers that start meanwhile wait for their rules.
 const coveragePatience = 2 * time.Second
@@ -70,6 +73,7 @@ type Daemon struct {
 	due    <-chan time.Time
 	behind bool
 	revoke bool // rules have changed: containers that no source knows lose what earlier rules gave them
+	again  bool // a configuration was read, but could not be put in force
 	// optional are the hooks and defences that the last attach put in force although
 	// the filter works without them. Which these are depends on the kernel.
 	optional []string
@@ -113,6 +117,12 @@ func (d *Daemon) Run(ctx context.Context) error {
 			d.served.Close()
 		}
 	}()
+	if d.revoke {
+		// Or containers would lose what the new rules give them too, until their source has told of them.
+		asking, done := context.WithTimeout(ctx, firstAnswer)
+		_ = d.Containers.Refresh(asking) // Watch tells of a source that does not answer
+		done()
+	}
 	d.apply(ctx)
 	d.Notify("READY=1\n" + d.statusText(ctx))
 
@@ -173,8 +183,10 @@ func (d *Daemon) Run(ctx context.Context) error {
 // load reads the configuration and puts it in force.
 func (d *Daemon) load(ctx context.Context) error {
 	config, err := d.Load()
+	d.again = false
 	if err == nil {
 		err = d.attach(ctx, config)
+		d.again = err != nil
 	}
 	if d.Loaded != nil {
 		d.Loaded(err)
@@ -311,7 +323,7 @@ func (d *Daemon) apply(ctx context.Context) {
 	d.due = nil
 	changed := 0
 	err := d.change(ctx, func(state *maps.State) (err error) {
-		changed, err = rules.Apply(d.Root, state, d.config.Containers, d.Containers, d.revoke)
+		changed, err = rules.Apply(d.Root, state, d.config.Policy, d.Containers, d.revoke)
 		return err
 	})
 	if d.behind = err != nil; err != nil {
@@ -331,7 +343,7 @@ func (d *Daemon) apply(ctx context.Context) {
 func (d *Daemon) applyTo(ctx context.Context, c container.Container) bool {
 	changed := false
 	err := d.change(ctx, func(state *maps.State) (err error) {
-		changed, err = rules.ApplyTo(d.Root, state, d.config.Containers, c)
+		changed, err = rules.ApplyTo(d.Root, state, d.config.Policy, c)
 		return err
 	})
 	if err != nil {
@@ -352,6 +364,9 @@ func (d *Daemon) change(ctx context.Context, do func(*maps.State) error) error {
 func (d *Daemon) check(ctx context.Context) {
 	for _, source := range d.Containers.Stale() {
 		d.learn(ctx, container.Event{Source: source, Action: container.Resync})
+	}
+	if d.again {
+		d.reload(ctx) // the reason may have passed
 	}
 	d.closeTunnels(ctx)
 	if err := d.Filter.ForgetDevices(); err != nil {

@@ -371,8 +371,7 @@ func TestReplacedMaps(t *testing.T) {
 func TestBusy(t *testing.T) {
 	s := newService(t, rulesText)
 	t.Cleanup(daemon.SetPace(time.Hour))
-	const patience = 200 * time.Millisecond
-	t.Cleanup(daemon.SetPatience(patience))
+	t.Cleanup(daemon.SetPatience(2 * time.Second))
 	s.startBesideMailer()
 	for n := 2; n < 22; n++ {
 		s.container(n)
@@ -452,5 +451,38 @@ func TestRepairOneOfTwo(t *testing.T) {
 	s.eventually("the configured cgroup is policed again", func() bool { return slices.Contains(policed(), second) })
 	if got := policed(); len(got) != 2 || slices.Contains(got, third) {
 		t.Errorf("policed: %v", got)
+	}
+}
+
+// TestBusyReload changes the file while another command holds the lock.
+func TestBusyReload(t *testing.T) {
+	s := newService(t, rulesText)
+	t.Cleanup(daemon.SetPatience(time.Second))
+	s.startBesideMailer()
+	lock, err := os.Open(s.Filter.Pins())
+	check(t, err)
+	defer lock.Close()
+	check(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
+	s.write(strings.ReplaceAll(rulesText, "burst: 30", "burst: 40"))
+	s.eventually("not put in force", func() bool { return strings.Contains(s.log.String(), "configuration refused") })
+	check(t, lock.Close())
+	s.eventually("put in force later", func() bool { return s.burst(1) == 40 })
+}
+
+// TestStartWithOtherRules starts the daemon with rules that are new, but say the same of a container.
+func TestStartWithOtherRules(t *testing.T) {
+	s := newService(t, rulesText)
+	s.startBesideMailer()
+	s.stop()
+	s.write(strings.Replace(rulesText, "containers:\n", "containers:\n  - {name: other, metadata: allow}\n", 1))
+	docker, err := container.OpenDocker("unix://" + s.engine.Socket)
+	check(t, err)
+	s.Containers = container.NewInventory(docker)
+	before, ready := len(s.log.String()), s.told("READY=1")
+	s.start()
+	s.eventually("ready again", func() bool { return s.told("READY=1") > ready })
+	s.stop()
+	if log := s.log.String()[before:]; strings.Contains(log, "rules applied") {
+		t.Errorf("a container has lost its rule for a while:\n%s", log)
 	}
 }

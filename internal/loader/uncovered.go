@@ -9,7 +9,6 @@ import (
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
 	"github.com/egressbpf/egressbpf/internal/maps"
-	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
 // findUncovered looks for running containers that are not policed, anywhere. It knows them
@@ -30,7 +29,7 @@ func (f *Filter) findUncovered(r *reading) error {
 	for _, c := range containers {
 		id := cgroup.ContainerID(c.Rel)
 		r.Named[id] = true
-		if leftOut(r.Policy, c.Rel) {
+		if r.Policy != nil && r.Policy.LeavesOut(c.Rel) {
 			continue
 		}
 		found = append(found, Uncovered{ID: id, Cgroup: c.Rel})
@@ -73,12 +72,6 @@ func (f *Filter) running(r *reading, named []cgroup.Cgroup) []cgroup.Cgroup {
 		}
 	}
 	return running
-}
-
-// leftOut says whether a policy leaves out a container of a pod, as an operator may want
-// for pods that run the node.
-func leftOut(p *policy.Policy, rel string) bool {
-	return p != nil && cgroup.OfPod(rel) && !p.IsContainer(rel)
 }
 
 // AddUncovered adds to a status those of the containers that are not policed.

@@ -58,6 +58,12 @@ func (p Policy) IsContainer(path string) bool {
 	return slices.ContainsFunc(p.Scopes, func(s Scope) bool { return s.Matches(path) })
 }
 
+// LeavesOut says whether the cgroup at a path is in a pod and not a container, by its name: an operator may
+// want that for pods that run the node.
+func (p Policy) LeavesOut(path string) bool {
+	return (cgroup.OfPod(path) || cgroup.PodUID(path) != "") && !p.IsContainer(path) && !slices.Contains(p.Scopes, AnyScope)
+}
+
 // PolicesPods says whether the policy polices the pods of a Kubernetes node, by the names that
 // containerd and CRI-O give to cgroups with the systemd driver.
 func (p Policy) PolicesPods() bool {

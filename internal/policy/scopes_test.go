@@ -2,6 +2,7 @@ package policy
 
 import (
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
@@ -34,5 +35,32 @@ func TestParseScopes(t *testing.T) {
 	p.Scopes = []Scope{"default"}
 	if err := p.Validate(); err == nil {
 		t.Error("a policy with the scope default is valid, which stands for no cgroup")
+	}
+}
+
+// Pods can be left out by name, and are not called uncovered then; others cannot.
+func TestLeavesOut(t *testing.T) {
+	id := strings.Repeat("0123456789abcdef", 4)
+	docker, all, each := Default(), Default(), Default()
+	docker.Scopes, each.Scopes = []Scope{"docker-{id}.scope"}, []Scope{AnyScope}
+	for _, tt := range []struct {
+		policy Policy
+		rel    string
+		want   bool
+	}{
+		{docker, "/kubepods.slice/kubepods-pod1.slice/cri-containerd-" + id + ".scope", true},
+		{docker, "/kubepods/besteffort/pod1/" + id, true},
+		{docker, "/own/kubepods/besteffort/pod1/" + id, true}, // kubelet --cgroup-root
+		{all, "/kubepods.slice/kubepods-pod1.slice/cri-containerd-" + id + ".scope", false},
+		{each, "/kubepods/besteffort/pod1/" + id, false},
+		{docker, "/system.slice/cri-containerd-" + id + ".scope", false},
+		{docker, "/kubepods-mine/" + id, false},
+	} {
+		if got := tt.policy.LeavesOut(tt.rel); got != tt.want {
+			t.Errorf("%s: left out %v, want %v", tt.rel, got, tt.want)
+		}
+	}
+	if !all.PolicesPods() || docker.PolicesPods() {
+		t.Errorf("pods are policed: %v by default, %v with Docker's scope alone", all.PolicesPods(), docker.PolicesPods())
 	}
 }

@@ -64,7 +64,7 @@ func TestPods(t *testing.T) {
 	all := []policy.ContainerRule{{Namespace: "kube-system", Metadata: policy.Allowed}}
 	apply := func(list []policy.ContainerRule, revoke bool) {
 		t.Helper()
-		_, err := rules.Apply(root, state, list, v, revoke)
+		_, err := rules.Apply(root, state, withRules(list...), v, revoke)
 		check(t, err)
 	}
 	expect := func(when string, want ...made) {
@@ -111,12 +111,82 @@ func TestPods(t *testing.T) {
 	c := container.Container{Identity: container.Identity{ID: src.known[0].ID, CgroupID: due.at}, Source: "test", Pod: src.known[0].Pod}
 	c.Cgroup, err = root.Rel(due.path)
 	check(t, err)
-	_, err = rules.ApplyTo(root, state, all, c)
+	_, err = rules.ApplyTo(root, state, withRules(all...), c)
 	check(t, err)
 	expect("one container", due)
-	_, err = rules.ApplyTo(root, state, nil, c)
+	_, err = rules.ApplyTo(root, state, withRules(), c)
 	check(t, err)
 	expect("one container without a rule")
+
+	// Pods that the policy leaves out stay as they are.
+	left := withRules(all...)
+	left.Scopes, err = policy.ParseScopes([]string{"docker-{id}.scope"})
+	check(t, err)
+	left.Containers[0].SMTP = &policy.Limit{Rate: policy.Rate{Count: 1, Period: 60e9}, Burst: 1}
+	check(t, state.Forget(due.at))
+	_, err = rules.Apply(root, state, left, v, false)
+	check(t, err)
+	_, err = rules.ApplyTo(root, state, left, c)
+	check(t, err)
+	if known, err := state.Recognised(due.at); err != nil || known {
+		t.Errorf("a container that is left out: known %v, %v", known, err)
+	}
+}
+
+// TestNetworkUnknown asks a runtime that at times does not tell whether a pod has the host's network. What was
+// decided when it did stays, unless the rules are others.
+func TestNetworkUnknown(t *testing.T) {
+	root := testenv.Root(t)
+	base := testenv.Cgroup(t)
+	state, err := maps.CreateState()
+	check(t, err)
+	defer state.Close()
+	id := strings.Repeat("d", 64)
+	path := filepath.Join(base, "kubepods/pod31-e", id)
+	check(t, os.MkdirAll(path, 0o755))
+	rel, err := root.Rel(path)
+	check(t, err)
+	at := number(t, root, path)
+	p := withRules(
+		policy.ContainerRule{Namespace: "*", HostNetwork: true, Metadata: policy.Denied},
+		policy.ContainerRule{Namespace: "team", Metadata: policy.Allowed})
+	for _, tt := range []struct {
+		when            string
+		unknown, revoke bool
+		spared          bool
+	}{
+		{"at first", true, false, false},
+		{"known", false, false, true},
+		{"unknown again", true, false, true},
+		{"other rules", true, true, false},
+	} {
+		c := container.Container{
+			Identity: container.Identity{ID: id, Cgroup: rel, CgroupID: at}, Source: "test",
+			Pod: container.Pod{Namespace: "team", Name: "pod", UID: "31-e", NetworkUnknown: tt.unknown},
+		}
+		v := container.NewInventory(&source{known: []container.Container{c}})
+		check(t, v.Refresh(t.Context()))
+		if !tt.revoke {
+			_, err := rules.ApplyTo(root, state, p, c)
+			check(t, err)
+		}
+		_, err := rules.Apply(root, state, p, v, tt.revoke)
+		check(t, err)
+		pods, err := state.Pods()
+		check(t, err)
+		got, _, err := state.Container(at)
+		check(t, err)
+		if spared := got.Flags&maps.MayReachMetadata != 0; spared != tt.spared || len(pods) > 0 != tt.spared {
+			t.Errorf("%s: spared %v, pods %+v", tt.when, spared, pods)
+		}
+	}
+}
+
+// withRules returns the default policy with these rules.
+func withRules(rules ...policy.ContainerRule) policy.Policy {
+	p := policy.Default()
+	p.Containers = rules
+	return p
 }
 
 func number(t *testing.T, root cgroup.Root, path string) uint64 {
@@ -156,7 +226,7 @@ func TestPodOfSandboxWithoutCgroup(t *testing.T) {
 	for uid, want := range map[string]int{"21-c": 1, "22-d": 0, "24-e": 0} {
 		v := container.NewInventory(&source{known: []container.Container{sandbox(uid)}})
 		check(t, v.Refresh(t.Context()))
-		_, err := rules.Apply(root, state, []policy.ContainerRule{{Namespace: "kube-system", Metadata: policy.Allowed}}, v, true)
+		_, err := rules.Apply(root, state, withRules(policy.ContainerRule{Namespace: "kube-system", Metadata: policy.Allowed}), v, true)
 		check(t, err)
 		pods, err := state.Pods()
 		check(t, err)

@@ -11,13 +11,14 @@ import (
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
-// Apply gives each container that runs below root what the first matching rule says, and
+// Apply gives each container that runs below root what the policy's first matching rule says, and
 // returns how many containers it changed. Rules cannot match a container that no source
-// knows. Such a container loses what an earlier rule gave it if revoke is set, and
-// otherwise keeps it. Apply leaves alone a limit that was set by hand.
+// knows, and those of pods may not if a source does not tell the pod's network. Such a container loses
+// what an earlier rule gave it if revoke is set, and otherwise keeps it. Apply leaves alone a limit that was
+// set by hand, and pods that the policy leaves out.
 //
 // It goes on after an error; the errors are joined.
-func Apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, containers *container.Inventory, revoke bool) (changed int, err error) {
+func Apply(root cgroup.Root, state *maps.State, p policy.Policy, containers *container.Inventory, revoke bool) (changed int, err error) {
 	running, err := containers.Running(root)
 	if err != nil {
 		return 0, err
@@ -30,13 +31,13 @@ func Apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, co
 	if err != nil {
 		return 0, err
 	}
-	errs := []error{applyToPods(root, state, rules, slices.Concat(running, sandboxes), revoke)}
+	errs := []error{applyToPods(root, state, p.Containers, slices.Concat(running, sandboxes), revoke)}
 	for _, c := range running {
-		if c.Source == "" && !revoke {
+		if p.LeavesOut(c.Cgroup) || !revoke && undecided(p.Containers, c) {
 			continue
 		}
 		before, existed := known[c.CgroupID]
-		done, err := apply(root, state, rules, c, before, existed)
+		done, err := apply(root, state, p.Containers, c, before, existed)
 		if done {
 			changed++
 		}
@@ -47,8 +48,11 @@ func Apply(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, co
 
 // ApplyTo is Apply for a single container, which a source knows. It says whether it changed the
 // container. What it costs does not depend on how many other containers there are.
-func ApplyTo(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, c container.Container) (changed bool, err error) {
-	if id, pod := podOf(root, rules, c); id != 0 {
+func ApplyTo(root cgroup.Root, state *maps.State, p policy.Policy, c container.Container) (changed bool, err error) {
+	if p.LeavesOut(c.Cgroup) || undecided(p.Containers, c) {
+		return false, nil
+	}
+	if id, pod := podOf(root, p.Containers, c); id != 0 {
 		if before, err := state.Pod(id); err != nil {
 			return false, err
 		} else if err := setPod(root, state, c, id, before, pod); err != nil {
@@ -59,7 +63,14 @@ func ApplyTo(root cgroup.Root, state *maps.State, rules []policy.ContainerRule, 
 	if err != nil {
 		return false, err
 	}
-	return apply(root, state, rules, c, before, existed)
+	return apply(root, state, p.Containers, c, before, existed)
+}
+
+// undecided says whether it is not known what the rules say about a container. That another source than
+// the pod's has told of it is not enough: it may have been started beside Kubernetes.
+func undecided(rules []policy.ContainerRule, c container.Container) bool {
+	subject := c.Subject()
+	return c.Source == "" || subject.NetworkUnknown && policy.RuleIndex(rules, subject) < 0
 }
 
 // applyToPods sets what holds from their start for the containers of those pods that have a
@@ -73,6 +84,9 @@ func applyToPods(root cgroup.Root, state *maps.State, rules []policy.ContainerRu
 	known := map[uint64]bool{}
 	for _, c := range all {
 		if id, pod := podOf(root, rules, c); id != 0 && !known[id] {
+			if !revoke && undecided(rules, c) {
+				continue
+			}
 			known[id] = true
 			errs = append(errs, setPod(root, state, c, id, before[id], pod))
 		}
