@@ -345,6 +345,10 @@ type Exposure struct {
 	Writable bool `json:"writable"`
 }
 
+// mountsRead is how much of a container's mountinfo is read. With a user namespace, a container can make that
+// as long as it likes.
+const mountsRead = 1 << 20
+
 // Exposure looks at one process of the cgroup rel. It finds nothing if the cgroup has no
 // process, or none that this process may look at.
 func (r Root) Exposure(rel string) (e Exposure, err error) {
@@ -356,7 +360,7 @@ func (r Root) Exposure(rel string) (e Exposure, err error) {
 	if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/cgroup", pid)); err == nil {
 		e.Namespace = ns == initialNamespace
 	}
-	if mounts, err := read(fmt.Sprintf("/proc/%d/mountinfo", pid)); err == nil {
+	if mounts, err := readFirst(fmt.Sprintf("/proc/%d/mountinfo", pid), mountsRead); err == nil {
 		e.Writable = wholeTreeWritable(mounts)
 	}
 	return e, nil

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io/fs"
+	"math"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -159,7 +160,10 @@ func (r Root) Children(rel string) (found []Cgroup, err error) {
 
 // read returns what is in a file of the kernel. os.ReadFile would have the runtime watch the
 // file for events, which costs as much as reading it.
-func read(path string) (string, error) {
+func read(path string) (string, error) { return readFirst(path, math.MaxInt) }
+
+// readFirst is read, but stops when it has read most bytes.
+func readFirst(path string, most int) (string, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return "", &fs.PathError{Op: "open", Path: path, Err: err}
@@ -171,11 +175,12 @@ func read(path string) (string, error) {
 		if err != nil {
 			return "", &fs.PathError{Op: "read", Path: path, Err: err}
 		}
-		if n == 0 {
+		text = text[:len(text)+n]
+		if n == 0 || len(text) >= most {
 			return string(text), nil
 		}
-		if text = text[:len(text)+n]; len(text) == cap(text) {
-			text = slices.Grow(text, len(text))
+		if len(text) == cap(text) {
+			text = slices.Grow(text, min(len(text), most))
 		}
 	}
 }
