@@ -21,9 +21,12 @@ import (
 const waitStep = 500 * time.Millisecond
 
 func newStatus(g *globals) *cobra.Command {
-	var wait time.Duration
+	var (
+		wait    time.Duration
+		engines bool
+	)
 	cmd := &cobra.Command{
-		Use:   "status [--wait DURATION]",
+		Use:   "status [--wait DURATION] [--engines]",
 		Short: "Show whether the filter is in force",
 		Long: `Reads back from the kernel which programs are attached where, with which policy, and
 shows which defences are missing and why, and which running containers are not
@@ -37,6 +40,7 @@ look.`,
 		Args: usageArgs(cobra.NoArgs),
 	}
 	cmd.Flags().DurationVar(&wait, "wait", 0, "how long to wait until the filter is in force, such as 30s")
+	cmd.Flags().BoolVar(&engines, "engines", false, "exit with 3 too if no engine or container runtime answers, or one of them does not: rules for single containers are not applied then")
 	out := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if wait < 0 {
@@ -50,8 +54,10 @@ look.`,
 		if err != nil {
 			return err
 		}
+		names.asked = names.asked || engines
 		g.warnNoEngine(names.containers, cmd.ErrOrStderr())
-		status, err := awaitStatus(cmd.Context(), filter, names, wait)
+		complete := func(s *loader.Status) bool { return s.InForce() && !(engines && names.err != nil) }
+		status, err := awaitStatus(cmd.Context(), filter, names, wait, complete)
 		if err != nil {
 			return err
 		}
@@ -60,7 +66,7 @@ look.`,
 		} else {
 			err = printStatus(cmd.OutOrStdout(), status)
 		}
-		if err == nil && !status.InForce() {
+		if err == nil && !complete(status) {
 			return errNotInForce
 		}
 		return err
@@ -68,15 +74,16 @@ look.`,
 	return cmd
 }
 
-// awaitStatus returns the status when the filter is in force, or when the time to wait is over.
-func awaitStatus(ctx context.Context, filter *loader.Filter, names *names, wait time.Duration) (*loader.Status, error) {
+// awaitStatus returns the status when the filter is in force and complete says so too, or when the time to wait
+// is over.
+func awaitStatus(ctx context.Context, filter *loader.Filter, names *names, wait time.Duration, complete func(*loader.Status) bool) (*loader.Status, error) {
 	for end := time.Now().Add(wait); ; {
 		status, err := readStatus(filter)
 		last := time.Until(end) <= 0 || ctx.Err() != nil
 		if err == nil && (last || status.InForce()) {
 			names.addToStatus(ctx, filter, status)
 		}
-		if last || err == nil && status.InForce() {
+		if last || err == nil && complete(status) {
 			return status, err
 		}
 		select {

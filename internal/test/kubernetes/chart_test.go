@@ -383,20 +383,21 @@ func TestProbe(t *testing.T) {
 
 func TestRefusesValues(t *testing.T) {
 	for values, want := range map[string]string{
-		"criSockets=/run/x.sock":                           "criSockets",
-		"exempt.namespace={kube-system}":                   "namespace",
-		"exempt.namespaces={team-*}":                       "pattern",
-		"operation=remove":                                 "operation",
-		"criSocket=unix:///run/containerd/containerd.sock": "criSocket",
-		"criSocket=/run/../etc/x.sock":                     "criSocket",
-		"updateStrategy.rollingUpdate.maxSurge=1":          "maxSurge",
-		"metrics.port=80,metrics.enabled=true":             "port",
-		"metrics.enabled=true":                             "metrics.webConfigSecret",
-		"metrics.podMonitor.enabled=true":                  "metrics.enabled",
-		"metrics.service.enabled=true":                     "metrics.enabled",
-		"readinessProbe.exec=status":                       "exec",
-		"config=enforce":                                   "config",
-		"image.digest=0123456789":                          "digest",
+		"criSockets=/run/x.sock":                                               "criSockets",
+		"exempt.namespace={kube-system}":                                       "namespace",
+		"exempt.namespaces={team-*}":                                           "pattern",
+		"operation=remove":                                                     "operation",
+		"criSocket=unix:///run/containerd/containerd.sock":                     "criSocket",
+		"criSocket=/run/../etc/x.sock":                                         "criSocket",
+		"updateStrategy.rollingUpdate.maxSurge=1":                              "maxSurge",
+		"metrics.port=80,metrics.enabled=true":                                 "port",
+		"metrics.enabled=true":                                                 "metrics.webConfigSecret",
+		"metrics.podMonitor.enabled=true":                                      "metrics.enabled",
+		"metrics.service.enabled=true":                                         "metrics.enabled",
+		"readinessProbe.exec=status":                                           "exec",
+		"config=enforce":                                                       "config",
+		"config.containers[0].namespace=*,config.containers[0].metadata=block": "kube-system is not exempt",
+		"image.digest=0123456789":                                              "digest",
 	} {
 		out, stderr, err := run(t, helm(t), "template", "egressbpf", chart, "--kube-version", "1.30", "--set", values)
 		if err == nil {

@@ -112,4 +112,21 @@ seLinuxOptions:
 {{- if and (or .Values.metrics.service.enabled .Values.metrics.podMonitor.enabled) (not .Values.metrics.enabled) }}
 {{- fail "metrics.service and metrics.podMonitor: want metrics.enabled too" }}
 {{- end }}
+{{- if not .Values.configSecret }}
+{{- range $exempt := .Values.exempt.namespaces }}
+{{- $first := "" }}
+{{- range $rule := $.Values.config.containers }}
+{{- if and (not $first) (kindIs "map" $rule) }}
+{{- if and (eq (len (omit $rule "metadata" "socket_families" "smtp")) 1) $rule.namespace }}
+{{- if regexMatch (printf "^%s$" ($rule.namespace | replace "." "[.]" | replace "*" ".*")) $exempt }}
+{{- $first = $rule.namespace }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if contains "*" $first }}
+{{- fail (printf "exempt.namespaces: %s is not exempt, since config.containers has a rule for all pods of namespace %q before it. Put a rule for %s in front of that, or take it out of exempt.namespaces" $exempt $first $exempt) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
