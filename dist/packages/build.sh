@@ -37,6 +37,7 @@ sed 's|@BINDIR@|/usr/sbin|' dist/egressbpf.service >"$root/egressbpf.service"
 echo "$PACKAGE_VERSION" >"$root/version"
 cp dist/config.yaml dist/grafana/egressbpf.json "$root"
 cp dist/prometheus/*.yml "$root/prometheus"
+sed -i 's|/usr/local/share|/usr/share|' "$root/prometheus/scrape.yml"
 "$native" man "$root/man8"
 gzip -9n "$root"/man8/*
 for shell in bash fish zsh; do

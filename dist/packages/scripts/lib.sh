@@ -35,6 +35,13 @@ packaged() {
 	esac
 }
 
+# lost prints the command that the unit names, and succeeds, if that does not exist: a drop-in can name
+# the command of `make install`.
+lost() {
+	named=$(systemctl show --property=ExecStart --value "$unit" 2>/dev/null | sed -n '1s|^{ path=\(/[^ ]*\) ;.*|\1|p')
+	[ -n "$named" ] && [ ! -e "$named" ] && echo "$named"
+}
+
 # Between two attempts to start, a service is activating.
 running() {
 	case $(systemctl show --property=ActiveState --value "$unit" 2>/dev/null) in
@@ -118,6 +125,10 @@ after_files() {
 }
 
 put_in_force() {
+	if systemd && named=$(lost); then
+		say "the service cannot start again, nor at the next boot: its unit names $named, which does"
+		say "not exist. Name $binary instead (systemctl edit egressbpf), then run: systemctl restart egressbpf"
+	fi
 	verb=
 	if systemd && packaged && noted start; then
 		verb=start
