@@ -130,11 +130,11 @@ guest() {
     fi
     for _ in 1 2; do
         code=0
-        "${as[@]}" setpriv --pdeathsig TERM "${behind[@]}" "$@" >"$dir/out-$machine" 2>&1 || code=$?
+        "${as[@]}" setpriv --pdeathsig TERM "${behind[@]}" "$@" >"$log" 2>&1 || code=$?
         [ "$code" = 125 ] && [ -n "$emulated" ] || break
     done
     if [ "$code" != 0 ]; then
-        cat "$dir/out-$machine"
+        cat "$log"
         echo "$machine: $name failed"
         return "$code"
     fi
@@ -159,7 +159,7 @@ alone() {
     } >"$script"
     guest "${loader:+loader }${events:+events }${verdict:+verdict }" "$1" \
         internal/test/vmtest/run.sh "${patience[@]}" "${files[@]}" "$1" "$script" || return
-    cp "$dir/out-$1" "$dir/facts/$1"
+    cp "$log" "$dir/facts/$1"
 }
 
 # in_root KERNEL E2E ATTACKS-ON NAMES runs, with this machine's root and Docker, tests of e2e, and the attacks of
@@ -178,26 +178,32 @@ in_root() {
         --env "EGRESSBPF_BINARY=$dir/egressbpf" "$1" "$script"
 }
 
+# boots KERNEL prints a line for each boot of a kernel, for on_kernel: those with this machine's root take longest.
+boots() {
+    if [ -z "$document" ]; then
+        case $1 in
+        6.1) echo root ;;
+        6.12) printf '%s\n' root hardened lockdown ;;
+        esac
+    fi
+    echo alone
+}
+
 # Tests with real packets and containers run for what this machine's own kernel may lack
 # (refusing sockets) or does differently (the host side before 6.4).
 on_kernel() {
-    local failed=0
-    alone "$1" || failed=1
-    [ -z "$document" ] || return "$failed"
-    case $1 in
-    6.1)
-        in_root "$1" 'TestNewBridge|TestMetadataForOneContainer|TestMonitorOfTheHostSide' host_side "$behind_the_hook" || failed=1
-        ;;
-    6.12)
-        # It has kinds of tunnels that other machines may lack.
-        in_root "$1" TestUnusualTunnels families "$packet_sockets" || failed=1
-        guest lockdown "$1" internal/test/vmtest/run.sh --root "${patience[@]}" --append lockdown=confidentiality "$1" "$dir/amd64/loader" -test.run '^TestLockedDown$' || failed=1
+    case $2-$1 in
+    root-6.1) in_root "$1" 'TestNewBridge|TestMetadataForOneContainer|TestMonitorOfTheHostSide' host_side "$behind_the_hook" ;;
+    # It has kinds of tunnels that other machines may lack.
+    root-6.12) in_root "$1" TestUnusualTunnels families "$packet_sockets" ;;
+    lockdown-*) guest lockdown "$1" internal/test/vmtest/run.sh --root "${patience[@]}" --append lockdown=confidentiality "$1" "$dir/amd64/loader" -test.run '^TestLockedDown$' ;;
+    hardened-*)
         guest hardened "$1" internal/test/vmtest/run.sh --root "${patience[@]}" --append lockdown=integrity --append security=apparmor \
             --env "EGRESSBPF_BINARY=$dir/egressbpf" "$1" "$dir/amd64/hardened" -guest \
-            -test.run '^(TestLockdown|TestHardenedSettings|TestPrivateMount|TestNoJIT|TestAppArmor)$' || failed=1
+            -test.run '^(TestLockdown|TestHardenedSettings|TestPrivateMount|TestNoJIT|TestAppArmor)$'
         ;;
+    alone-*) alone "$1" ;;
     esac
-    return "$failed"
 }
 
 # The packages of this commit are upgraded from, and gone back to.
@@ -237,7 +243,7 @@ service() {
         cp internal/test/critest/runc-without-shares "$dir/$1"
         CGO_ENABLED=0 go build -o "$dir/$1/pod" ./internal/test/vmtest/debian/pod
     fi
-    flock "$dir" make --no-print-directory install DESTDIR="$dir/$1/root" SUDO= >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
+    flock "$dir" make --no-print-directory install DESTDIR="$dir/$1/root" SUDO= >"$log" 2>&1 || { cat "$log"; return 1; }
     whole "$@"
 }
 
@@ -246,13 +252,13 @@ service() {
 with_packages() {
     (
         flock 9
-        [ -d "$dir/packages" ] || package_both "$dir/packages" >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; exit 1; }
+        [ -d "$dir/packages" ] || package_both "$dir/packages" >"$log" 2>&1 || { cat "$log"; exit 1; }
     ) 9>"$dir/packages.lock" || return
     cp -r "$dir/packages" "$dir/$1"
     echo "$1" >"$dir/$1/kind"
     cp internal/test/vmtest/{guest.sh,packages/run} "$dir/$1"
     if [ "$1" = image ]; then
-        make --no-print-directory image >"$dir/out-$1" 2>&1 || { cat "$dir/out-$1"; return 1; }
+        make --no-print-directory image >"$log" 2>&1 || { cat "$log"; return 1; }
         cp bin/image/egressbpf-image-amd64.tar "$dir/$1/image.tar"
         cp "$dir/packages.build/egressbpf-earlier" "$dir/$1/earlier/egressbpf"
         cp docs/container.md dist/container/compose.yaml dist/config.yaml "$dir/$1"
@@ -275,10 +281,11 @@ on_debian() {
     return "$failed"
 }
 
-# job starts a command as a job. It counts as passed only if it says so.
+# job starts a command as a job, with a file for what it prints. It counts as passed only if it says so.
 started=0
 job() {
     ((++started))
+    log=$dir/log-$started
     { "$@" && echo >>"$dir/passed"; } &
 }
 
@@ -307,11 +314,21 @@ done
 places=$(nproc)
 [ ${#beside[@]} = 0 ] || ((++places))
 [ ${#beside[@]} = 0 ] && [ ${#on_this[@]} = 0 ] || job on_this_kernel
-for machine in "${emulated[@]}" "${kernels[@]}"; do
+waiting=()
+for machine in "${emulated[@]}"; do
+    waiting+=("on_debian $machine")
+done
+for machine in "${kernels[@]}"; do
+    for boot in $(boots "$machine"); do
+        waiting+=("on_kernel $machine $boot")
+    done
+done
+for work in "${waiting[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge "$places" ]; do
         wait -n || true
     done
-    if [[ $machine =~ $trials ]]; then job on_debian "$machine"; else job on_kernel "$machine"; fi
+    # shellcheck disable=SC2086 # words without spaces
+    job $work
 done
 wait
 
