@@ -117,10 +117,13 @@ func (s *scene) connect(container string, n int) {
 	}
 }
 
+// patience is how long to wait for a record that must come.
+const patience = 3 * time.Minute
+
 // next returns the next record of a source, after its Start.
 func next(t *testing.T, from Source) Record {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	for {
 		r, err := from.Next(ctx)
@@ -289,9 +292,14 @@ func TestReaders(t *testing.T) {
 	readers[3] = s.open()
 	s.connect(s.container, 3)
 	for i, r := range readers {
-		for range 3 {
-			if got := next(t, r); got.Type != Refusal {
-				t.Errorf("reader %d: %+v", i, got)
+		for got := uint64(0); got < 3; {
+			switch record := next(t, r); {
+			case record.Type == Refusal:
+				got++
+			case record.Type == Lost && record.Stage == StageReader:
+				got += record.Count // this machine did not let it renew its seat in time
+			default:
+				t.Fatalf("reader %d: %+v", i, record)
 			}
 		}
 	}
@@ -436,7 +444,7 @@ func TestOtherPrograms(t *testing.T) {
 	check(t, err)
 	check(t, duringAttach.Close())
 	unlock()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if got, err := r.Next(ctx); !errors.Is(err, maps.ErrNoEvents) {
 		t.Errorf("%+v, %v", got, err)
@@ -452,7 +460,7 @@ func TestDetached(t *testing.T) {
 	s.connect(s.container, 1)
 	next(t, r)
 	check(t, s.filter.Detach(t.Context(), nil))
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if got, err := r.Next(ctx); !errors.Is(err, loader.ErrNotAttached) {
 		t.Errorf("%+v, %v", got, err)

@@ -72,7 +72,7 @@ func TestExempt(t *testing.T) {
 			late++
 		}
 		awaitPod(t, podCgroup(p.uid))
-		for deadline := time.Now().Add(5 * time.Second); c.again(t) != allowed; {
+		for deadline := time.Now().Add(30 * time.Second); c.again(t) != allowed; {
 			if time.Now().After(deadline) {
 				t.Fatalf("%s has no exception", p.config.Metadata)
 			}

@@ -202,7 +202,7 @@ func (k *node) start(t *testing.T) {
 	k.daemon, k.ended = cmd, ended
 	go func() { ended <- cmd.Wait() }()
 	var last string
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		answer, err := k.api.Status(ctx, &runtime.StatusRequest{}, grpc.WaitForReady(true))
 		cancel()

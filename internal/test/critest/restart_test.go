@@ -25,8 +25,9 @@ func TestRestart(t *testing.T) {
 	}
 	awaitPod(t, podCgroup(dns.uid))
 
+	silences, replies := s.said(silent), s.said(answers)
 	k.stop(t, unix.SIGKILL)
-	s.await(t, silent, 1)
+	s.await(t, silent, silences+1)
 	// Only its agents can be reached now. One comes as in a container of a pod that nobody
 	// knows.
 	seen := k.Capture(t)
@@ -47,7 +48,11 @@ func TestRestart(t *testing.T) {
 	}
 
 	k.start(t)
-	s.await(t, answers, 1)
+	s.await(t, answers, replies+1)
+	// On a slow machine it may say so again when containerd has much to do.
+	if got := s.said(silent) - silences; got != 1 {
+		t.Errorf("the service said %d times that containerd does not answer", got)
+	}
 	if got := dns.attempt(t, "after"); got != allowed {
 		t.Errorf("the old pod: %s, want %s", got, allowed)
 	}
@@ -61,9 +66,6 @@ func TestRestart(t *testing.T) {
 	}
 	if got := k.pod(t, "shop", "web-1").attempt(t, "main"); got != blocked {
 		t.Errorf("a new pod of shop: %s, want %s", got, blocked)
-	}
-	if got := s.said(silent); got != 1 {
-		t.Errorf("the service said %d times that containerd does not answer", got)
 	}
 	if _, err := os.Stat(socket); err != nil {
 		t.Error(err)

@@ -55,7 +55,11 @@ func (e *engine) nested(t *testing.T, name string) *engine {
 		"--security-opt=apparmor=unconfined", "--security-opt=systempaths=unconfined", "-v", "/usr:/usr:ro", "-v", "/etc/alternatives:/etc/alternatives:ro",
 		"-v", "/var/lib/docker", "-v", e.path(name)+":/run/outer", "-e", "NOTIFY_SOCKET=/run/outer/notify", host, "/bin/sh", "-ec",
 		"mount -o remount,rw /sys/fs/cgroup; mkdir /sys/fs/cgroup/engine; echo 0 >/sys/fs/cgroup/engine/cgroup.procs; "+
-			"exec dockerd -H unix://"+innerSocket+" --exec-opt native.cgroupdriver=cgroupfs --bip 172.31.0.1/24 --ipv6 --fixed-cidr-v6 fd00:d1c::/64")
+			// dockerd gives a containerd of its own 15 s to start. Only dockerd says when it is ready.
+			"env -u NOTIFY_SOCKET containerd --root /var/lib/docker/containerd & "+
+			"until [ -S "+innerContainerd+" ]; do sleep 0.1; done; "+
+			"exec dockerd --containerd "+innerContainerd+" -H unix://"+innerSocket+
+			" --exec-opt native.cgroupdriver=cgroupfs --bip 172.31.0.1/24 --ipv6 --fixed-cidr-v6 fd00:d1c::/64")
 	if err := awaitReady(ready); err != nil {
 		t.Fatalf("the dockerd in %s is not ready: %v\n%s", name, err, e.docker(t, "logs", name))
 	}
@@ -76,4 +80,4 @@ func (e *engine) nested(t *testing.T, name string) *engine {
 	return inner
 }
 
-const innerSocket = "/run/docker.sock"
+const innerSocket, innerContainerd = "/run/docker.sock", "/run/containerd/containerd.sock"

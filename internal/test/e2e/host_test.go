@@ -193,6 +193,7 @@ func TestLostSYNAndABadNeighbour(t *testing.T) {
 		if r := tcp.Bind(from); r.Errno != ok {
 			t.Fatal(r.Errno)
 		}
+		begun := time.Now()
 		wait := tcp.ConnectMeanwhile(mail)
 		syn := func(p lab.Packet) bool { return p.SYN(25) && p.Src == from }
 		seen.Await(t, 1, "SYN", syn)
@@ -202,16 +203,20 @@ func TestLostSYNAndABadNeighbour(t *testing.T) {
 				seq = p.Seq
 			}
 		}
+		var forged [][]byte
 		for i := range uint32(60) {
-			s.forge(s.b, segment(at(from.Addr(), uint16(3000+i)), mail, i, 0, tcpSYN))
+			forged = append(forged, segment(at(from.Addr(), uint16(3000+i)), mail, i, 0, tcpSYN))
 		}
 		for _, flags := range []uint8{tcpACK, tcpRST, tcpRST | tcpACK, tcpACK | 1} {
-			s.forge(s.b, segment(from, mail, seq+1, 1, flags), segment(from, mail, seq, 1, flags))
+			forged = append(forged, segment(from, mail, seq+1, 1, flags), segment(from, mail, seq, 1, flags))
 		}
+		s.forge(s.b, forged...)
 		seen.Settle(t)
 		s.Server.NFT(t, "delete table inet deaf")
-		if r := wait(); r.Errno != ok || r.Elapsed > 5*time.Second {
-			t.Errorf("%s: %v after %v", mail, r.Errno, r.Elapsed)
+		// The time between two repeats doubles.
+		deaf := time.Since(begun)
+		if r := wait(); r.Errno != ok || r.Elapsed > 2*deaf+5*time.Second {
+			t.Errorf("%s: %v after %v, %v of which the server was deaf", mail, r.Errno, r.Elapsed, deaf)
 		}
 		tcp.Close()
 	}

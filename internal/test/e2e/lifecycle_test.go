@@ -160,7 +160,7 @@ func TestParallelAttach(t *testing.T) {
 	t.Cleanup(func() { s.Egressbpf(t, "detach") })
 	own := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{198, 51, 100, byte(100 + i)}) }
 	var all sync.WaitGroup
-	exits := make([]lab.Exit, 10)
+	exits := make([]lab.Exit, 5)
 	for i := range exits {
 		all.Go(func() {
 			exits[i] = lab.Run(t, exec.Command(lab.Binary(t), "attach", "--cgroup", s.policed, "--block", own(i).String()))

@@ -127,17 +127,30 @@ func (c *container) parallel(mail netip.Addr, sockets int, ops ...lab.Op) (steps
 	return steps
 }
 
-// connected waits for a connection for longer than it should take.
-var connected = []lab.Op{lab.OpWait, lab.OpWait, lab.OpWait, lab.OpWait}
+// connected waits up to a second for a connection that must come.
+var connected = slices.Repeat([]lab.Op{lab.OpWait}, 34)
 
 // A socket that connects again pays again, whatever its kind, and so does each of many sockets.
 func TestEachConnectionOfASocketPays(t *testing.T) {
 	const connections = 2 * burst
-	again := []lab.Op{lab.OpOpen}
-	anew := []lab.Op{}
-	for range connections {
-		again = append(append(append(again, lab.OpConnect), connected...), lab.OpSend, lab.OpDisconnect)
-		anew = append(append(append(anew, lab.OpOpen, lab.OpConnect), connected...), lab.OpSend, lab.OpLinger, lab.OpClose)
+	again := []lab.Op{lab.OpConnect, lab.OpWait, lab.OpSend, lab.OpDisconnect}
+	anew := []lab.Op{lab.OpOpen, lab.OpConnect, lab.OpWait, lab.OpSend, lab.OpLinger, lab.OpClose}
+	// sequence makes the connections with these steps. So many of them, the first, must come.
+	sequence := func(ops []lab.Op, must int) []lab.Op {
+		all := []lab.Op{lab.OpOpen}
+		for i := range connections {
+			for _, op := range ops {
+				switch {
+				case op != lab.OpWait:
+					all = append(all, op)
+				case i < must:
+					all = append(all, connected...)
+				default:
+					all = append(all, lab.OpWait, lab.OpWait, lab.OpWait, lab.OpWait)
+				}
+			}
+		}
+		return all
 	}
 	fast := func(ops []lab.Op) []lab.Op {
 		ops = slices.Clone(ops)
@@ -169,13 +182,13 @@ func TestEachConnectionOfASocketPays(t *testing.T) {
 				s.openFast()
 				seen := s.Capture(t)
 				free := s.container("free")
-				free.Sequence(free.steps(mail, 2001, test.mptcp, test.ops...))
+				free.Sequence(free.steps(mail, 2001, test.mptcp, sequence(test.ops, connections)...))
 				seen.Settle(t)
 				if n := s.accepted(free, mail); n != connections {
 					t.Errorf("without the filter %d connections were accepted, want %d", n, connections)
 				}
 				s.attach("--smtp-rate", scarce, "--smtp-burst", fmt.Sprint(burst))
-				s.a.Sequence(s.a.steps(mail, 2001, test.mptcp, test.ops...))
+				s.a.Sequence(s.a.steps(mail, 2001, test.mptcp, sequence(test.ops, burst)...))
 				s.expectPaid(s.a, mail, seen)
 				least := burst
 				if slices.Contains(test.ops, lab.OpFastOpen) {

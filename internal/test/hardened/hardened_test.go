@@ -211,7 +211,7 @@ func allObjects(t testing.TB) objects {
 // do not go away. The kernel frees objects some time after their last user has ended.
 func addedTo(t testing.TB, before objects) (added []string) {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		added = nil
 		for name := range allObjects(t) {
 			if !before[name] {

@@ -83,7 +83,7 @@ func TestPrivateMount(t *testing.T) {
 	guest(t)
 	h := newHost(t)
 	p := newProber(t, h.policed)
-	h.wrap = []string{"unshare", "--mount", "sh", "-c", `mount -t bpf bpf /sys/fs/bpf && exec timeout 30 "$@"`, "-"}
+	h.wrap = []string{"unshare", "--mount", "sh", "-c", `mount -t bpf bpf /sys/fs/bpf && exec timeout 600 "$@"`, "-"}
 	h.pins = "/sys/fs/bpf/private"
 	if o := h.run("run", "--cgroup="+h.policed); o.code != 3 || !strings.Contains(o.stderr, "not the host's bpf filesystem") {
 		t.Errorf("run: got %v", o)

@@ -16,7 +16,7 @@ import (
 )
 
 // patience is how long a browser may take for a step.
-const patience = time.Minute
+const patience = 3 * time.Minute
 
 // browser is a Chromium with one tab.
 type browser struct {

@@ -341,8 +341,12 @@ func TestScrape(t *testing.T) {
 			for defence, counter := range map[string]string{
 				loader.SocketFamilies: "egressbpf_refused_sockets_total", loader.HostSide: "egressbpf_host_dropped_packets_total",
 			} {
-				active, err := prometheus.number(fmt.Sprintf("egressbpf_defence_active{defence=%q}", defence))
-				check(t, err)
+				// There are no results after a scrape that took too long.
+				var active float64
+				prometheus.eventually("defence "+defence, func() (err error) {
+					active, err = prometheus.number(fmt.Sprintf("egressbpf_defence_active{defence=%q}", defence))
+					return err
+				})
 				if active == 1 {
 					counters = append(counters, counter)
 				}
@@ -386,9 +390,12 @@ func (s *scene) checkAlerts(prometheus *api) {
 	s.t.Helper()
 	coming := map[string]bool{"EgressbpfBlockedAttempts": true, "EgressbpfContainerKeepsAsking": true, "EgressbpfMailLimited": true}
 	// Not every kernel can have all defences.
-	missing, err := prometheus.query("egressbpf_defence_active == 0")
-	check(s.t, err)
-	coming["EgressbpfDefenceMissing"] = len(missing) > 0
+	var missing float64
+	prometheus.eventually("defences", func() (err error) {
+		missing, err = prometheus.number("sum(egressbpf_defence_active == bool 0)")
+		return err
+	})
+	coming["EgressbpfDefenceMissing"] = missing > 0
 	for _, r := range readRules(s.t) {
 		if coming[r.Alert] {
 			prometheus.waitFor(r.Expr)

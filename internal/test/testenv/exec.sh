@@ -6,7 +6,7 @@
 # go test counts the wait, so a test has its own here.
 set -euo pipefail
 
-set -- "$@" -test.timeout=30m
+set -- "$@" -test.timeout=60m
 case $PWD in
 */internal/test/release) exec nice -n 19 "$@" ;;
 */internal/docker | */internal/iptables | */internal/top) exec "$@" ;;

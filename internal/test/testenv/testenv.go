@@ -51,7 +51,7 @@ func LockHost() (unlock func(), err error) {
 }
 
 // patience is how long to wait for what should take no time.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 var serial atomic.Int64
 

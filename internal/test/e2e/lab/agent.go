@@ -106,7 +106,7 @@ type Socket struct {
 	family int
 }
 
-// Socket makes a socket whose send and receive calls time out after patience.
+// Socket makes a socket whose send and receive calls time out after answerPatience.
 func (a *Agent) Socket(family, typ, proto int) *Socket {
 	a.t.Helper()
 	var fd int
@@ -339,7 +339,7 @@ func (*Remote) Socket(args SocketArgs, fd *int) (err error) {
 	if *fd, err = unix.Socket(args.Family, args.Type|unix.SOCK_CLOEXEC, args.Proto); err != nil {
 		return fmt.Errorf("%+v: %w", args, err)
 	}
-	tv := unix.NsecToTimeval(int64(patience))
+	tv := unix.NsecToTimeval(int64(answerPatience))
 	return errors.Join(unix.SetsockoptTimeval(*fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv),
 		unix.SetsockoptTimeval(*fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv))
 }
@@ -537,7 +537,7 @@ func (*Remote) Resolve(l Lookup, r *Lookup) error {
 	resolver := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, l.Network, netip.AddrPortFrom(l.Server, 53).String())
 	}}
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), answerPatience)
 	defer cancel()
 	addrs, err := resolver.LookupNetIP(ctx, "ip4", "www.example.com.")
 	if err != nil {

@@ -28,7 +28,7 @@ func (n *Netns) First(cgroupPath string, to ...string) error {
 func sendFirst(to []string) {
 	for _, addr := range to {
 		for _, network := range []string{"udp", "tcp"} {
-			conn, err := net.DialTimeout(network, addr, patience)
+			conn, err := net.DialTimeout(network, addr, answerPatience)
 			if err != nil {
 				continue
 			}

@@ -189,4 +189,7 @@ func removeCgroup(path string) error {
 }
 
 // patience is how long the lab waits for something that must happen.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
+
+// answerPatience is how long an agent waits for what the filter may keep from happening.
+const answerPatience = 20 * time.Second

@@ -546,7 +546,7 @@ func xdp(l Link, packets [][]byte) error {
 
 // eventually waits for a condition that no file descriptor announces.
 func eventually(ok func() bool) bool {
-	for deadline := time.Now().Add(patience); !ok(); time.Sleep(100 * time.Microsecond) {
+	for deadline := time.Now().Add(answerPatience); !ok(); time.Sleep(100 * time.Microsecond) {
 		if time.Now().After(deadline) {
 			return false
 		}
