@@ -89,6 +89,16 @@ func (v *Inventory) Refresh(ctx context.Context) error {
 	return errors.Join(absent...)
 }
 
+// Ask asks all sources at once for their containers, and returns when all have answered or ctx has ended. Watch
+// tells of those that do not answer.
+func (v *Inventory) Ask(ctx context.Context) {
+	var all sync.WaitGroup
+	for _, a := range v.accounts {
+		all.Go(func() { _ = a.refresh(ctx) }) // it is kept
+	}
+	all.Wait()
+}
+
 func (a *account) refresh(ctx context.Context) error {
 	all, err := a.List(ctx)
 	a.mu.Lock()

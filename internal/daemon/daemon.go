@@ -24,7 +24,7 @@ import (
 // patience is how long one step may take.
 var patience = 20 * time.Second
 
-// firstAnswer is how long the daemon waits for what the sources know when it starts with other rules.
+// firstAnswer is how long the daemon waits for what the sources know when it takes over.
 const firstAnswer = 5 * time.Second
 
 // coveragePatience is how long the daemon looks for containers that are not covered.
@@ -74,6 +74,8 @@ type Daemon struct {
 	behind bool
 	revoke bool // rules have changed: containers that no source knows lose what earlier rules gave them
 	again  bool // a configuration was read, but could not be put in force
+	// tookOver is whether the last attach has found a policy in force.
+	tookOver bool
 	// optional are the hooks and defences that the last attach put in force although
 	// the filter works without them. Which these are depends on the kernel.
 	optional []string
@@ -117,10 +119,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 			d.served.Close()
 		}
 	}()
-	if d.revoke {
-		// Or containers would lose what the new rules give them too, until their source has told of them.
+	if d.tookOver && len(d.config.Containers) > 0 {
+		// Or containers would lose what earlier rules gave them, and pods what was noted of them, until their
+		// source has told of them, also if the rules still give it.
 		asking, done := context.WithTimeout(ctx, firstAnswer)
-		_ = d.Containers.Refresh(asking) // Watch tells of a source that does not answer
+		d.Containers.Ask(asking)
 		done()
 	}
 	d.apply(ctx)
@@ -207,6 +210,7 @@ func (d *Daemon) attach(ctx context.Context, config policy.Config) error {
 	}
 	// What former rules gave is taken back, even from containers that no source knows
 	// now.
+	d.tookOver = before.Policy != nil
 	d.revoke = d.revoke || before.Policy != nil && !reflect.DeepEqual(before.Policy.Containers, config.Containers)
 	d.config = config
 	if d.InForce != nil {
@@ -366,7 +370,8 @@ func (d *Daemon) check(ctx context.Context) {
 		d.learn(ctx, container.Event{Source: source, Action: container.Resync})
 	}
 	if d.again {
-		d.reload(ctx) // the reason may have passed
+		d.reload(ctx)          // the reason may have passed
+		d.Notify("WATCHDOG=1") // both this and what follows can wait for the lock
 	}
 	d.closeTunnels(ctx)
 	if err := d.Filter.ForgetDevices(); err != nil {

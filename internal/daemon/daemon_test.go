@@ -479,10 +479,17 @@ func TestStartWithOtherRules(t *testing.T) {
 	check(t, err)
 	s.Containers = container.NewInventory(docker)
 	before, ready := len(s.log.String()), s.told("READY=1")
+	s.container(2)
+	s.engine.Run("start", id(2), "mailer-2", nil)
+	late, notify := false, s.Notify
+	s.Notify = func(state string) {
+		late = late || strings.HasPrefix(state, "READY=1") && s.burst(2) != 30
+		notify(state)
+	}
 	s.start()
 	s.eventually("ready again", func() bool { return s.told("READY=1") > ready })
 	s.stop()
-	if log := s.log.String()[before:]; strings.Contains(log, "rules applied") {
-		t.Errorf("a container has lost its rule for a while:\n%s", log)
+	if log := s.log.String()[before:]; late || strings.Count(log, "rules applied") != 1 || !strings.Contains(log, `msg="rules applied" containers=1`) {
+		t.Errorf("a container has lost its rule for a while, or has got it late: %v\n%s", late, log)
 	}
 }

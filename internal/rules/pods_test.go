@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -131,6 +132,9 @@ func TestPods(t *testing.T) {
 	if known, err := state.Recognised(due.at); err != nil || known {
 		t.Errorf("a container that is left out: known %v, %v", known, err)
 	}
+	if pods, err = state.Pods(); err != nil || len(pods) > 0 {
+		t.Errorf("a pod that is left out: %+v, %v", pods, err)
+	}
 }
 
 // TestNetworkUnknown asks a runtime that at times does not tell whether a pod has the host's network. What was
@@ -147,18 +151,26 @@ func TestNetworkUnknown(t *testing.T) {
 	rel, err := root.Rel(path)
 	check(t, err)
 	at := number(t, root, path)
-	p := withRules(
+	anyContainer := withRules(
 		policy.ContainerRule{Namespace: "*", HostNetwork: true, Metadata: policy.Denied},
 		policy.ContainerRule{Namespace: "team", Metadata: policy.Allowed})
+	// The network matters to the pod, but not to this container.
+	otherContainers := withRules(slices.Clone(anyContainer.Containers)...)
+	otherContainers.Containers[0].Name = "other"
 	for _, tt := range []struct {
 		when            string
+		p               policy.Policy
 		unknown, revoke bool
-		spared          bool
+		container, pod  bool // are spared
 	}{
-		{"at first", true, false, false},
-		{"known", false, false, true},
-		{"unknown again", true, false, true},
-		{"other rules", true, true, false},
+		{"at first", anyContainer, true, false, false, false},
+		{"known", anyContainer, false, false, true, true},
+		{"unknown again", anyContainer, true, false, true, true},
+		{"other rules", anyContainer, true, true, false, false},
+		{"at first, another's network", otherContainers, true, false, true, false},
+		{"known, another's network", otherContainers, false, false, true, true},
+		{"unknown again, another's network", otherContainers, true, false, true, true},
+		{"other rules, another's network", otherContainers, true, true, true, false},
 	} {
 		c := container.Container{
 			Identity: container.Identity{ID: id, Cgroup: rel, CgroupID: at}, Source: "test",
@@ -167,16 +179,16 @@ func TestNetworkUnknown(t *testing.T) {
 		v := container.NewInventory(&source{known: []container.Container{c}})
 		check(t, v.Refresh(t.Context()))
 		if !tt.revoke {
-			_, err := rules.ApplyTo(root, state, p, c)
+			_, err := rules.ApplyTo(root, state, tt.p, c)
 			check(t, err)
 		}
-		_, err := rules.Apply(root, state, p, v, tt.revoke)
+		_, err := rules.Apply(root, state, tt.p, v, tt.revoke)
 		check(t, err)
 		pods, err := state.Pods()
 		check(t, err)
 		got, _, err := state.Container(at)
 		check(t, err)
-		if spared := got.Flags&maps.MayReachMetadata != 0; spared != tt.spared || len(pods) > 0 != tt.spared {
+		if spared := got.Flags&maps.MayReachMetadata != 0; spared != tt.container || len(pods) > 0 != tt.pod {
 			t.Errorf("%s: spared %v, pods %+v", tt.when, spared, pods)
 		}
 	}

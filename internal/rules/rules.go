@@ -31,9 +31,11 @@ func Apply(root cgroup.Root, state *maps.State, p policy.Policy, containers *con
 	if err != nil {
 		return 0, err
 	}
+	leftOut := func(c container.Container) bool { return p.LeavesOut(c.Cgroup) }
+	running, sandboxes = slices.DeleteFunc(running, leftOut), slices.DeleteFunc(sandboxes, leftOut)
 	errs := []error{applyToPods(root, state, p.Containers, slices.Concat(running, sandboxes), revoke)}
 	for _, c := range running {
-		if p.LeavesOut(c.Cgroup) || !revoke && undecided(p.Containers, c) {
+		if !revoke && undecided(p.Containers, c) {
 			continue
 		}
 		before, existed := known[c.CgroupID]
@@ -49,15 +51,18 @@ func Apply(root cgroup.Root, state *maps.State, p policy.Policy, containers *con
 // ApplyTo is Apply for a single container, which a source knows. It says whether it changed the
 // container. What it costs does not depend on how many other containers there are.
 func ApplyTo(root cgroup.Root, state *maps.State, p policy.Policy, c container.Container) (changed bool, err error) {
-	if p.LeavesOut(c.Cgroup) || undecided(p.Containers, c) {
+	if p.LeavesOut(c.Cgroup) {
 		return false, nil
 	}
-	if id, pod := podOf(root, p.Containers, c); id != 0 {
+	if id, pod := podOf(root, p.Containers, c, false); id != 0 {
 		if before, err := state.Pod(id); err != nil {
 			return false, err
 		} else if err := setPod(root, state, c, id, before, pod); err != nil {
 			return false, err
 		}
+	}
+	if undecided(p.Containers, c) {
+		return false, nil
 	}
 	before, existed, err := state.Container(c.CgroupID)
 	if err != nil {
@@ -83,10 +88,7 @@ func applyToPods(root cgroup.Root, state *maps.State, rules []policy.ContainerRu
 	var errs []error
 	known := map[uint64]bool{}
 	for _, c := range all {
-		if id, pod := podOf(root, rules, c); id != 0 && !known[id] {
-			if !revoke && undecided(rules, c) {
-				continue
-			}
+		if id, pod := podOf(root, rules, c, revoke); id != 0 && !known[id] {
 			known[id] = true
 			errs = append(errs, setPod(root, state, c, id, before[id], pod))
 		}
@@ -114,8 +116,9 @@ func setPod(root cgroup.Root, state *maps.State, c container.Container, id uint6
 }
 
 // podOf returns the id of the cgroup of a container's pod, and what holds for all containers of
-// the pod; 0 if the container is in none, or no source knows the pod.
-func podOf(root cgroup.Root, rules []policy.ContainerRule, c container.Container) (id uint64, is maps.Pod) {
+// the pod; 0 if the container is in none, or no source knows the pod or, unless revoke is set, its network, which
+// matters.
+func podOf(root cgroup.Root, rules []policy.ContainerRule, c container.Container, revoke bool) (id uint64, is maps.Pod) {
 	subject := c.Subject()
 	if subject.Namespace == "" {
 		return 0, is
@@ -126,6 +129,9 @@ func podOf(root cgroup.Root, rules []policy.ContainerRule, c container.Container
 		return 0, is // it is gone
 	}
 	rule := policy.RuleForPod(rules, subject)
+	if subject.NetworkUnknown && rule == (policy.ContainerRule{}) && !revoke {
+		return 0, is
+	}
 	is.Flags = flagsOf(rule)
 	if rule.SMTP != nil {
 		is.Limit = *rule.SMTP
