@@ -95,6 +95,21 @@ func (n *names) refresh(ctx context.Context) {
 	}
 }
 
+// askAgain asks those sources again that did not answer, however short ago that was.
+func (n *names) askAgain(ctx context.Context) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.containers == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, namesPatience)
+	defer cancel()
+	for _, s := range n.containers.Stale() {
+		_, _ = n.containers.Update(ctx, container.Event{Source: s, Action: container.Resync}) // refresh tells
+	}
+	n.next = time.Time{}
+}
+
 // find returns what is known about the container with an id. It may be called at any time. A
 // container that has just started is asked for, alone.
 func (n *names) find(id string) (container.Container, bool) {

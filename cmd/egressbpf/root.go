@@ -48,6 +48,7 @@ type globals struct {
 	criEndpoint string
 	podNetworks bool // set by commands that compare containers with rules
 	debug       bool
+	tried       bool // run --or-defaults has tried to put something in force
 }
 
 // filter returns the filter of the flags.

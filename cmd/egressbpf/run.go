@@ -292,6 +292,7 @@ func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stde
 	if !o.orDefaults {
 		return nil
 	}
+	o.tried = true
 	return o.putFirst(ctx, stderr,
 		choice{"policy is", o.load(flags)},
 		choice{"defaults are", func() (policy.Config, error) { return o.withoutFile(flags) }},
@@ -300,8 +301,16 @@ func (o *runOptions) putDefaults(ctx context.Context, flags *pflag.FlagSet, stde
 
 // putWithoutFlags is putDefaults for arguments that cannot be parsed, as a drop-in of the unit may have them.
 func (g *globals) putWithoutFlags(ctx context.Context, args []string, stderr io.Writer) error {
-	if !slices.Contains(args, "run") || !slices.Contains(args, "--or-defaults") {
+	if g.tried || !slices.Contains(args, "run") || !slices.Contains(args, "--or-defaults") {
 		return nil
+	}
+	filter, _, err := g.filter()
+	if err != nil {
+		return err
+	}
+	// What comes behind the error was not read, such as --pin-path.
+	if others, err := filter.Elsewhere(); err != nil || len(others) > 0 {
+		return err
 	}
 	return g.putFirst(ctx, stderr, builtIn)
 }

@@ -90,6 +90,7 @@ func awaitStatus(ctx context.Context, filter *loader.Filter, names *names, wait 
 		case <-ctx.Done():
 		case <-time.After(min(waitStep, time.Until(end))):
 		}
+		names.askAgain(ctx)
 	}
 }
 

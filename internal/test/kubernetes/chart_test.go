@@ -406,6 +406,17 @@ func TestRefusesValues(t *testing.T) {
 			t.Errorf("%s: %s", values, stderr)
 		}
 	}
+	for _, values := range []string{
+		"config.containers[0].namespace=kube-*,config.containers[0].metadata=allow,config.containers[0].socket_families=any",
+		"config.containers[0].namespace=kube-system,config.containers[0].metadata=block,config.containers[1].namespace=*,config.containers[1].metadata=block",
+		"config.containers[0].namespace=*,config.containers[0].host_network=true,config.containers[0].metadata=block",
+		"config.containers[0].namespace=kube,config.containers[0].metadata=block",
+		"config.containers[0].namespace=*,config.containers[0].metadata=block,operation=detach",
+	} {
+		if _, stderr, err := run(t, helm(t), "template", "egressbpf", chart, "--kube-version", "1.30", "--set", values); err != nil {
+			t.Errorf("%s: %s", values, stderr)
+		}
+	}
 	if _, stderr, err := run(t, helm(t), "template", "egressbpf", chart, "--kube-version", "1.25"); err == nil {
 		t.Error("accepted: Kubernetes 1.25")
 	} else if !strings.Contains(stderr, "kubeVersion") {
