@@ -67,15 +67,17 @@ func (t tunnels) set(ports map[uint16]bool, a *attachment) error {
 // detach removes the program that lists tunnels.
 func (t tunnels) detach(change *pins.Change) error { return change.DropLink(t.pins.Pin(pins.Tunnels)) }
 
-// withUsual returns the ports to close: those at which tunnels were found, and the usual
-// ones.
+// withUsual returns the ports to close: those at which tunnels were found, as many as can be, and the usual
+// ones. Any process in the host's network can make a socket that looks like a tunnel.
 func withUsual(found []uint16) map[uint16]bool {
 	ports := map[uint16]bool{}
 	for _, port := range usualTunnels {
 		ports[port] = false
 	}
 	for _, port := range found {
-		ports[port] = true
+		if _, usual := ports[port]; usual || len(ports) < maps.MaxTunnels {
+			ports[port] = true
+		}
 	}
 	return ports
 }
@@ -249,6 +251,6 @@ func (t tunnels) read(d *Defence, why *found) {
 	}
 	if len(open) > 0 {
 		d.Active = false
-		d.Reason = fmt.Sprintf("a tunnel of this host ends at UDP port %s, which is not closed to containers yet: attach again, or run the service", strings.Join(open, ", "))
+		d.Reason = fmt.Sprintf("a tunnel of this host ends at UDP port %s, which is not closed to containers yet: attach again, or run the service", few(open))
 	}
 }

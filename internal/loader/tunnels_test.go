@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/egressbpf/egressbpf/internal/loader"
+	"github.com/egressbpf/egressbpf/internal/maps"
 	"github.com/egressbpf/egressbpf/internal/policy"
 )
 
@@ -94,6 +95,31 @@ func (h *host) delivers() bool {
 		h.t.Error("packets of one protocol are judged")
 	}
 	return n > 0
+}
+
+// TestManyTunnels attaches beside more sockets that look like tunnels than ports can be closed: any process in the
+// host's network can make them.
+func TestManyTunnels(t *testing.T) {
+	ownNetwork(t)
+	h := newHost(t)
+	addBridge(t, "docker0")
+	const first = 10_000
+	for port := first; port < first+maps.MaxTunnels+100; port++ {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		check(t, err)
+		defer unix.Close(fd)
+		check(t, unix.Bind(fd, &unix.SockaddrInet4{Port: port}))
+		check(t, unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_ENCAP, unix.UDP_ENCAP_ESPINUDP))
+	}
+	h.mustAttach(policy.Default(), "a")
+	check(t, h.CloseTunnels(t.Context()))
+	closed := h.closedPorts()
+	if len(closed) != maps.MaxTunnels || !closed[4789] || !closed[first] {
+		t.Errorf("%d ports are closed, want %d", len(closed), maps.MaxTunnels)
+	}
+	if d := h.hostSide(); d.Active || !strings.Contains(d.Reason, "not closed") || len(d.Reason) > 500 {
+		t.Errorf("host side: %+v, want it to tell of open ports", d)
+	}
 }
 
 // A service keeps nothing of a filter that another process has detached.

@@ -64,8 +64,11 @@ func (s *State) Tunnels() (map[uint16]bool, error) {
 	return closed, nil
 }
 
+// MaxTunnels is how many ports can be closed: max_entries of map tunnels (bpf/maps.h).
+const MaxTunnels = 4096
+
 // SetTunnels closes these ports to containers, with values as Tunnels returns them, and
-// opens all others.
+// opens all others. There can be at most MaxTunnels.
 func (s *State) SetTunnels(ports map[uint16]bool) error {
 	m := s.byName[bpf.EgressMapTunnels]
 	if m == nil {
@@ -75,20 +78,21 @@ func (s *State) SetTunnels(ports map[uint16]bool) error {
 	if err != nil {
 		return err
 	}
+	// First, to make room.
+	for port := range before {
+		if _, closed := ports[port]; closed {
+			continue
+		}
+		if err := m.Delete(bits.ReverseBytes16(port)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("write map %s: %w", bpf.EgressMapTunnels, err)
+		}
+	}
 	for port, found := range ports {
 		value := uint8(0)
 		if found {
 			value = 1
 		}
 		if err := m.Put(bits.ReverseBytes16(port), value); err != nil {
-			return fmt.Errorf("write map %s: %w", bpf.EgressMapTunnels, err)
-		}
-	}
-	for port := range before {
-		if _, closed := ports[port]; closed {
-			continue
-		}
-		if err := m.Delete(bits.ReverseBytes16(port)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("write map %s: %w", bpf.EgressMapTunnels, err)
 		}
 	}
