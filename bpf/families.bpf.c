@@ -9,7 +9,12 @@
 #include "owner.h"
 #include "verdict.h"
 
+#include <linux/in.h>
+
 #define EPERM 1
+#define AF_INET 2
+#define AF_PACKET 17
+#define SOCK_RAW 3
 
 /* The cgroup that this instance polices. */
 const volatile struct policed_cgroup policed;
@@ -72,13 +77,18 @@ static __noinline int refuse_socket(struct container *c, __u64 id, __u32 family)
 /* Whether to refuse a socket to the calling process. Sockets that the kernel makes for
  * itself (kern) are not a way around: the request that led to them was judged.
  */
-static __always_inline bool refused(int family, int protocol, int kern, ancestor_fn ancestor)
+static __always_inline bool refused(int family, int type, int protocol, int kern, ancestor_fn ancestor)
 {
 	struct container *c;
 	__u64 id;
 
 	if (probe_protocol)
 		return protocol == probe_protocol;
+	/* It can make itself the multicast router of its network namespace. What is routed there
+	 * goes to any address, and no socket sends it. So it counts as a packet socket.
+	 */
+	if (family == AF_INET && type == SOCK_RAW && protocol == IPPROTO_IGMP)
+		family = AF_PACKET;
 	if (kern || ((__u32)family < 64 && families >> family & 1))
 		return false;
 	if (ancestor(NULL, policed.level) != policed.id)
@@ -93,7 +103,7 @@ static __always_inline bool refused(int family, int protocol, int kern, ancestor
 SEC("lsm_cgroup/socket_create")
 int families_lsm(__u64 *ctx)
 {
-	return !refused(ctx[0], ctx[2], ctx[3], above_caller);
+	return !refused(ctx[0], ctx[1], ctx[2], ctx[3], above_caller);
 }
 
 /* Since 5.7. Runs for every process of the host. */
@@ -105,8 +115,8 @@ int families_fmod(__u64 *ctx)
 	if (before)
 		return before;
 	if (has_ancestor_helper)
-		return refused(ctx[0], ctx[2], ctx[3], above_caller) ? -EPERM : 0;
-	return refused(ctx[0], ctx[2], ctx[3], above_task) ? -EPERM : 0;
+		return refused(ctx[0], ctx[1], ctx[2], ctx[3], above_caller) ? -EPERM : 0;
+	return refused(ctx[0], ctx[1], ctx[2], ctx[3], above_task) ? -EPERM : 0;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

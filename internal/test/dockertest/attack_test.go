@@ -117,6 +117,7 @@ var unavailable = map[string]struct {
 	errors []string
 }{
 	"socketcall":           {"CONFIG_IA32_EMULATION, and seccomp's leave", []string{"function not implemented", "operation not permitted"}},
+	"multicast routing":    {"CONFIG_IP_MROUTE", []string{"MRT_INIT: protocol not available"}},
 	"io_uring":             {"Linux 5.19, and seccomp's leave", []string{"function not implemented", "operation not permitted", "operation 45: invalid argument"}},
 	"AF_XDP":               {"CONFIG_XDP_SOCKETS", []string{"address family not supported"}},
 	"RDS":                  {"CONFIG_RDS_TCP", []string{"address family not supported"}},
@@ -177,6 +178,7 @@ func socketAttacks() []attack {
 			none := make(net.HardwareAddr, 6)
 			return p.Send("AF_PACKET", lab.Link{Device: "lo", Source: none, Gateway: none}, p.forged(tg, p.stranger(tg))...)
 		}},
+		{name: "multicast routing", sight: families, in: bridged | hostNet, only: only4, send: by("multicast routing")},
 		{name: "AF_PACKET by way of another container", sight: families, in: bridged, send: func(p *prisoner, tg target) error {
 			return p.Send("AF_PACKET", p.linkTo(p.other.link.Source), p.forged(tg, p.own(tg))...)
 		}},

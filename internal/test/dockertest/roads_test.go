@@ -78,6 +78,8 @@ func (a attack) needs(p profile) string {
 	switch {
 	case a.sight == families && a.name == "RDS":
 		needs = append(needs, "RDS sockets")
+	case a.sight == families && a.name == "multicast routing":
+		needs = append(needs, "a raw socket of IGMP")
 	case a.sight == families:
 		needs = append(needs, "packet sockets")
 	case p == netAdmin && a.begin != "":

@@ -49,7 +49,7 @@ choose() {
 }
 
 # Attacks through sockets of other families than IP's.
-readonly packet_sockets='^(raw IP|AF_PACKET|AF_PACKET SOCK_DGRAM|AF_PACKET TX_RING|SOCK_PACKET|AF_XDP|io_uring|RDS|VLAN tag|802.1ad)$'
+readonly packet_sockets='^(raw IP|AF_PACKET|AF_PACKET SOCK_DGRAM|AF_PACKET TX_RING|SOCK_PACKET|AF_XDP|io_uring|RDS|VLAN tag|802.1ad|multicast routing)$'
 # Attacks that the host side stops: such sockets, and packets that a container changes or forwards.
 readonly behind_the_hook='^(raw IP|AF_PACKET|AF_PACKET TSO|AF_PACKET, ACK|two VLAN tags|802.1ad|nft forged source|tc pedit|tun|veth and forwarding)$'
 
