@@ -44,6 +44,9 @@ type Reader struct {
 	// were found to tell events since it became that.
 	fingerprint string
 	telling     bool
+	// lacking is whether the pinned maps were of a version that tells no events when the reader last looked, and
+	// no attach was under way.
+	lacking bool
 	// offset is CLOCK_REALTIME less CLOCK_MONOTONIC, in ns.
 	offset atomic.Int64
 }
@@ -242,10 +245,17 @@ func (r *Reader) look() error {
 	}
 	if moved {
 		r.telling = false
-		return r.move(s, now)
-	}
-	if err := r.checkTelling(s, fingerprint); err != nil {
+		changing := r.filter.Changing() // asked first, since it may end
+		err := r.move(s, now)
+		// While an attach replaces the maps, those that are pinned may not be what it leaves.
+		if !errors.Is(err, maps.ErrNoEvents) || !changing && r.lacking {
+			return err
+		}
+		r.lacking = !changing
+	} else if err := r.checkTelling(s, fingerprint); err != nil {
 		return err
+	} else {
+		r.lacking = false
 	}
 	if gap {
 		r.noteGap(s, now)

@@ -117,6 +117,22 @@ func (s *scene) connect(container string, n int) {
 	}
 }
 
+// looks waits until a reader has looked n times at what is in force, during an attach.
+func looks(t *testing.T, r *Reader, n int) {
+	t.Helper()
+	for range n {
+		begun := time.Now()
+		testenv.Eventually(t, "the reader looks", func() bool {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			if r.err != nil {
+				t.Fatalf("while an attach is under way: %v", r.err)
+			}
+			return r.at.looked.After(begun)
+		})
+	}
+}
+
 // patience is how long to wait for a record that must come.
 const patience = 3 * time.Minute
 
@@ -366,11 +382,13 @@ func TestMovedMaps(t *testing.T) {
 	// As if it was an attach that did this, so that the reader does not look at a half of it.
 	unlock, err := pins.At(s.pins).LockExisting(t.Context())
 	check(t, err)
+	t.Cleanup(unlock) // before the filter is detached
 	check(t, os.Remove(pin))
 	other, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
 	check(t, err)
 	defer other.Close()
 	check(t, other.Pin(pin))
+	looks(t, r, 3)
 	attached := make(chan error)
 	go func() { attached <- s.filter.Attach(t.Context(), nil, testPolicy()) }()
 	unlock()
@@ -444,17 +462,7 @@ func TestOtherPrograms(t *testing.T) {
 		defer other.Close()
 		check(t, l.Update(other))
 	}
-	for range 3 {
-		begun := time.Now()
-		testenv.Eventually(t, "the reader looks", func() bool {
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			if r.err != nil {
-				t.Fatalf("while an attach is under way: %v", r.err)
-			}
-			return r.at.looked.After(begun)
-		})
-	}
+	looks(t, r, 3)
 	duringAttach, err := Open(s.filter, r.names, 1<<16)
 	check(t, err)
 	check(t, duringAttach.Close())
