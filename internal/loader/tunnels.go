@@ -48,7 +48,11 @@ func (t tunnels) attach(a *attachment) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return t.set(withUsual(found), a)
+	before, err := a.state.Tunnels()
+	if err != nil {
+		return err
+	}
+	return t.set(toClose(found, before), a)
 }
 
 // set closes these ports to containers and opens all others.
@@ -67,16 +71,20 @@ func (t tunnels) set(ports map[uint16]bool, a *attachment) error {
 // detach removes the program that lists tunnels.
 func (t tunnels) detach(change *pins.Change) error { return change.DropLink(t.pins.Pin(pins.Tunnels)) }
 
-// withUsual returns the ports to close: those at which tunnels were found, as many as can be, and the usual
-// ones. Any process in the host's network can make a socket that looks like a tunnel.
-func withUsual(found []uint16) map[uint16]bool {
+// toClose returns the ports to close: those at which tunnels were found, and the usual ones. If there are more than
+// can be closed, those that are closed already come first: any process in the host's network can make a socket that
+// looks like a tunnel.
+func toClose(found []uint16, before map[uint16]bool) map[uint16]bool {
 	ports := map[uint16]bool{}
 	for _, port := range usualTunnels {
 		ports[port] = false
 	}
-	for _, port := range found {
-		if _, usual := ports[port]; usual || len(ports) < maps.MaxTunnels {
-			ports[port] = true
+	for _, again := range []bool{true, false} {
+		for _, port := range found {
+			_, usual := ports[port]
+			if before[port] == again && (usual || len(ports) < maps.MaxTunnels) {
+				ports[port] = true
+			}
 		}
 	}
 	return ports
@@ -115,7 +123,13 @@ func (f *Filter) CloseTunnels(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = f.withState(func(state *maps.State) error { return state.SetTunnels(withUsual(found)) })
+	err = f.withState(func(state *maps.State) error {
+		before, err := state.Tunnels()
+		if err != nil {
+			return err
+		}
+		return state.SetTunnels(toClose(found, before))
+	})
 	return errors.Join(err, f.judgeDelivered(ctx))
 }
 
@@ -249,8 +263,18 @@ func (t tunnels) read(d *Defence, why *found) {
 			open = append(open, strconv.Itoa(int(port)))
 		}
 	}
-	if len(open) > 0 {
-		d.Active = false
-		d.Reason = fmt.Sprintf("a tunnel of this host ends at UDP port %s, which is not closed to containers yet: attach again, or run the service", few(open))
+	if len(open) == 0 {
+		return
 	}
+	const shown = 3
+	which := strings.Join(open[:min(shown, len(open))], ", ")
+	if more := len(open) - shown; more > 0 {
+		which += fmt.Sprintf(" and %d more", more)
+	}
+	remedy := "attach again, or run the service"
+	if len(closed) >= maps.MaxTunnels {
+		remedy = fmt.Sprintf("more sockets look like tunnels than can be closed, which is %d; find who has them with `ss -uap`", maps.MaxTunnels)
+	}
+	d.Active = false
+	d.Reason = fmt.Sprintf("a tunnel of this host ends at UDP port %s, which is not closed to containers yet: %s", which, remedy)
 }

@@ -103,7 +103,11 @@ func TestManyTunnels(t *testing.T) {
 	ownNetwork(t)
 	h := newHost(t)
 	addBridge(t, "docker0")
-	const first = 10_000
+	const first, tunnel = 10_000, 60_000
+	vxlan := &netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "before"}, VxlanId: 1, Port: tunnel}
+	check(t, netlink.LinkAdd(vxlan))
+	check(t, netlink.LinkSetUp(vxlan))
+	h.mustAttach(policy.Default(), "a")
 	for port := first; port < first+maps.MaxTunnels+100; port++ {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 		check(t, err)
@@ -114,10 +118,10 @@ func TestManyTunnels(t *testing.T) {
 	h.mustAttach(policy.Default(), "a")
 	check(t, h.CloseTunnels(t.Context()))
 	closed := h.closedPorts()
-	if len(closed) != maps.MaxTunnels || !closed[4789] || !closed[first] {
-		t.Errorf("%d ports are closed, want %d", len(closed), maps.MaxTunnels)
+	if len(closed) != maps.MaxTunnels || !closed[4789] || !closed[first] || !closed[tunnel] {
+		t.Errorf("%d ports are closed, want %d; that of the tunnel: %v", len(closed), maps.MaxTunnels, closed[tunnel])
 	}
-	if d := h.hostSide(); d.Active || !strings.Contains(d.Reason, "not closed") || len(d.Reason) > 500 {
+	if d := h.hostSide(); d.Active || !strings.Contains(d.Reason, " more, which is not closed") || !strings.Contains(d.Reason, "ss -uap") || len(d.Reason) > 500 {
 		t.Errorf("host side: %+v, want it to tell of open ports", d)
 	}
 }
