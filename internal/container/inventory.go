@@ -89,12 +89,18 @@ func (v *Inventory) Refresh(ctx context.Context) error {
 	return errors.Join(absent...)
 }
 
-// Ask asks all sources at once for their containers, and returns when all have answered or ctx has ended. Watch
-// tells of those that do not answer.
+// Ask asks all sources at once for their containers, and returns when all have answered or ctx has ended. Those
+// that do not answer are not Stale for that: Watch begins with a Resync.
 func (v *Inventory) Ask(ctx context.Context) {
 	var all sync.WaitGroup
 	for _, a := range v.accounts {
-		all.Go(func() { _ = a.refresh(ctx) }) // it is kept
+		all.Go(func() {
+			if a.refresh(ctx) != nil {
+				a.mu.Lock()
+				defer a.mu.Unlock()
+				a.stale = false
+			}
+		})
 	}
 	all.Wait()
 }

@@ -24,8 +24,9 @@ import (
 // patience is how long one step may take.
 var patience = 20 * time.Second
 
-// firstAnswer is how long the daemon waits for what the sources know when it takes over.
-const firstAnswer = 5 * time.Second
+// firstAnswer is how long the daemon waits for what the sources know when it takes over, and revocation if the rules
+// are others.
+const firstAnswer, revocation = time.Second, 5 * time.Second
 
 // coveragePatience is how long the daemon looks for containers that are not covered.
 // Containers that start meanwhile wait for their rules.
@@ -122,7 +123,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if d.tookOver && len(d.config.Containers) > 0 {
 		// Or containers would lose what earlier rules gave them, and pods what was noted of them, until their
 		// source has told of them, also if the rules still give it.
-		asking, done := context.WithTimeout(ctx, firstAnswer)
+		patience := firstAnswer
+		if d.revoke {
+			patience = revocation
+		}
+		asking, done := context.WithTimeout(ctx, patience)
 		d.Containers.Ask(asking)
 		done()
 	}

@@ -15,7 +15,7 @@ import (
 // returns how many containers it changed. Rules cannot match a container that no source
 // knows, and those of pods may not if a source does not tell the pod's network. Such a container loses
 // what an earlier rule gave it if revoke is set, and otherwise keeps it. Apply leaves alone a limit that was
-// set by hand, and pods that the policy leaves out.
+// set by hand, and containers of pods that the policy leaves out.
 //
 // It goes on after an error; the errors are joined.
 func Apply(root cgroup.Root, state *maps.State, p policy.Policy, containers *container.Inventory, revoke bool) (changed int, err error) {
@@ -31,8 +31,7 @@ func Apply(root cgroup.Root, state *maps.State, p policy.Policy, containers *con
 	if err != nil {
 		return 0, err
 	}
-	leftOut := func(c container.Container) bool { return p.LeavesOut(c.Cgroup) }
-	running, sandboxes = slices.DeleteFunc(running, leftOut), slices.DeleteFunc(sandboxes, leftOut)
+	running = slices.DeleteFunc(running, func(c container.Container) bool { return p.LeavesOut(c.Cgroup) })
 	errs := []error{applyToPods(root, state, p.Containers, slices.Concat(running, sandboxes), revoke)}
 	for _, c := range running {
 		if !revoke && undecided(p.Containers, c) {
