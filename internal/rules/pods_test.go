@@ -30,11 +30,7 @@ func (s *source) List(context.Context) ([]container.Container, error) { return s
 // TestPods applies a rule for a namespace: the pods that the source knows get it, and those of
 // which it tells what the cgroup's path does not confirm get nothing.
 func TestPods(t *testing.T) {
-	root := testenv.Root(t)
-	base := testenv.Cgroup(t)
-	state, err := maps.CreateState()
-	check(t, err)
-	defer state.Close()
+	root, base, state := scene(t)
 	src := &source{}
 	n := 0
 	type made struct {
@@ -140,11 +136,7 @@ func TestPods(t *testing.T) {
 // TestNetworkUnknown asks a runtime that at times does not tell whether a pod has the host's network. What was
 // decided when it did stays, unless the rules are others.
 func TestNetworkUnknown(t *testing.T) {
-	root := testenv.Root(t)
-	base := testenv.Cgroup(t)
-	state, err := maps.CreateState()
-	check(t, err)
-	defer state.Close()
+	root, base, state := scene(t)
 	id := strings.Repeat("d", 64)
 	path := filepath.Join(base, "kubepods/pod31-e", id)
 	check(t, os.MkdirAll(path, 0o755))
@@ -194,6 +186,15 @@ func TestNetworkUnknown(t *testing.T) {
 	}
 }
 
+// scene returns the root of the hierarchy, a cgroup in it, and state without containers.
+func scene(t *testing.T) (cgroup.Root, string, *maps.State) {
+	t.Helper()
+	state, err := maps.CreateState()
+	check(t, err)
+	t.Cleanup(func() { state.Close() })
+	return testenv.Root(t), testenv.Cgroup(t), state
+}
+
 // withRules returns the default policy with these rules.
 func withRules(rules ...policy.ContainerRule) policy.Policy {
 	p := policy.Default()
@@ -219,11 +220,7 @@ func check(t *testing.T, err error) {
 
 // A pod gets what its rule gives before it has a container, also where its sandbox has no cgroup.
 func TestPodOfSandboxWithoutCgroup(t *testing.T) {
-	root := testenv.Root(t)
-	base := testenv.Cgroup(t)
-	state, err := maps.CreateState()
-	check(t, err)
-	defer state.Close()
+	root, base, state := scene(t)
 	id := strings.Repeat("b", 64)
 	sandbox := func(uid string) container.Container {
 		return container.Container{
