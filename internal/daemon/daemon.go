@@ -11,6 +11,7 @@ import (
 	"os"
 	"reflect"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/egressbpf/egressbpf/internal/cgroup"
@@ -67,6 +68,8 @@ type Daemon struct {
 	InForce func(policy.Config)
 
 	config policy.Config
+	// background is what Run has started, and waits for when it ends.
+	background sync.WaitGroup
 	// control changes what holds for containers.
 	control *loader.Control
 	// due is when the rules are to be applied to all containers again; nil if nothing asks
@@ -107,7 +110,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	defer d.control.Close()
 	file := newWatched(d.File)
 	watchCtx, stopWatching := context.WithCancel(ctx)
-	defer stopWatching()
+	defer func() { stopWatching(); d.background.Wait() }()
 	// Before the attach, which finds the devices that exist.
 	devices := d.devices(watchCtx)
 	d.follow(ctx, devices != nil)
@@ -135,17 +138,14 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.Notify("READY=1\n" + d.statusText(ctx))
 
 	events := make(chan container.Event)
-	watched := make(chan struct{})
-	go func() {
-		defer close(watched)
+	d.background.Go(func() {
 		d.Containers.Watch(watchCtx, func(e container.Event) {
 			select {
 			case events <- e:
 			case <-watchCtx.Done():
 			}
 		})
-	}()
-	defer func() { stopWatching(); <-watched }()
+	})
 
 	check, look := time.NewTicker(checkEvery), time.NewTicker(lookEvery)
 	defer check.Stop()

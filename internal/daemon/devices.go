@@ -34,7 +34,7 @@ func (d *Daemon) devices(ctx context.Context) <-chan device {
 		case <-ctx.Done():
 		}
 	}
-	go func() {
+	d.background.Go(func() {
 		ports := newPorts()
 		for err == nil {
 			for u := range updates {
@@ -69,7 +69,7 @@ func (d *Daemon) devices(ctx context.Context) <-chan device {
 			updates, err = d.subscribe(ctx)
 			tell(device{missed: true, lost: err != nil})
 		}
-	}()
+	})
 	return found
 }
 
